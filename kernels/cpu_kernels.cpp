@@ -1,0 +1,476 @@
+// Exact top-k selection by magnitude and the gather GEMV that reads only the selected weight rows.
+//
+// Plain C entry points, no torch headers and no symbol of the C++ runtime: compiles in about a second with g++ or clang++
+// and loads beside any libstdc++. Threads are torch's own OpenMP pool: the caller hands over the address of GOMP_parallel
+// (libgomp, libomp and libiomp5 all export it on Linux), so no second runtime enters the process.
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+// ---------------------------------------------------------------------------------------------------------------- vectors
+#if defined(__AVX512F__)
+constexpr int VB = 64;
+#elif defined(__AVX__)
+constexpr int VB = 32;
+#else
+constexpr int VB = 16;
+#endif
+constexpr int LANES = VB / 4;
+typedef float vf __attribute__((vector_size(VB)));
+typedef uint32_t vu __attribute__((vector_size(VB)));
+typedef uint16_t vs __attribute__((vector_size(VB)));
+
+// memcpy instead of a pointer cast: rows of an odd N start anywhere. It compiles to one unaligned move.
+template <class V>
+INLINE V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+INLINE void store(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+INLINE float bits_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+INLINE uint32_t float_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+// ----------------------------------------------------------------------------------------------------------------- dtypes
+// Key: the integer whose order is the order of magnitudes (sign bit cleared). get and put move PAIR elements between memory
+// and two vectors of floats, in whatever order is cheapest: accumulators stay in that order until put.
+constexpr int PAIR = 2 * LANES;
+
+struct Float {
+  typedef float T;
+  typedef uint32_t Key;
+  typedef vu VKey;
+  static constexpr Key MASK = 0x7fffffff;
+  INLINE void get(const T* p, vf& a, vf& b) { a = load<vf>(p), b = load<vf>(p + LANES); }
+  INLINE void put(T* p, vf a, vf b) { store(p, a), store(p + LANES, b); }
+  INLINE float get1(T x) { return x; }
+  INLINE T put1(float x) { return x; }
+#if defined(__AVX512F__)
+  INLINE __m512i widen(const T* p) { return load<__m512i>(p); }
+  INLINE void narrow(T* p, __m512i x) { store(p, x); }
+#endif
+};
+
+struct BFloat {
+  typedef uint16_t T;
+  typedef uint16_t Key;
+  typedef vs VKey;
+  static constexpr Key MASK = 0x7fff;
+  // a gets the even elements and b the odd ones: a shift and a mask, where widening in order costs twice as much.
+  INLINE void get(const T* p, vf& a, vf& b) {
+    vu x = load<vu>(p);
+    a = (vf)(x << 16), b = (vf)(x & 0xffff0000);
+  }
+  INLINE void put(T* p, vf a, vf b) { store(p, (round(a) >> 16) | (round(b) & 0xffff0000)); }
+  INLINE float get1(T x) { return bits_float((uint32_t)x << 16); }
+  INLINE T put1(float x) {
+    uint32_t u = float_bits(x);
+    return (T)((u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+  }
+  // The upper half is x to the nearest even; a NaN stays one.
+  INLINE vu round(vf x) {
+    vu u = (vu)x, nan = (vu)((u & 0x7fffffff) > 0x7f800000);
+    return ((u + 0x7fff + (u >> 16 & 1)) & ~nan) | ((u | 0x400000) & nan);
+  }
+#if defined(__AVX512F__)
+  INLINE __m512i widen(const T* p) { return _mm512_cvtepu16_epi32(load<__m256i>(p)); }
+  INLINE void narrow(T* p, __m512i x) { store(p, _mm512_cvtepi32_epi16(x)); }
+#endif
+};
+
+struct Half {
+  typedef uint16_t T;
+  typedef uint16_t Key;
+  typedef vs VKey;
+  static constexpr Key MASK = 0x7fff;
+#if defined(__F16C__)
+  INLINE float get1(T x) { return _cvtsh_ss(x); }
+  INLINE T put1(float x) { return (T)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#if defined(__AVX512F__)
+  INLINE vf wide(const T* p) { return (vf)_mm512_cvtph_ps(load<__m256i>(p)); }
+  INLINE void narrow(T* p, vf x) { store(p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+  INLINE vf wide(const T* p) { return (vf)_mm256_cvtph_ps(load<__m128i>(p)); }
+  INLINE void narrow(T* p, vf x) { store(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
+#endif
+#elif defined(__aarch64__)
+  typedef __fp16 h1;
+  typedef h1 hv __attribute__((vector_size(VB / 2)));
+  INLINE float get1(T x) {
+    h1 h;
+    memcpy(&h, &x, 2);
+    return h;
+  }
+  INLINE T put1(float x) {
+    h1 h = x;
+    T t;
+    memcpy(&t, &h, 2);
+    return t;
+  }
+  INLINE vf wide(const T* p) { return __builtin_convertvector(load<hv>(p), vf); }
+  INLINE void narrow(T* p, vf x) { store(p, __builtin_convertvector(x, hv)); }
+#else
+  INLINE float get1(T x) {
+    uint32_t m = (uint32_t)(x & 0x7fff) << 13, s = (uint32_t)(x & 0x8000) << 16;
+    // Scaling by 2^112 moves the exponent's bias and normalises denormals; Inf and NaN keep an all-ones exponent.
+    uint32_t u = m >= 0x0f800000 ? m | 0x7f800000 : float_bits(bits_float(m) * 0x1p112f);
+    return bits_float(u | s);
+  }
+  INLINE T put1(float x) {
+    uint32_t u = float_bits(x), s = u >> 16 & 0x8000, m = u & 0x7fffffff;
+    if (m > 0x7f800000) return (T)(s | 0x7e00);
+    if (m >= 0x477ff000) return (T)(s | 0x7c00);
+    if (m < 0x38800000) return (T)(s | (float_bits(bits_float(m) + 0.5f) - 0x3f000000));  // the adder rounds denormals
+    return (T)(s | ((m - 0x38000000 + 0xfff + (m >> 13 & 1)) >> 13));
+  }
+  INLINE vf wide(const T* p) {
+    vf r;
+    for (int i = 0; i < LANES; i++) r[i] = get1(p[i]);
+    return r;
+  }
+  INLINE void narrow(T* p, vf x) {
+    for (int i = 0; i < LANES; i++) p[i] = put1(x[i]);
+  }
+#endif
+  INLINE void get(const T* p, vf& a, vf& b) { a = wide(p), b = wide(p + LANES); }
+  INLINE void put(T* p, vf a, vf b) { narrow(p, a), narrow(p + LANES, b); }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- threads
+typedef void (*gomp_parallel_t)(void (*)(void*), void*, unsigned, unsigned);
+static gomp_parallel_t gomp_parallel = nullptr;
+
+// An OpenMP pool does not survive fork: its threads are gone and the next region would wait for them for ever.
+static void in_child() { gomp_parallel = nullptr; }
+
+// Every thread takes items from one counter until none is left. So a thread that the system holds up costs little, fewer
+// threads than asked for are harmless, and which thread computes an item changes nothing in the result.
+template <class Job>
+static void worker(void* p) {
+  Job& job = *(Job*)p;
+  for (int64_t i; (i = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED)) < job.items;) job.item(i);
+}
+template <class Job>
+static void parallel(Job& job, int threads) {
+  job.next = 0;
+  if (threads > job.items) threads = (int)job.items;
+  if (threads > 1 && gomp_parallel)
+    gomp_parallel(worker<Job>, &job, (unsigned)threads, 0);
+  else
+    worker<Job>(&job);
+}
+
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// -------------------------------------------------------------------------------------------------------------- selection
+// How many of x[0..n) have a key >= t.
+template <class D>
+static int64_t count(const typename D::T* x, int64_t n, typename D::Key t) {
+  typedef typename D::VKey V;
+  typedef typename D::Key Key;
+  constexpr int L = VB / sizeof(Key);
+  int64_t i = 0, total = 0;
+  while (i + 2 * L <= n) {
+    // 16-bit lanes overflow after 65535 rounds
+    int64_t end = min(n - 2 * L + 1, i + 2 * L * 65535);
+    V a = V{}, b = V{};
+    for (; i < end; i += 2 * L) {
+      a -= (V)((load<V>(x + i) & D::MASK) >= t);
+      b -= (V)((load<V>(x + i + L) & D::MASK) >= t);
+    }
+    Key lanes[2 * L];
+    store(lanes, a);
+    store(lanes + L, b);
+    uint32_t sum = 0;
+    for (int l = 0; l < 2 * L; l++) sum += lanes[l];
+    total += sum;
+  }
+  for (; i < n; i++) {
+    Key key;
+    memcpy(&key, x + i, sizeof key);
+    total += (key & D::MASK) >= t;
+  }
+  return total;
+}
+
+
+// The k-th largest key t, i.e. the largest t with count(t) >= k. *taken = count(t).
+template <class D>
+static typename D::Key threshold(const typename D::T* x, int64_t n, int64_t k, int64_t* taken) {
+  constexpr int64_t OCTAVE = (D::MASK + 1LL) >> 7;  // no wider than this, keys are spread evenly enough to interpolate
+  int64_t lo = 0, hi = (int64_t)D::MASK + 1, at_lo = n, at_hi = 0;
+  // Every other step halves, so the worst input costs twice the key's bits; 13 to 16 passes over x are usual. A pass runs
+  // at cache speed: for the K of a decoder layer this beats a histogram, whose increments wait for each other.
+  for (bool halve = true; hi - lo > 1 && at_lo != k; halve = !halve) {
+    int64_t mid = lo + (hi - lo) / 2;
+    if (!halve && hi - lo <= OCTAVE)
+      mid = min(hi - 1, max(lo + 1, lo + (hi - lo) * (double)(at_lo - k) / (double)(at_lo - at_hi)));
+    int64_t c = count<D>(x, n, (typename D::Key)mid);
+    if (c >= k)
+      lo = mid, at_lo = c;
+    else
+      hi = mid, at_hi = c;
+  }
+  *taken = at_lo;
+  return (typename D::Key)lo;
+}
+
+// Appends the channels of [begin, end) whose key is >= t, up to k in all; returns how many are in the list then.
+template <class D>
+static int64_t compact(const typename D::T* x, int64_t begin, int64_t end, typename D::Key t, typename D::T* values,
+                       int32_t* indices, int64_t n, int64_t k) {
+  int64_t i = begin;
+#if defined(__AVX512F__) && !defined(NOCOMP)
+  // Four times as fast as the loop below.
+  const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; i + 16 <= end && n + 16 <= k; i += 16) {
+    __m512i bits = D::widen(x + i);
+    __mmask16 m = _mm512_cmpge_epu32_mask(_mm512_and_si512(bits, _mm512_set1_epi32(D::MASK)), _mm512_set1_epi32(t));
+    store(indices + n, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(step, _mm512_set1_epi32((int)i))));
+    D::narrow(values + n, _mm512_maskz_compress_epi32(m, bits));
+    n += __builtin_popcount(m);
+  }
+#endif
+  for (; i < end && n < k; i++) {  // no branch on the data: it is not predictable
+    typename D::Key key;
+    memcpy(&key, x + i, sizeof key);
+    values[n] = x[i];
+    indices[n] = (int32_t)i;
+    n += (key & D::MASK) >= t;
+  }
+  return n;
+}
+
+template <class D>
+static void select_row(const typename D::T* x, int64_t channels, int64_t k, typename D::T* values, int32_t* indices) {
+  typedef typename D::Key Key;
+  int64_t taken, cut = channels;
+  const Key t = threshold<D>(x, channels, k, &taken), over = (Key)(t + 1);
+  if (taken > k) {
+    // More ties than places: those of the lowest channels get in. Halve [begin, cut) round the last of them.
+    int64_t places = k - count<D>(x, channels, over);
+    for (int64_t begin = 0; cut - begin > 1;) {
+      int64_t half = (cut - begin) / 2, ties = count<D>(x + begin, half, t) - count<D>(x + begin, half, over);
+      if (ties >= places)
+        cut = begin + half;
+      else
+        places -= ties, begin += half;
+    }
+  }
+  int64_t n = compact<D>(x, 0, cut, t, values, indices, 0, k);
+  compact<D>(x, cut, channels, over, values, indices, n, k);
+}
+
+template <class D>
+struct Select {
+  int64_t next, items;
+  const typename D::T* x;
+  typename D::T* values;
+  int32_t* indices;
+  int64_t channels, k;
+  void item(int64_t row) { select_row<D>(x + row * channels, channels, k, values + row * k, indices + row * k); }
+};
+
+// ------------------------------------------------------------------------------------------------------------------- GEMV
+// acc[0..width) += sum over j in [0, R) of v[j] * w[index[j] * stride + (0..width)), one j after the other in every column,
+// so how rows are grouped leaves the bits alone. ahead: the rows of the next group, touched now: the hardware prefetcher
+// does not see a new row coming, and without this hint a core waits for memory half of the time.
+template <class D, int R>
+INLINE void add_rows(float* acc, int64_t width, const float* v, const int32_t* index, const typename D::T* w,
+                     int64_t stride, const int32_t* ahead) {
+  typedef typename D::T T;
+  constexpr int LINE = 64 / sizeof(T), STEP = LINE > PAIR ? LINE : PAIR, PAIRS = STEP / PAIR;
+  const T *row[R], *next[R];
+  for (int r = 0; r < R; r++) row[r] = w + index[r] * stride, next[r] = w + ahead[r] * stride;
+  int64_t c = 0;
+  for (; c + STEP <= width; c += STEP) {
+    vf sum[2 * PAIRS];
+    for (int s = 0; s < 2 * PAIRS; s++) sum[s] = load<vf>(acc + c + s * LANES);
+    for (int r = 0; r < R; r++) {
+      for (int s = 0; s < PAIRS; s++) {
+        vf a, b;
+        D::get(row[r] + c + s * PAIR, a, b);
+        sum[2 * s] += a * v[r], sum[2 * s + 1] += b * v[r];
+      }
+      for (int l = 0; l < STEP; l += LINE) __builtin_prefetch(next[r] + c + l);
+    }
+    for (int s = 0; s < 2 * PAIRS; s++) store(acc + c + s * LANES, sum[s]);
+  }
+  for (; c + PAIR <= width; c += PAIR) {
+    vf p = load<vf>(acc + c), q = load<vf>(acc + c + LANES);
+    for (int r = 0; r < R; r++) {
+      vf a, b;
+      D::get(row[r] + c, a, b);
+      p += a * v[r], q += b * v[r];
+    }
+    store(acc + c, p), store(acc + c + LANES, q);
+  }
+  for (; c < width; c++)
+    for (int r = 0; r < R; r++) acc[c] += D::get1(row[r][c]) * v[r];
+}
+
+constexpr int GROUP = 8;      // rows fused a pass: accumulators are loaded and stored once for all of them
+constexpr int64_t SLICE = 64;  // slabs and tiles are whole slices: a multiple of PAIR and of a cache line
+constexpr int ACC = 4096;     // accumulators of one item, on its stack: half of a 32 KB L1
+
+template <class D>
+struct Gemv {
+  typedef typename D::T T;
+  int64_t next, items;
+  const float* v;         // [rows, k], widened
+  const int32_t* index;   // [rows, k]
+  const T* w;             // [channels, columns]
+  T* out;                 // [rows, columns]
+  float* partial;         // [splits, rows, columns] if splits > 1
+  int* arrived;           // [slabs] if splits > 1
+  int64_t rows, channels, columns, k, slab, slabs, splits, block;
+
+  // Item = one slab of columns x one range of every row's list.
+  void item(int64_t i) {
+    int64_t s = i % slabs, split = i / slabs, c0 = s * slab, c1 = min(columns, c0 + slab);
+    int64_t j0 = k * split / splits, j1 = k * (split + 1) / splits;
+    int64_t tile = ACC / rows / SLICE * SLICE;
+    alignas(VB) float acc[ACC];
+    for (int64_t c = c0; c < c1; c += tile) {
+      int64_t width = min(tile, c1 - c);
+      memset(acc, 0, rows * tile * sizeof(float));
+      if (rows == 1)
+        run(acc, width, 0, j0, j1, c);
+      else
+        blocked(acc, tile, width, j0, j1, c);
+      for (int64_t m = 0; m < rows; m++) {
+        if (splits > 1)
+          memcpy(partial + (split * rows + m) * columns + c, acc + m * tile, width * sizeof(float));
+        else
+          finish(out + m * columns + c, acc + m * tile, width);
+      }
+    }
+    // The last to arrive adds up the splits, always in the same order.
+    if (splits > 1 && __atomic_add_fetch(arrived + s, 1, __ATOMIC_ACQ_REL) == splits)
+      for (int64_t m = 0; m < rows; m++) {
+        float* sum = partial + m * columns;
+        for (int64_t p = 1; p < splits; p++) {
+          const float* other = partial + (p * rows + m) * columns;
+          for (int64_t c = c0; c < c1; c++) sum[c] += other[c];
+        }
+        finish(out + m * columns + c0, sum + c0, c1 - c0);
+      }
+  }
+
+  // Several rows: their lists advance together, a block of channels at a time, so that what one row has fetched is still
+  // in the cache when the next one wants it. Needs ascending lists; others are only slower.
+  void blocked(float* acc, int64_t tile, int64_t width, int64_t j0, int64_t j1, int64_t c) {
+    int64_t at[ACC / LANES];
+    for (int64_t m = 0; m < rows; m++) at[m] = j0;
+    bool more = true;
+    for (int64_t limit = block; more; limit += block) {
+      more = false;
+      for (int64_t m = 0; m < rows; m++) {
+        const int32_t* list = index + m * k;
+        int64_t j = at[m];
+        while (j < j1 && (list[j] < limit || limit >= channels)) j++;
+        run(acc + m * tile, width, m, at[m], j, c);
+        at[m] = j;
+        more |= j < j1;
+      }
+    }
+  }
+
+  void run(float* acc, int64_t width, int64_t m, int64_t j, int64_t end, int64_t c) {
+    const float* x = v + m * k;
+    const int32_t* list = index + m * k;
+    const T* base = w + c;
+    for (; j + 2 * GROUP <= end; j += GROUP) add_rows<D, GROUP>(acc, width, x + j, list + j, base, columns, list + j + GROUP);
+    for (; j + GROUP <= end; j += GROUP) add_rows<D, GROUP>(acc, width, x + j, list + j, base, columns, list + j);
+    if (end - j >= 4) add_rows<D, 4>(acc, width, x + j, list + j, base, columns, list + j), j += 4;
+    for (; j < end; j++) add_rows<D, 1>(acc, width, x + j, list + j, base, columns, list + j);
+  }
+
+  static void finish(T* y, const float* acc, int64_t width) {
+    int64_t c = 0;
+    for (; c + PAIR <= width; c += PAIR) D::put(y + c, load<vf>(acc + c), load<vf>(acc + c + LANES));
+    for (; c < width; c++) y[c] = D::put1(acc[c]);
+  }
+};
+
+constexpr int64_t NARROW = 1024;  // bytes: of a narrower slab's rows, too much is waiting for the first line
+static int64_t P_items = 1, P_mincol = 256, P_serial = 65536, P_block = 128;
+extern "C" void larosa_tune(int64_t a,int64_t b,int64_t c,int64_t d){P_items=a;P_mincol=b;P_serial=c;P_block=d;}
+
+template <class D>
+static int gemv(const void* values, const int32_t* index, const void* weight, void* out, int64_t rows, int64_t channels,
+                int64_t columns, int64_t k, int64_t threads) {
+  typedef typename D::T T;
+  uint32_t top = 0;  // a negative index is a huge one
+  for (int64_t j = 0; j < rows * k; j++) top = (uint32_t)index[j] > top ? (uint32_t)index[j] : top;
+  if (rows * k > 0 && top >= channels) return 1;
+
+  if (rows * k * columns * (int64_t)sizeof(T) < P_serial) threads = 1;
+  // Whole rows stream better than narrow slabs, so a few threads share a slab and split the list, but not many: adding up
+  // the splits is work, too.
+  int64_t splits = threads % 4 == 0 ? 4 : threads % 3 == 0 ? 3 : threads % 2 == 0 ? 2 : 1;
+  int64_t slabs = max(1, min(threads / splits, columns * (int64_t)sizeof(T) / NARROW));
+  int64_t slab = max(SLICE, ((columns + slabs - 1) / slabs + SLICE - 1) / SLICE * SLICE);
+  slabs = (columns + slab - 1) / slab;
+  splits = max(1, min(threads / slabs, k / 32));
+
+  int64_t sums = splits > 1 ? splits * rows * columns : 0;
+  float* scratch = (float*)malloc((rows * k + sums) * sizeof(float) + slabs * sizeof(int));
+  if (!scratch) return 2;
+  for (int64_t j = 0; j < rows * k; j++) scratch[j] = D::get1(((const T*)values)[j]);
+  int* arrived = (int*)(scratch + rows * k + sums);
+  memset(arrived, 0, slabs * sizeof(int));
+  Gemv<D> job = {0, slabs * splits, scratch, index, (const T*)weight, (T*)out, scratch + rows * k, arrived,
+                 rows, channels, columns, k, slab, slabs, splits, P_block};
+  parallel(job, (int)threads);
+  free(scratch);
+  return 0;
+}
+
+// -------------------------------------------------------------------------------------------------------------------- API
+enum { BF16, FP16, FP32 };
+
+extern "C" void larosa_init(void* gomp) {
+  gomp_parallel = (gomp_parallel_t)gomp;
+  pthread_atfork(nullptr, nullptr, in_child);
+}
+
+// x [rows, channels] -> values, indices [rows, k]; 1 <= k <= channels.
+extern "C" void larosa_select(const void* x, void* values, int32_t* indices, int64_t rows, int64_t channels, int64_t k,
+                              int64_t dtype, int64_t threads) {
+  if (rows * channels < 32768) threads = 1;
+  if (dtype == FP32) {
+    Select<Float> job = {0, rows, (const float*)x, (float*)values, indices, channels, k};
+    parallel(job, (int)threads);
+  } else {  // only the bits count: bf16 and fp16 are alike
+    Select<BFloat> job = {0, rows, (const uint16_t*)x, (uint16_t*)values, indices, channels, k};
+    parallel(job, (int)threads);
+  }
+}
+
+// values, indices [rows, k], weight [channels, columns] -> out [rows, columns]. 0, or 1: an index is out of range, or 2: no
+// memory.
+extern "C" int larosa_gemv(const void* values, const int32_t* indices, const void* weight, void* out, int64_t rows,
+                           int64_t channels, int64_t columns, int64_t k, int64_t dtype, int64_t threads) {
+  auto f = dtype == FP32 ? gemv<Float> : dtype == FP16 ? gemv<Half> : gemv<BFloat>;
+  return f(values, indices, weight, out, rows, channels, columns, k, threads);
+}

@@ -1,0 +1,102 @@
+"""The ops a rewritten graph calls, ``torch.ops.larosa.*``: schema, shape inference and one implementation a device.
+
+CPU and CUDA have their own kernels; every other device, and every case those kernels decline, goes to ``reference``.
+None has a derivative: the ops are for inference.
+"""
+
+import torch
+from larosa_fx.kernels import cpu, reference
+from torch import Tensor
+
+
+@torch.library.custom_op("larosa::topk_select", mutates_args=())
+def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k channels of every row with the largest magnitude (LaRoSA's Top-K activation, arXiv 2507.01299).
+
+    Args:
+        x: [..., K], bfloat16, float16, float32 or float64, any strides.
+        k: how many channels of each row to keep, 1 <= k <= K; k == K keeps the row as it is.
+
+    Returns:
+        values [..., k] in x's dtype, with their signs, and indices [..., k] int32, both in ascending channel order.
+        Every row gets exactly k: equal magnitudes at the threshold are taken from the lowest channel up. The
+        magnitude is the bit pattern without its sign, so -0 equals +0 and NaN ranks above Inf: it is never dropped
+        while anything finite is kept.
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: x is a scalar, or k is out of range.
+    """
+    return reference.topk_select(x, k)
+
+
+@topk_select.register_kernel("cpu")
+def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    reference.check_select(x, k)
+    chosen = cpu.topk_select(x, k)
+    return reference.topk_select(x, k) if chosen is None else chosen
+
+
+@topk_select.register_kernel("cuda")
+def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    reference.check_select(x, k)
+    from larosa_fx.kernels import triton_topk  # here, because Triton need not be installed where there is no GPU
+
+    if not triton_topk.serves(x):
+        return reference.topk_select(x, k)
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        return triton_topk.topk_select(x, k)
+
+
+@topk_select.register_fake
+def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    reference.check_select(x, k)
+    shape = (*x.shape[:-1], k)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("larosa::sparse_gemv", mutates_args=())
+def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """``y[..., n] = sum_j values[..., j] * weight[indices[..., j], n]``: a product that reads the listed rows only.
+
+    Args:
+        values: [..., k], bfloat16, float16, float32 or float64.
+        indices: [..., k] int32, the channel of each value. They must differ within a row, as ``topk_select`` makes
+            them, and lie in 0..K-1, which a GPU does not check: it would have to wait for the answer.
+        weight: [K, N] in values' dtype, contiguous: the transpose of ``nn.Linear``'s layout.
+
+    Returns:
+        y [..., N] in values' dtype, accumulated in float32 (float64 for float64) and rounded once. Up to
+        ``reference.GATHER_ROWS`` rows are gathered; the same inputs then give the same bits every time. More rows go
+        through one dense product: the device's matmul, its settings (TF32, reduced-precision reduction) and its
+        treatment of a non-finite weight in a row that was not selected.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape is not as above, weight is not contiguous, or the tensors are on several devices.
+    """
+    return reference.sparse_gemv(values, indices, weight)
+
+
+@sparse_gemv.register_kernel("cpu")
+def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    reference.check_gemv(values, indices, weight)
+    y = cpu.sparse_gemv(values, indices, weight)
+    return reference.sparse_gemv(values, indices, weight) if y is None else y
+
+
+@sparse_gemv.register_kernel("cuda")
+def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    reference.check_gemv(values, indices, weight)
+    from larosa_fx.kernels import triton_gemv
+
+    if values.shape[:-1].numel() > reference.GATHER_ROWS or not triton_gemv.serves(values):
+        return reference.sparse_gemv(values, indices, weight)
+    with torch.cuda.device(values.device):
+        return triton_gemv.sparse_gemv(values, indices, weight)
+
+
+@sparse_gemv.register_fake
+def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    reference.check_gemv(values, indices, weight)
+    return values.new_empty((*values.shape[:-1], weight.shape[1]))

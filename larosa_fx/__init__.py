@@ -1,0 +1,17 @@
+"""LaRoSA (arXiv 2507.01299) as a ``torch.compile`` backend: rotated Top-K activation sparsity, no retraining."""
+
+from pathlib import Path
+
+# In a checkout passes/ and kernels/ stand beside this package, in a wheel inside it. Appending the root makes
+# ``larosa_fx.passes`` and ``larosa_fx.kernels`` their only names in both.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
+    __path__.append(str(_root))
+
+__version__ = "0.1.0"
+
+from larosa_fx.backend import LarosaError, last_report  # noqa: E402  after __path__, which these imports need
+from larosa_fx.calibrate import calibrate  # noqa: E402
+from larosa_fx.plan import Plan, PlanError  # noqa: E402
+
+__all__ = ["LarosaError", "Plan", "PlanError", "calibrate", "last_report"]

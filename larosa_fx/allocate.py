@@ -1,0 +1,54 @@
+"""How many channels each site keeps: coefficients a kind of site, scaled so that exactly the asked bytes are not read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+#: The released code's ratios (paper, grid search of Algorithm 1): h1 and h3 at 0.8 p, h2 and h4 at 1.2 p.
+COEFFICIENTS = {"h1": 0.8, "h2": 1.2, "h3": 0.8, "h4": 1.2}
+
+
+class SiteShape(Protocol):
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+
+
+def allocate(sites: Sequence[SiteShape], sparsity: float, coefficients: Mapping[str, float]) -> dict[str, int]:
+    """Channels kept, k, at each site, so that the byte sparsity of all sites is ``sparsity`` to the nearest channel.
+
+    A site of kind c drops the share min(scale * coefficients[c], 1) of its channels, one common scale for all. The scale
+    is found by bisection; what rounding to whole channels leaves over is settled on the sites that lie farthest from
+    their share. At least one channel is kept.
+    """
+    if sparsity == 0:
+        return {site.name: site.in_features for site in sites}
+    total = sum(site.in_features * site.out_features for site in sites)
+    target = sparsity * total  # weight elements not read
+
+    def share(site: SiteShape, scale: float) -> float:
+        return min(scale * coefficients[site.kind] * site.in_features, site.in_features - 1)
+
+    low, high = 0.0, 1.0
+    while sum(share(s, high) * s.out_features for s in sites) < target and high < 1e6:
+        high *= 2
+    for _ in range(100):
+        scale = (low + high) / 2
+        reached = sum(share(s, scale) * s.out_features for s in sites)
+        low, high = (scale, high) if reached < target else (low, scale)
+
+    dropped = {s.name: int(share(s, high)) for s in sites}
+    missing = target - sum(dropped[s.name] * s.out_features for s in sites)
+    for site in sorted(sites, key=lambda s: dropped[s.name] - share(s, high)):
+        if site.out_features <= 2 * missing and dropped[site.name] < site.in_features - 1:
+            dropped[site.name] += 1
+            missing -= site.out_features
+    return {s.name: s.in_features - dropped[s.name] for s in sites}
+
+
+def byte_sparsity(sites: Sequence[SiteShape], k: Mapping[str, int]) -> float:
+    """Share of the sites' weight bytes that are not read with ``k`` channels kept."""
+    total = sum(s.in_features * s.out_features for s in sites)
+    return sum((s.in_features - k[s.name]) * s.out_features for s in sites) / total

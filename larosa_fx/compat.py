@@ -1,0 +1,72 @@
+"""The only file that imports private torch API: one function per need, checked on torch 2.11 and 2.13."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+
+def copy_dynamo_metadata(source: fx.GraphModule, target: fx.GraphModule, node_map: dict[fx.Node, fx.Node]) -> None:
+    """Carry over what AOTAutograd reads off a Dynamo graph; without it weights are no static CUDA-graph inputs.
+
+    ``_dynamo_source`` per placeholder and ``_param_name_to_source`` per module (2.11 to 2.13); both are plain
+    attributes that ``Graph.node_copy`` drops.
+    """
+    target.meta = dict(source.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+    for old, new in node_map.items():
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+
+
+def mark_static_placeholder(node: fx.Node) -> None:
+    """Tell AOTAutograd that the input of this new placeholder keeps its address, as parameters do (2.11 to 2.13)."""
+    node._dynamo_source = None
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def parameter_name(node: fx.Node) -> str:
+    """Dotted name of the parameter behind a Dynamo placeholder, for people to read; never used to decide anything."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", None)
+    if callable(name):  # a method in older releases, a property since
+        name = name()
+    if not isinstance(name, str):
+        return str(node.target)
+    return ".".join(part for part in re.findall(r"\['([^']+)'\]|\.(\w+)", name)
+                    for part in part if part and part not in ("self", "_modules", "_parameters", "_buffers"))
+
+
+def fake_tensors(example_inputs: Sequence[object], specs: Sequence[tuple[tuple[int, ...], torch.dtype, torch.device]]):
+    """Fake tensors of the given (shape, dtype, device) in the fake mode that Dynamo traces with (2.11 to 2.13)."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode(example_inputs)
+    if mode is None:
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in specs]
+    with mode:
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in specs]
+
+
+def inductor_options(mode: str | None) -> dict[str, object]:
+    """Inductor's configuration for a ``torch.compile`` mode; ValueError for a name it does not know."""
+    from torch._inductor import list_mode_options
+
+    if mode is None or mode == "default":
+        return {}
+    modes = list_mode_options()
+    if mode not in modes:
+        raise ValueError(f"unknown Inductor mode {mode!r}; choose one of {sorted(modes)} or None")
+    return dict(modes[mode])
+
+
+def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[object], mode: str | None) -> Callable:
+    """``compile_fx`` with a mode's options; takes ownership of ``gm`` (2.11 to 2.13)."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs), config_patches=inductor_options(mode) or None)

@@ -1,0 +1,106 @@
+"""The ordered passes from a captured graph to one that Inductor takes, timed, linted, logged and dumped."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+from torch import fx
+
+from larosa_fx.passes import (
+    fold_gain,
+    fold_rotations,
+    fold_weights,
+    insert_adapters,
+    lower_topk,
+    merge_siblings,
+    rotate_online,
+)
+from larosa_fx.report import PassResult, Report, SiteReport
+from larosa_fx.structure import BASES, Structure
+from larosa_fx.weights import Binding
+
+log = logging.getLogger("larosa_fx")
+
+
+class Runner:
+    """Runs passes: one log line each, seconds, a lint of the graph, and numbered dumps before and after in ``dump_dir``."""
+
+    def __init__(self, dump_dir: str | None = None) -> None:
+        self.results: list[PassResult] = []
+        self.gm: fx.GraphModule | None = None
+        self.nodes_before = 0
+        self._dumps = _next_graph_dir(Path(dump_dir)) if dump_dir else None
+
+    def start(self, gm: fx.GraphModule) -> None:
+        self.gm, self.nodes_before = gm, len(gm.graph.nodes)
+
+    def __call__(self, module: ModuleType, *args: object):
+        """``module.run(*args)``, which returns a PassResult or a tuple that ends in one; returns what stands before it."""
+        name = module.__name__.rpartition(".")[2]
+        self._dump(name, "before")
+        started = time.perf_counter()
+        outcome = module.run(*args)
+        *values, result = outcome if isinstance(outcome, tuple) else (outcome,)
+        result.seconds = time.perf_counter() - started
+        self.gm.graph.lint()
+        self.results.append(result)
+        self._dump(name, "after", len(self.results))
+        log.info("%s (%.3f s)", result, result.seconds)
+        for what, reason in result.skipped:
+            log.debug("%s left %s alone: %s", result.name, what, reason)
+        return values[0] if values else None
+
+    def _dump(self, name: str, when: str, number: int | None = None) -> None:
+        if self._dumps is not None:
+            number = number or len(self.results) + 1
+            (self._dumps / f"{number:02d}-{name}-{when}.txt").write_text(f"{self.gm.graph}\n")
+
+
+def _next_graph_dir(root: Path) -> Path:
+    """A directory of its own for each compiled graph: graph-00 (often prefill), graph-01 (often decode), ..."""
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [int(m[1]) for m in (re.fullmatch(r"graph-(\d+)", p.name) for p in root.iterdir()) if m]
+    path = root / f"graph-{max(taken, default=-1) + 1:02d}"
+    path.mkdir()
+    return path
+
+
+def treatment(structure: Structure, rotation: str) -> str:
+    """How a rotation granularity is carried out here: "fold", "online" or "unrotated"."""
+    if rotation == "none":
+        return "unrotated"
+    return "online" if rotation == "online" or structure.obstacles else "fold"
+
+
+def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rotation: str, k: Mapping[str, int],
+              sparsify: str, run: Runner, report: Report) -> Binding:
+    """All passes after matching. Rewrites ``gm`` in place and fills ``report``; returns how to call the result.
+
+    ``rotations``: basis -> Q. ``rotation``: granularity. ``k``: channels kept at each site.
+    """
+    report.treatment = treatment(structure, rotation)
+    if report.treatment == "fold":
+        run(fold_gain, gm, structure, [norm for value in structure.stream for norm in list(value.norms)])
+        run(fold_rotations, gm, structure, rotations, rotation)
+        run(insert_adapters, gm)
+    elif report.treatment == "online":
+        run(fold_gain, gm, structure, [site.norm for site in structure.inner_sites()])
+        run(rotate_online, gm, structure, rotations, rotation)
+    report.sites = [SiteReport(
+        site.name, site.in_features, site.out_features, len(site.linears),
+        f"{report.treatment} {BASES[rotation](site)}" if site.norm is not None and rotation != "none" else "none",
+        k[site.name], "") for site in structure.sites]
+    run(merge_siblings, gm, structure)
+    forms = run(lower_topk, gm, structure, k, sparsify)
+    for site in report.sites:
+        site.form = forms[site.site]
+    inputs = run(fold_weights, gm)
+    report.passes, report.layers, report.rotation = run.results, structure.layers, rotation
+    report.nodes_before, report.nodes_after = run.nodes_before, len(gm.graph.nodes)
+    gm.recompile()
+    return Binding(inputs, structure.dtype, structure.device)

@@ -1,0 +1,226 @@
+"""The plan: what calibration found out about one model, saved as safetensors with a versioned JSON header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from larosa_fx.allocate import allocate, byte_sparsity
+from larosa_fx.structure import BASES, Site
+
+FORMAT = "larosa-plan"
+VERSION = 1
+SAMPLES = 32  # elements of each weight that identify it
+ORTHOGONALITY = 1e-4  # largest |Q^T Q - I| accepted; fp32 rounding of a 8192 x 8192 rotation stays far below
+
+
+class PlanError(ValueError):
+    """A plan that cannot be used: not readable, not valid, or not this model's. The message names the mismatch."""
+
+
+@dataclass(frozen=True)
+class PlanSite:
+    """Name ("layers.0.h1"), kind ("h1") and shape of a site."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(eq=False)
+class Plan:
+    """Rotations, coefficients and channel counts for one model.
+
+    rotation: granularity, a key of ``structure.BASES``. basis: how the rotations were made ("pca", "random", "hadamard").
+    rotations: basis name -> Q, [D, D] fp32, orthogonal; z = x_hat Q. coefficients: share of sparsity per kind of site.
+    k: channels kept at each site at ``sparsity``, the byte sparsity asked for at calibration.
+    samples: site name -> [linears, SAMPLES] fp32, elements of its weights as ``weight_dtype`` held them.
+    provenance: method, model, text, library versions, settings.
+    """
+
+    rotation: str
+    sparsity: float
+    coefficients: dict[str, float]
+    sites: list[PlanSite]
+    rotations: dict[str, torch.Tensor]
+    samples: dict[str, torch.Tensor]
+    weight_dtype: str
+    basis: str = "pca"
+    provenance: dict[str, object] = field(default_factory=dict)
+
+    @cached_property
+    def k(self) -> dict[str, int]:
+        return self.k_at(None)
+
+    def k_at(self, sparsity: float | None) -> dict[str, int]:
+        """Channels kept at each site at a byte sparsity, None for the plan's own; needs no new calibration."""
+        return allocate(self.sites, self.sparsity if sparsity is None else sparsity, self.coefficients)
+
+    @property
+    def byte_sparsity(self) -> float:
+        """Share of the sites' weight bytes not read with ``k``."""
+        return byte_sparsity(self.sites, self.k)
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the rotations' values: folded tensors are shared between graphs with equal digests only."""
+        digest = hashlib.sha256(self.rotation.encode())
+        for name in sorted(self.rotations):
+            digest.update(name.encode() + self.rotations[name].detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    # ---- file ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the plan to ``path``; the file appears whole or not at all. Returns the path."""
+        path = Path(path)
+        tensors = {f"rotation/{name}": q.detach().cpu().float().contiguous() for name, q in self.rotations.items()}
+        tensors |= {f"samples/{name}": s.detach().cpu().float().contiguous() for name, s in self.samples.items()}
+        header = {"rotation": self.rotation, "sparsity": self.sparsity, "coefficients": self.coefficients,
+                  "sites": [asdict(site) for site in self.sites], "k": self.k, "byte_sparsity": self.byte_sparsity,
+                  "basis": self.basis, "weight_dtype": self.weight_dtype, "provenance": self.provenance}
+        metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            safetensors.torch.save_file(tensors, partial, metadata=metadata)
+            os.replace(partial, path)
+        except OSError as error:
+            raise PlanError(f"cannot write the plan to {path}: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read and check a plan. PlanError: no file, truncated, no plan, newer version, NaN, not orthogonal."""
+        path = Path(path)
+        if not path.is_file():
+            raise PlanError(f"there is no plan at {path}; make one with larosa_fx.calibrate(model, batches).save(path)")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        except (safetensors.SafetensorError, OSError) as error:
+            raise PlanError(f"{path} is truncated or no safetensors file: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise PlanError(f"{path} holds no LaRoSA plan (its format is {metadata.get('format')!r})")
+        try:
+            version = int(metadata["version"])
+            if version > VERSION:
+                raise PlanError(f"{path} has plan version {version}, this larosa_fx reads up to {VERSION}: update larosa_fx "
+                                "or calibrate again")
+            header = json.loads(metadata["header"])
+            plan = cls(header["rotation"], header["sparsity"], header["coefficients"],
+                       [PlanSite(**site) for site in header["sites"]], _under("rotation/", tensors),
+                       _under("samples/", tensors), header["weight_dtype"], header["basis"], header["provenance"])
+            stored_k = header["k"]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise PlanError(f"{path} has a damaged header: {error!r}") from error
+        plan.validate(str(path))
+        if stored_k != plan.k:
+            raise PlanError(f"{path} is inconsistent: its k are not those of sparsity {plan.sparsity} and its coefficients")
+        return plan
+
+    def validate(self, name: str = "the plan") -> None:
+        """PlanError unless all rotations are finite, square and orthogonal, and the numbers make sense."""
+        if self.rotation not in BASES:
+            raise PlanError(f"{name} has the unknown rotation {self.rotation!r}; known: {', '.join(BASES)}")
+        if not 0 <= self.sparsity < 1:
+            raise PlanError(f"{name} has sparsity {self.sparsity}, outside [0, 1)")
+        for kind in {site.kind for site in self.sites}:
+            coefficient = self.coefficients.get(kind)
+            if not isinstance(coefficient, (int, float)) or not np.isfinite(coefficient) or coefficient <= 0:
+                raise PlanError(f"{name} has coefficient {coefficient!r} for {kind}; it must be a positive number")
+        for basis, q in self.rotations.items():
+            if q.ndim != 2 or q.shape[0] != q.shape[1]:
+                raise PlanError(f"{name}: rotation {basis!r} has shape {list(q.shape)}, not square")
+            if not torch.isfinite(q).all():
+                raise PlanError(f"{name}: rotation {basis!r} holds NaN or Inf")
+            error = (q.double().T @ q.double() - torch.eye(len(q), dtype=torch.float64, device=q.device)).abs().max().item()
+            if error > ORTHOGONALITY:
+                raise PlanError(f"{name}: rotation {basis!r} is not orthogonal (max |Q^T Q - I| = {error:.1e})")
+
+    # ---- model -----------------------------------------------------------------------------------------------------
+
+    def check_shapes(self, sites: Sequence[Site]) -> None:
+        """PlanError unless ``sites`` are this plan's in name and shape; the first that is not is named."""
+        planned = {site.name: site for site in self.sites}
+        for site in sites:
+            plan_site = planned.pop(site.name, None)
+            if plan_site is None:
+                raise PlanError(f"the plan does not fit the model: it has no site {site.name}")
+            ours, theirs = (plan_site.in_features, plan_site.out_features), (site.in_features, site.out_features)
+            if ours != theirs:
+                raise PlanError(f"the plan does not fit the model: {site.name} is {ours[0]} -> {ours[1]} in the plan and "
+                                f"{theirs[0]} -> {theirs[1]} in the model")
+        if planned:
+            raise PlanError(f"the plan does not fit the model: the graph has {len(sites)} of its "
+                            f"{len(self.sites)} sites, {next(iter(planned))} is missing")
+
+    def check_weights(self, weights: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """PlanError unless ``weights``, site name -> its linears' weights, are those of calibration, rounding apart."""
+        for name, tensors in weights.items():
+            ours, theirs = self.samples[name], sample(tensors)
+            dtype = str(tensors[0].dtype).removeprefix("torch.")
+            coarsest = max(torch.finfo(getattr(torch, d)).eps for d in (dtype, self.weight_dtype))
+            tolerance = 0.0 if dtype == self.weight_dtype else coarsest
+            if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * 1e-3):
+                raise PlanError(f"the plan does not fit the model: the weights at {name} are not those it was calibrated "
+                                "on; calibrate this model")
+
+
+class Attached:
+    """Plans that calibrate attached to live weights, for ``backend="larosa"`` without a path. ``epoch`` counts changes."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self._plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def attach(self, plan: Plan, weights: Iterable[torch.Tensor]) -> None:
+        self.epoch += 1
+        for weight in weights:
+            self._plans[weight] = plan
+
+    def find(self, weights: Iterable[torch.Tensor]) -> Plan | None:
+        """The plan of the first weight that has one."""
+        return next((self._plans[w] for w in weights if w in self._plans), None)
+
+
+ATTACHED = Attached()
+
+
+def sample(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """SAMPLES elements of each weight, evenly spread over its memory order: [len(weights), SAMPLES] fp32 on the CPU."""
+    rows = []
+    for weight in weights:
+        flat = weight.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, SAMPLES, device=flat.device, dtype=torch.float64).long()
+        rows.append(flat[index].float().cpu())
+    return torch.stack(rows)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a plan or a measurement depends on, for its provenance."""
+    import transformers
+
+    from larosa_fx import __version__
+
+    return {"larosa_fx": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version()}
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,111 @@
+"""The decoder as dataflow shows it: residual stream, norms, sites, layers. What ``passes.match`` finds and all read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from tabulate import tabulate
+from torch import fx
+
+from larosa_fx import graph as g
+
+
+@dataclass
+class Site:
+    """One activation that is sparsified, and the linears that read it.
+
+    kind: "h1" (QKV input), "h2" (o_proj input), "h3" (gate/up input) or "h4" (down_proj input).
+    norm: the RMSNorm whose output the site is; None at h2 and h4.
+    """
+
+    layer: int
+    kind: str
+    input: fx.Node
+    linears: list[fx.Node]
+    norm: fx.Node | None = None
+
+    def __post_init__(self) -> None:
+        self.in_features = g.linear_size(self.linears[0])[0]
+        self.out_features = sum(g.linear_size(linear)[1] for linear in self.linears)
+        self.parameters = [node.meta[g.PARAMETER] for linear in self.linears for node in g.upstream(
+            linear.args[1], lambda n: False) if g.PARAMETER in node.meta]
+
+    @property
+    def name(self) -> str:
+        return f"layers.{self.layer}.{self.kind}"
+
+
+#: Rotation granularities: granularity -> the basis an inner site lives in.
+BASES = {
+    "layer": lambda site: f"layers.{site.layer}",
+    "block": lambda site: site.name,
+    "model": lambda site: "model",
+    "online": lambda site: site.name,
+    "none": lambda site: None,
+}
+
+
+@dataclass
+class StreamNode:
+    """One value of the residual stream: the source, or ``add(previous, branch)``.
+
+    writers: the linears whose outputs the branch adds up. norms: the foldable RMSNorms that read this value.
+    basis: name of the rotation this value is held in; None is the model's own basis.
+    """
+
+    node: fx.Node
+    previous: fx.Node | None = None
+    writers: list[fx.Node] = field(default_factory=list)
+    norms: list[fx.Node] = field(default_factory=list)
+    basis: str | None = None
+
+
+@dataclass
+class Structure:
+    """What was found. ``obstacles`` lists (node, reason) that forbid folding; it is empty where folding is exact."""
+
+    sites: list[Site]
+    stream: list[StreamNode]
+    readers: dict[fx.Node, list[fx.Node]]  # RMSNorm -> the linears that read it, through position slices
+    obstacles: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
+    embedding: fx.Node | None = None  # the lookup that starts the stream, where its table may be folded
+    head: fx.Node | None = None  # the last norm, where the head behind it may be folded
+
+    def __post_init__(self) -> None:
+        if self.sites:  # taken now: passes replace the nodes
+            example = g.value(self.sites[0].linears[0])
+            self.dtype: torch.dtype = example.dtype
+            self.device: torch.device = example.device
+            #: T of the stream's [B, T, D]: an int, or a SymInt where Dynamo made it dynamic
+            self.tokens_per_sequence = g.shape(self.stream[0].node)[-2]
+
+    @property
+    def layers(self) -> int:
+        return 1 + max((site.layer for site in self.sites), default=-1)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the block linears' weights, embedding and head not counted."""
+        return sum(s.in_features * s.out_features for s in self.sites) * self.dtype.itemsize
+
+    def inner_sites(self) -> list[Site]:
+        """The sites behind an RMSNorm, h1 and h3: those that are rotated."""
+        return [site for site in self.sites if site.norm is not None]
+
+    def bases(self, rotation: str) -> dict[str, list[Site]]:
+        """The bases of a rotation granularity, each with the inner sites that live in it."""
+        found: dict[str, list[Site]] = {}
+        for site in self.inner_sites():
+            if (basis := BASES[rotation](site)) is not None:
+                found.setdefault(basis, []).append(site)
+        return found
+
+    def rows(self) -> list[dict[str, object]]:
+        """One row a site, as tests assert it and ``larosa inspect`` prints it."""
+        return [{"site": s.name, "channels": s.in_features, "outputs": s.out_features, "linears": len(s.linears),
+                 "norm": s.norm is not None, "weights": ", ".join(s.parameters)} for s in self.sites]
+
+    def __str__(self) -> str:
+        return tabulate(self.rows(), headers="keys")

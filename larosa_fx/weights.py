@@ -1,0 +1,202 @@
+"""Folded weights: recipes evaluated in fp64 and cast once, one store for all compiled graphs, no stale tensors.
+
+A compiled graph never holds weights of its own. It is called with the module's parameters, as Dynamo calls every graph,
+and gets the folded tensors that belong to exactly these parameters: by identity, in-place version and address.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from larosa_fx.graph import WEIGHT_FUNCTIONS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A weight expression: nested tuples over ("input", position), ("rotation", basis), ("call", function, ...)."""
+
+    expression: tuple
+    sources: tuple[int, ...] = ()  # positions, in the graph's inputs, of the parameters that the expression numbers
+
+    @classmethod
+    def of(cls, expression: tuple) -> Recipe:
+        """Number the inputs by first use, so that graphs with other input orders share what they fold."""
+        sources: list[int] = []
+
+        def number(e: object) -> object:
+            if not isinstance(e, tuple):
+                return e
+            if e[0] == "input":
+                if e[1] not in sources:
+                    sources.append(e[1])
+                return ("input", sources.index(e[1]))
+            return tuple(map(number, e))
+
+        return cls(number(expression), tuple(sources))
+
+    def evaluate(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], *, dtype: torch.dtype,
+                 device: torch.device) -> torch.Tensor:
+        """The expression's value: computed in fp64 on ``device``, cast once to ``dtype``, contiguous.
+
+        ``parameters`` are the sources in their numbered order. Meta parameters give the value's shape.
+        """
+        def value(e: object):
+            if not isinstance(e, tuple):
+                return e
+            kind, *rest = e
+            if kind == "input":
+                return parameters[rest[0]].detach().to(device, torch.float64)
+            if kind == "rotation":
+                return rotations[rest[0]].to(device, torch.float64)
+            if kind == "list":
+                return [value(x) for x in rest]
+            if kind == "constant":
+                return rest[0]
+            return WEIGHT_FUNCTIONS[rest[0]](*map(value, rest[1:]))
+
+        with torch.no_grad():
+            return value(self.expression).to(dtype).contiguous()
+
+
+def stamp(parameters: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """What changes when a parameter's values do: in-place version and address.
+
+    Writes through ``parameter.data`` change neither; nothing in torch records them.
+    """
+    try:
+        versions = [p._version for p in parameters]
+    except RuntimeError:  # inference tensors count no versions
+        versions = [0 if p.is_inference() else p._version for p in parameters]
+    return list(zip(versions, [p.data_ptr() for p in parameters], strict=True))
+
+
+@dataclass(eq=False)
+class Folded:
+    """A folded tensor and the stamp of the parameters that it was folded from."""
+
+    tensor: torch.Tensor
+    stamp: list[tuple[int, int]]
+
+
+class FoldStore:
+    """Folded tensors of all live models, shared by every graph that needs the same expression of the same parameters.
+
+    Entries are held weakly: they live as long as a compiled graph that reads them.
+    """
+
+    def __init__(self) -> None:
+        self._entries: weakref.WeakValueDictionary[tuple, Folded] = weakref.WeakValueDictionary()
+        self._replaced: dict[int, weakref.ref] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], digest: str,
+            dtype: torch.dtype, device: torch.device) -> Folded:
+        """The folded tensor, evaluated anew, into the same memory, when a parameter changed in place.
+
+        ``digest`` names the rotations' values. RuntimeError where a source was replaced and cannot be folded anew.
+        """
+        key = (recipe.expression, digest, dtype, device, tuple(map(id, parameters)))
+        current = stamp(parameters)
+        entry = self._entries.get(key)
+        if entry is not None and entry.stamp == current:
+            return entry
+        if any(self.is_replaced(p) for p in parameters):
+            raise RuntimeError("larosa: this model's weights were folded with weights='replace' and are gone, so another "
+                               "plan, rotation or new values cannot be folded; load the model again")
+        folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=device)
+        if entry is not None:
+            entry.tensor.copy_(folded)
+            entry.stamp = current
+            return entry
+        # An id may come again once its parameter is gone; the graph that holds this entry drops it then (backend).
+        entry = self._entries[key] = Folded(folded, current)
+        return entry
+
+    def is_replaced(self, parameter: torch.Tensor) -> bool:
+        ref = self._replaced.get(id(parameter))
+        return ref is not None and ref() is parameter
+
+    def replace(self, parameters: Sequence[torch.Tensor]) -> int:
+        """Give up the parameters' own memory: each then lies in memory of the tensor it was folded into.
+
+        Sizes, strides and dtype stay, because Dynamo guards on them. The modules that own the parameters refuse to run
+        or to be saved. Returns the bytes freed.
+        """
+        freed = 0
+        hosts = {id(p): entry.tensor for key, entry in self._entries.items() for p in parameters
+                 if id(p) in key[-1] and entry.tensor.numel() >= p.numel() and entry.tensor.dtype == p.dtype}
+        done = [p for p in parameters if id(p) in hosts and not self.is_replaced(p)]
+        for p in done:
+            freed += p.nbytes
+            p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
+            self._replaced[id(p)] = weakref.ref(p, lambda _, key=id(p): self._replaced.pop(key, None))
+        replaced = set(map(id, done))
+        for key, entry in self._entries.items():
+            if replaced & set(key[-1]):
+                entry.stamp = [current if i in replaced else old for i, current, old in zip(
+                    key[-1], self._stamps_of(key[-1], done), entry.stamp, strict=True)]
+        _forbid_use(replaced)
+        return freed
+
+    @staticmethod
+    def _stamps_of(ids: Sequence[int], parameters: Sequence[torch.Tensor]) -> list[tuple[int, int] | None]:
+        by_id = {id(p): stamp([p])[0] for p in parameters}
+        return [by_id.get(i) for i in ids]
+
+
+#: One store for the process: prefill, decode and recompiled graphs of one model share what is folded.
+STORE = FoldStore()
+
+_GONE = ("larosa: the weights of this module were folded into a compiled model with weights='replace'; the eager model can "
+         "no longer be run or saved. Use the compiled model, or load the model again.")
+
+
+def _forbid_use(parameter_ids: set[int]) -> None:
+    """Make the modules that own these parameters refuse eager use; found by walking live modules, once."""
+    def refuse(*_: object, **__: object) -> None:
+        if not torch.compiler.is_compiling():
+            raise RuntimeError(_GONE)
+
+    for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
+        if any(p is not None and id(p) in parameter_ids for p in module._parameters.values()):
+            module.register_forward_pre_hook(refuse)
+            module.register_state_dict_pre_hook(refuse)
+
+
+@dataclass
+class Binding:
+    """The inputs of a rewritten graph: for each, a position in the original inputs or a recipe."""
+
+    inputs: list[int | Recipe]
+    dtype: torch.dtype
+    device: torch.device
+    replace: bool = False
+    rotations: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    digest: str = ""
+
+    def parameters(self) -> list[int]:
+        """Positions of the parameters that are folded."""
+        return sorted({i for entry in self.inputs if isinstance(entry, Recipe) for i in entry.sources})
+
+    def specs(self, args: Sequence[object]) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:
+        """Shape, dtype and device of each folded tensor, without folding."""
+        meta = torch.device("meta")
+        rotations = {basis: matrix.to(meta) for basis, matrix in self.rotations.items()}
+        return [(tuple(r.evaluate([args[i].to(meta) for i in r.sources], rotations, dtype=self.dtype, device=meta).shape),
+                 self.dtype, self.device) for r in self.inputs if isinstance(r, Recipe)]
+
+    def fold(self, args: Sequence[object], progress: Callable[[Iterable], Iterable] = iter) -> list[Folded]:
+        """The folded tensors for these parameters, in the order of the recipes; frees the originals where asked."""
+        folded = [STORE.get(r, [args[i] for i in r.sources], self.rotations, self.digest, self.dtype, self.device)
+                  for r in progress([r for r in self.inputs if isinstance(r, Recipe)])]
+        if self.replace:
+            kept = {i for i in self.inputs if isinstance(i, int)}
+            STORE.replace([args[i] for i in self.parameters() if i not in kept and args[i].ndim > 1])
+        return folded

@@ -1,0 +1,154 @@
+"""Many spellings of RMSNorm and of linear become one each: ``F.rms_norm(x, (D,), gain, eps)`` and ``F.linear``.
+
+Dataflow decides, never names. The canonical forms are torch's own functions, so the graph stays executable after every
+pass. A norm that no linear reads (q/k-norms) keeps its spelling, bit for bit.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from larosa_fx import graph as g
+from larosa_fx.report import PassResult
+
+
+
+class Norm(NamedTuple):
+    """One matched RMSNorm: ``output = input / sqrt(mean(input ** 2) + eps) * gain`` over the last dimension."""
+
+    output: fx.Node
+    input: fx.Node
+    gain: fx.Node | None
+    eps: float
+
+
+def run(graph: fx.Graph) -> PassResult:
+    """Rewrite ``graph`` in place; counts are ``rms_norms`` and ``linears`` that were
+    not canonical before, and ``no-ops`` (casts to the same dtype, inactive dropout) removed."""
+    result = PassResult("canonicalize")
+    for node in list(graph.nodes):
+        if g.is_no_op(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            result.count("no-ops")
+    for node in list(graph.nodes):
+        if _rewrite_linear(graph, node):
+            result.count("linears")
+    for node in graph.find_nodes(op="call_function", target=F.rms_norm):
+        node.args = tuple(g.argument(node, i, name) for i, name in enumerate(("input", "normalized_shape", "weight", "eps")))
+        node.kwargs = {}
+    for node in list(graph.nodes):
+        norm = match_rms_norm(node)
+        if norm is None or not _read_by_linear(norm.output):
+            continue
+        with graph.inserting_after(norm.output):
+            canonical = graph.call_function(F.rms_norm, (norm.input, g.shape(norm.input)[-1:], norm.gain, norm.eps))
+        canonical.meta = dict(norm.output.meta)
+        norm.output.replace_all_uses_with(canonical, delete_user_cb=lambda user, c=canonical: user is not c)
+        result.count("rms_norms")
+    g.remove_dead_code(graph)
+    return result
+
+
+def match_rms_norm(node: fx.Node) -> Norm | None:
+    """The RMSNorm whose reciprocal root ``node`` computes, or None. ``node`` is an rsqrt, a power of -1/2 or 1/sqrt."""
+    mean_plus_eps = _reciprocal_root(node)
+    if mean_plus_eps is None or not g.calls(mean_plus_eps, *g.ADDS):
+        return None
+    mean, eps = mean_plus_eps.args[:2]
+    if g.is_scalar(mean):
+        mean, eps = eps, mean
+    if not g.is_scalar(eps) or not _is_mean_over_last(mean):
+        return None
+    wide = _square_root_of(mean.args[0])  # the activation, in the dtype that the norm is computed in
+    if wide is None:
+        return None
+    source = g.peel(wide, g.is_cast)
+    scaled = [user for user in node.users if g.calls(user, *g.MULS) and _other(user, node) in (wide, source)]
+    if len(scaled) != 1 or len(node.users) != 1:
+        return None
+    output, gain = _apply_gain(_cast_down(scaled[0], g.dtype(source)))
+    output = _cast_down(output, g.dtype(source))
+    if g.dtype(output) != g.dtype(source) or any(not isinstance(d, int) for d in g.shape(source)[-1:]):
+        return None
+    return Norm(output, source, gain, float(eps))
+
+
+def _reciprocal_root(node: fx.Node) -> fx.Node | None:
+    """u where node is 1 / sqrt(u)."""
+    if g.calls(node, torch.rsqrt, "rsqrt"):
+        return node.args[0]
+    if g.calls(node, torch.pow, operator.pow, "pow") and node.args[1] == -0.5:
+        return node.args[0]
+    if g.calls(node, torch.reciprocal, "reciprocal") and g.calls(node.args[0], torch.sqrt, "sqrt"):
+        return node.args[0].args[0]
+    if g.calls(node, operator.truediv, torch.div) and node.args[0] in (1, 1.0) and g.calls(node.args[1], torch.sqrt,
+                                                                                          "sqrt"):
+        return node.args[1].args[0]
+    return None
+
+
+def _is_mean_over_last(node: object) -> bool:
+    if not g.calls(node, torch.mean, "mean"):
+        return False
+    dim = g.argument(node, 1, "dim")
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    last = len(g.shape(node.args[0])) - 1
+    return dim in (-1, last) and bool(g.argument(node, 2, "keepdim", False))
+
+
+def _square_root_of(node: object) -> fx.Node | None:
+    """x where node is x ** 2."""
+    if g.calls(node, torch.pow, operator.pow, "pow") and node.args[1] == 2:
+        return node.args[0]
+    if g.calls(node, torch.square, "square"):
+        return node.args[0]
+    if g.calls(node, *g.MULS) and node.args[0] is node.args[1]:
+        return node.args[0]
+    return None
+
+
+def _other(node: fx.Node, operand: fx.Node) -> object:
+    return node.args[1] if node.args[0] is operand else node.args[0]
+
+
+def _cast_down(node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
+    """The single cast of node to ``dtype``, where there is one; otherwise node."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and g.is_cast(users[0]) and g.dtype(users[0]) == dtype else node
+
+
+def _apply_gain(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(gain * node, gain) where a one-dimensional weight multiplies node, which nothing else reads; else (node, None)."""
+    users = list(node.users)
+    if len(users) == 1 and g.calls(users[0], *g.MULS):
+        gain = _other(users[0], node)
+        if g.is_weight(gain) and len(g.shape(gain)) == 1:
+            return users[0], gain
+    return node, None
+
+
+def _read_by_linear(node: fx.Node) -> bool:
+    return any(g.is_linear(user) and user.args[0] is node or
+               g.is_position_slice(user) and _read_by_linear(user) for user in node.users)
+
+
+def _rewrite_linear(graph: fx.Graph, node: fx.Node) -> bool:
+    """``x @ W.t()``, ``torch.matmul(x, W)``, ``addmm(b, x, W)`` with a two-dimensional weight become F.linear."""
+    if g.calls(node, operator.matmul, torch.matmul, torch.mm, "matmul", "mm"):
+        (x, weight), bias = node.args[:2], None
+    elif g.calls(node, torch.addmm) and not node.kwargs:
+        bias, x, weight = node.args
+    else:
+        return False
+    if g.is_weight(x) or not g.is_weight(weight) or len(g.shape(weight)) != 2 or not (bias is None or g.is_weight(bias)):
+        return False
+    with graph.inserting_before(node):
+        transposed = g.weight_call(graph, torch.t, weight)
+    node.op, node.target, node.args, node.kwargs = "call_function", F.linear, (x, transposed, bias), {}
+    return True

@@ -1,0 +1,131 @@
+"""Hold the residual stream in rotated bases: s -> s Q, folded into everything that reads, writes or starts it.
+
+rotate commutes with the gain-free RMSNorm and with the residual add, so it moves to where weights are (paper, section on
+layerwise rotation): readers W -> W Q, writers W -> Q^T W and b -> b Q, the embedding table E -> E Q. Where the basis
+changes along the stream the value is rotated back and into the next basis, s Q_l^T Q_{l+1}; ``insert_adapters`` makes that
+one matrix. What else reads the stream gets it rotated back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from larosa_fx import graph as g
+from larosa_fx.report import PassResult
+
+from larosa_fx.structure import BASES, StreamNode, Structure
+
+
+def run(gm: fx.GraphModule, structure: Structure, rotations: Mapping[str, torch.Tensor], granularity: str) -> PassResult:
+    """Rotate the whole stream; the gains must be folded. ``rotations``: basis -> Q, [D, D], orthogonal."""
+    result = PassResult("fold_rotations")
+    assign_bases(structure, granularity)
+    rotate = _Rotator(gm, rotations)
+    for i, value in enumerate(structure.stream):
+        following = structure.stream[i + 1].node if i + 1 < len(structure.stream) else None
+        kept = {following, *value.norms}
+        if value.previous is None:
+            _start(rotate, structure, value, kept, result)
+        else:
+            _carry(rotate, structure.stream[i - 1], value, result)
+            _return(rotate, value, kept, result)
+        if value.basis is not None:
+            for linear in value.writers:
+                rotate.writer(linear, value.basis)
+            for linear in (linear for norm in value.norms for linear in structure.readers[norm]):
+                rotate.reader(linear, value.basis)
+            result.count("writers", len(value.writers))
+            result.count("readers", sum(len(structure.readers[norm]) for norm in value.norms))
+    return result
+
+
+def assign_bases(structure: Structure, granularity: str) -> None:
+    """Give each value of the stream a basis: its norm's site's, else the one before it; the end's own if no norm reads."""
+    basis_of = {site.norm: BASES[granularity](site) for site in structure.inner_sites()}
+    current = None
+    for value in structure.stream:
+        current = next((basis_of[norm] for norm in value.norms if norm in basis_of), current)
+        value.basis = current
+    if not structure.stream[-1].norms:
+        structure.stream[-1].basis = None
+
+
+def _start(rotate: _Rotator, structure: Structure, value: StreamNode, kept: set, result: PassResult) -> None:
+    if value.basis is None:
+        return
+    if structure.embedding is value.node:
+        rotate.table(value.node, value.basis)
+        _return(rotate, value, kept, result)
+        result.count("tables")
+        return
+    source = value.node
+    value.node = rotate.activation(source, value.basis)
+    for user in kept - {None}:
+        user.replace_input_with(source, value.node)
+    result.count("entry rotations")
+
+
+def _carry(rotate: _Rotator, previous: StreamNode, value: StreamNode, result: PassResult) -> None:
+    if previous.basis == value.basis:
+        return
+    carried = previous.node
+    if previous.basis is not None:
+        carried = rotate.activation(carried, previous.basis, back=True, before=value.node)
+    if value.basis is not None:
+        carried = rotate.activation(carried, value.basis, before=value.node)
+    value.node.replace_input_with(previous.node, carried)
+    result.count("basis changes" if value.basis is not None else "exit rotations")
+
+
+def _return(rotate: _Rotator, value: StreamNode, kept: set, result: PassResult) -> None:
+    """Hand the stream in the model's own basis to whatever is not part of the method."""
+    others = [user for user in value.node.users if user not in kept]
+    if value.basis is None or not others:
+        return
+    own = rotate.activation(value.node, value.basis, back=True)
+    for user in others:
+        user.replace_input_with(value.node, own)
+    result.count("exit rotations")
+
+
+class _Rotator:
+    """W Q, Q^T W, b Q, E Q and s Q as nodes of the graph."""
+
+    def __init__(self, gm: fx.GraphModule, rotations: Mapping[str, torch.Tensor]) -> None:
+        self.gm, self.graph, self.rotations = gm, gm.graph, rotations
+
+    def _q(self, basis: str) -> fx.Node:
+        return g.rotation(self.gm, basis, self.rotations[basis])
+
+    def reader(self, linear: fx.Node, basis: str) -> None:
+        with self.graph.inserting_before(linear):
+            linear.update_arg(1, g.weight_call(self.graph, torch.matmul, linear.args[1], self._q(basis)))
+
+    def writer(self, linear: fx.Node, basis: str) -> None:
+        with self.graph.inserting_before(linear):
+            q = self._q(basis)
+            transposed = g.weight_call(self.graph, torch.t, q)
+            linear.update_arg(1, g.weight_call(self.graph, torch.matmul, transposed, linear.args[1]))
+            if len(linear.args) > 2 and linear.args[2] is not None:
+                linear.update_arg(2, g.weight_call(self.graph, torch.matmul, linear.args[2], q))
+
+    def table(self, embedding: fx.Node, basis: str) -> None:
+        with self.graph.inserting_before(embedding):
+            weight = g.weight_call(self.graph, torch.matmul, g.argument(embedding, 1, "weight"), self._q(basis))
+        if len(embedding.args) > 1:
+            embedding.update_arg(1, weight)
+        else:
+            embedding.update_kwarg("weight", weight)
+
+    def activation(self, node: fx.Node, basis: str, *, back: bool = False, before: fx.Node | None = None) -> fx.Node:
+        """node Q, or node Q^T where ``back``, at run time."""
+        matrix = self._q(basis)
+        with self.graph.inserting_before(before or node.next):
+            if back:
+                matrix = g.weight_call(self.graph, torch.t, matrix)
+            rotated = self.graph.call_function(torch.matmul, (node, matrix))
+        rotated.meta = dict(node.meta)
+        return rotated

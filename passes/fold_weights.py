@@ -1,0 +1,64 @@
+"""Replace each weight expression by a placeholder for its value: the graph then reads folded tensors, as it read weights.
+
+Nothing is evaluated here. Each new placeholder comes with a recipe, the expression itself, that ``larosa_fx.weights``
+evaluates in fp64 for whatever parameters the graph is called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from larosa_fx import compat
+from larosa_fx import graph as g
+from larosa_fx.report import PassResult
+
+from larosa_fx.weights import Recipe
+
+
+def run(gm: fx.GraphModule) -> tuple[list[int | Recipe], PassResult]:
+    """Returns, for each placeholder of the rewritten graph, the position of the original input or a recipe."""
+    result = PassResult("fold_weights")
+    graph = gm.graph
+    position = {node: i for i, node in enumerate(g.placeholders(graph))}
+    last = list(position)[-1]
+    folded: dict[object, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "placeholder" or not g.is_weight(node) or all(map(g.is_weight, node.users)):
+            continue
+        expression = _expression(node, position)
+        if expression not in folded:
+            with graph.inserting_after(last):
+                last = folded[expression] = graph.placeholder(f"larosa_folded_{len(folded)}")
+            compat.mark_static_placeholder(last)
+            result.count("folded tensors")
+        for user in [u for u in node.users if not g.is_weight(u)]:
+            user.replace_input_with(node, folded[expression])
+    g.remove_dead_code(graph)
+    recipe_of = {node: Recipe.of(expression) for expression, node in folded.items()}
+    inputs: list[int | Recipe] = []
+    for node in g.placeholders(graph):
+        if node in recipe_of:
+            inputs.append(recipe_of[node])
+        elif g.PARAMETER in node.meta and not node.users:
+            graph.erase_node(node)
+            result.count("weights no longer read")
+        else:
+            inputs.append(position[node])
+    for name in [name for name, _ in gm.named_buffers() if name.startswith("larosa_rotation_")]:
+        delattr(gm, name)
+    return inputs, result
+
+
+def _expression(node: object, position: dict[fx.Node, int]) -> object:
+    """A weight expression as nested tuples: hashable, equal where the value is equal."""
+    if isinstance(node, fx.Node):
+        if node.op == "placeholder":
+            return ("input", position[node])
+        if node.op == "get_attr":
+            return ("rotation", node.meta[g.ROTATION])
+        return ("call", node.target, *(_expression(a, position) for a in node.args))
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return ("list", *(_expression(a, position) for a in node))
+    return ("constant", node)

@@ -1,0 +1,30 @@
+"""Residual adapters: s Q_l^T Q_{l+1} on a residual edge becomes one matrix, A_l = Q_l^T Q_{l+1} (paper, equation of A)."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from larosa_fx import graph as g
+from larosa_fx.report import PassResult
+
+
+
+def run(gm: fx.GraphModule) -> PassResult:
+    """Fuse each pair of run-time rotations that follow each other; counts ``adapters``."""
+    result = PassResult("insert_adapters")
+    for node in gm.graph.find_nodes(op="call_function", target=torch.matmul):
+        if not _rotates_activation(node) or not _rotates_activation(node.args[0]) or len(node.args[0].users) != 1:
+            continue
+        (x, back), into = node.args[0].args, node.args[1]
+        with gm.graph.inserting_before(node):
+            adapter = g.weight_call(gm.graph, torch.matmul, back, into)
+        node.args = (x, adapter)
+        result.count("adapters")
+    g.remove_dead_code(gm.graph)
+    return result
+
+
+def _rotates_activation(node: object) -> bool:
+    return g.calls(node, torch.matmul) and g.is_weight(node.args[1]) and not g.is_weight(node.args[0]) and all(
+        n.op != "placeholder" for n in g.upstream(node.args[1], lambda n: False))

@@ -1,0 +1,185 @@
+"""Find what the method works on in a canonical graph: the residual stream, its norms, their readers, the sites.
+
+Nothing is rewritten, and dataflow alone decides. A site is the input of linears with parameter weights. It is an *inner*
+site (h1, h3) where an RMSNorm of the residual stream makes it, and an *outer* one (h2, h4) where the linears of an inner
+site lead to it. The block is attention where positions mix on the way from one to the other.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from larosa_fx import graph as g
+from larosa_fx.report import PassResult
+
+from larosa_fx.structure import Site, StreamNode, Structure
+
+
+def run(graph: fx.Graph) -> tuple[Structure, PassResult]:
+    """The structure of a canonical graph, and the pass's counts; ``skipped`` names linears that belong to no site."""
+    result = PassResult("match")
+    readers = {n: _readers(n) for n in graph.nodes if g.is_rms_norm(n) and not _is_linear_output(n.args[0])}
+    readers = {norm: linears for norm, linears in readers.items() if linears}
+    sites, head_norms = _sites(graph, readers, result)
+    stream, obstacles = _stream(list(readers))
+    structure = Structure(sites, stream, readers, obstacles, result.skipped)
+    _ends(structure, head_norms)
+    structure.obstacles += [(str(user), "writes in place to the residual stream or to a normed value of it")
+                            for node in [*readers, *(s.node for s in stream)] for user in node.users if g.mutates(user)]
+    for what, n in (("layers", structure.layers), ("sites", len(sites)), ("norms", len(readers)),
+                    ("linears", sum(len(s.linears) for s in sites))):
+        result.count(what, n)
+    return structure, result
+
+
+def _is_weight_linear(node: object) -> bool:
+    return g.is_linear(node) and g.is_weight(node.args[1]) and (len(node.args) < 3 or node.args[2] is None
+                                                                or g.is_weight(node.args[2]))
+
+
+def _readers(norm: fx.Node) -> list[fx.Node]:
+    """The linears that read norm, directly or through a choice of positions (the head often reads the last alone)."""
+    found = []
+    for user in norm.users:
+        if _is_weight_linear(user) and user.args[0] is norm:
+            found.append(user)
+        elif g.is_position_slice(user):
+            found += _readers(user)
+    return found
+
+
+def _is_linear_output(node: fx.Node) -> bool:
+    """Whether node is (a piece of) a linear's output: norms inside a branch (q/k-norm, latent attention) read such."""
+    return g.is_linear(g.peel(node, lambda n: g.calls(n, operator.getitem, "view", "reshape", "split", "chunk",
+                                                      "transpose", torch.split, torch.chunk)))
+
+
+# ---- sites ---------------------------------------------------------------------------------------------------------
+
+
+def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], result: PassResult) -> tuple[list[Site], set[fx.Node]]:
+    """All sites in (layer, kind) order, and the norms that no outer site follows: the head's."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if _is_weight_linear(node):
+            groups.setdefault(node.args[0], []).append(node)
+    norm_of = {linear: norm for norm, linears in readers.items() for linear in linears}
+    outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, norm of its inner site, whether attention)
+    for tensor, linears in groups.items():
+        if linears[0] in norm_of:
+            continue
+        branch = list(g.upstream(tensor, lambda n: _is_weight_linear(n) or n in readers))
+        norms = {norm_of[n] for n in branch if n in norm_of}
+        if len(norms) == 1:
+            outer.append((tensor, norms.pop(), any(map(_mixes_positions, branch))))
+        else:
+            for linear in linears:
+                result.skip(linear, "its input is not a branch of one RMSNorm of the residual stream")
+    attention = {norm for _, norm, mixes in outer if mixes}
+    followed = {norm for _, norm, _ in outer}
+    sites, layer_of, kinds = [], {}, set()
+    layer = -1
+    for norm in (n for n in readers if n in followed):
+        kind = "h1" if norm in attention else "h3"
+        if kind == "h1" or kind in kinds or layer < 0:
+            layer, kinds = layer + 1, set()
+        kinds.add(kind)
+        layer_of[norm] = layer
+        for tensor, linears in groups.items():
+            if norm_of.get(linears[0]) is norm:
+                sites.append(Site(layer, kind, tensor, linears, norm))
+    for tensor, norm, mixes in outer:
+        sites.append(Site(layer_of[norm], "h2" if mixes else "h4", tensor, groups[tensor]))
+    names = [site.name for site in sites]
+    for site in [s for s in sites if names.count(s.name) > 1]:
+        sites.remove(site)
+        result.skip(site.linears[0], f"more than one {site.name}")
+    return sorted(sites, key=lambda s: (s.layer, s.kind)), set(readers) - followed
+
+
+def _mixes_positions(node: fx.Node) -> bool:
+    """Attention, however it is spelled: a product of two activations, a softmax, or an operator of somebody's own."""
+    if g.calls(node, F.scaled_dot_product_attention, F.softmax, torch.softmax, "softmax"):
+        return True
+    if g.calls(node, torch.matmul, torch.bmm, operator.matmul, torch.einsum, "matmul", "bmm"):
+        return not any(map(g.is_weight, node.all_input_nodes))
+    return node.op == "call_function" and isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
+
+
+# ---- residual stream -----------------------------------------------------------------------------------------------
+
+
+def _stream(norms: list[fx.Node]) -> tuple[list[StreamNode], list[tuple[str, str]]]:
+    """The longest chain of residual adds that ends in a norm's input, from its source on, and what it does not cover."""
+    chain = max((_chain(norm.args[0]) for norm in norms), key=len, default=[])
+    by_node = {s.node: s for s in chain}
+    obstacles = []
+    for norm in norms:
+        if norm.args[0] in by_node:
+            by_node[norm.args[0]].norms.append(norm)
+        else:
+            source = _chain(norm.args[0])[0].node
+            obstacles.append((str(source), "the residual stream passes something that is no sum with linears' outputs "
+                                           "here, so a rotation cannot be carried past it"))
+    return chain, list(dict.fromkeys(obstacles))
+
+
+def _chain(node: fx.Node) -> list[StreamNode]:
+    """Residual adds from the source to ``node``; the source is the first value that is no ``add(stream, branch)``."""
+    chain: list[StreamNode] = []
+    while True:
+        link = _residual_add(node)
+        chain.append(link)
+        if link.previous is None:
+            return chain[::-1]
+        node = link.previous
+
+
+def _residual_add(node: fx.Node) -> StreamNode:
+    if g.calls(node, *g.ADDS) and len(node.args) == 2 and not node.kwargs:
+        a, b = node.args
+        of_a, of_b = _writers(a, node), _writers(b, node)
+        if (of_a is None) != (of_b is None) and isinstance(a, fx.Node) and isinstance(b, fx.Node):
+            return StreamNode(node, a, of_b) if of_a is None else StreamNode(node, b, of_a)
+    return StreamNode(node)
+
+
+def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
+    """The linears whose sum, up to constant factors, node is, where ``reader`` alone reads it; None where it is not."""
+    if not isinstance(node, fx.Node) or list(node.users) != [reader]:
+        return None
+    if _is_weight_linear(node):
+        return [node]
+    if g.calls(node, *g.MULS, operator.truediv) and g.is_scalar(node.args[1]):
+        return _writers(node.args[0], node)
+    if g.calls(node, *g.ADDS) and len(node.args) == 2 and not node.kwargs:
+        a, b = (_writers(arg, node) for arg in node.args)
+        return None if a is None or b is None else a + b
+    return None
+
+
+def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:
+    """Decide whether the embedding table and the head may be folded; elsewhere the stream leaves in its own basis."""
+    if not structure.stream:
+        return
+    source = structure.stream[0].node
+    if g.calls(source, F.embedding) and g.argument(source, 3, "max_norm") is None:
+        table = g.argument(source, 1, "weight")
+        if g.is_weight(table) and set(table.users) == {source}:
+            structure.embedding = source
+    for stream_node in structure.stream:
+        for norm in [n for n in stream_node.norms if n in head_norms]:
+            linears = structure.readers[norm]
+            exclusive = all(set(linear.args[1].users) == {linear} for linear in linears)
+            if exclusive and _only_read_by(norm, linears) and stream_node is structure.stream[-1]:
+                structure.head = norm
+            else:
+                stream_node.norms.remove(norm)
+
+
+def _only_read_by(node: fx.Node, linears: list[fx.Node]) -> bool:
+    return all(user in linears or g.is_position_slice(user) and _only_read_by(user, linears) for user in node.users)

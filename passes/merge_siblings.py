@@ -1,0 +1,53 @@
+"""Linears that share their input become one: q|k|v, gate|up. One selection and one GEMV serve them all."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from larosa_fx import graph as g
+from larosa_fx.report import PassResult
+
+from larosa_fx.structure import Structure
+
+
+def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
+    """Merge the linears of each site along out_features; biases are added to the pieces, as they were."""
+    result = PassResult("merge_siblings")
+    graph = gm.graph
+    for site in structure.sites:
+        if len(site.linears) == 1:
+            continue
+        with graph.inserting_after(site.input):
+            anchor = graph.call_function(torch.cat, ([linear.args[1] for linear in site.linears], 0))
+        _hoist_weights(graph, anchor)
+        with graph.inserting_after(anchor):
+            merged = graph.call_function(F.linear, (site.input, anchor))
+        with graph.inserting_after(merged):
+            sizes = [g.linear_size(linear)[1] for linear in site.linears]
+            pieces = graph.call_function(torch.split, (merged, sizes, -1))
+        for i, linear in reversed(list(enumerate(site.linears))):
+            with graph.inserting_after(pieces):
+                piece = graph.call_function(operator.getitem, (pieces, i))
+            piece.meta = dict(linear.meta)
+            if len(linear.args) > 2 and linear.args[2] is not None:
+                linear.op, linear.target, linear.args = "call_function", operator.add, (piece, linear.args[2])
+            else:
+                linear.replace_all_uses_with(piece)
+                graph.erase_node(linear)
+        result.count("linears", len(site.linears))
+        result.count("merged")
+        site.linears = [merged]
+    g.remove_dead_code(graph)
+    return result
+
+
+def _hoist_weights(graph: fx.Graph, node: fx.Node) -> None:
+    """Move the weight expressions that ``node`` depends on in front of it: they depend on placeholders alone."""
+    needed = [n for n in g.upstream(node, lambda n: False) if n.op not in ("placeholder", "get_attr") and n is not node]
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for n in sorted(needed, key=order.__getitem__):
+        node.prepend(n)

@@ -1,0 +1,145 @@
+"""Inputs and oracles for the ops, shared by every implementation's tests. The oracles use none of the tested code."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+_INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def _name(value):
+    return str(value).removeprefix("torch.")
+
+
+def _bits(x):
+    return x.detach().cpu().contiguous().view(_INT[x.dtype])
+
+
+def _scatter(x, g, values):
+    """Overwrite about a tenth of x with values drawn from a list."""
+    drawn = torch.tensor(values, dtype=x.dtype)[torch.randint(len(values), x.shape, generator=g)]
+    return torch.where(torch.rand(x.shape, generator=g) < 0.1, drawn, x)
+
+
+def _randn(shape, dtype, g):
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+
+def _denormal(shape, dtype, g):
+    mantissa = int(-np.log2(torch.finfo(dtype).eps))
+    sign = torch.randint(2, shape, generator=g) * torch.iinfo(_INT[dtype]).min
+    return (torch.randint(1 << mantissa, shape, generator=g) + sign).to(_INT[dtype]).view(dtype)
+
+
+# Every kind of row the selection may meet: name -> f(shape, dtype, generator).
+ROWS = {
+    "normal": _randn,
+    "heavy_tails": lambda s, d, g: _randn(s, torch.float64, g).pow(5).clamp(-6e4, 6e4).to(d),
+    "massive_channel": lambda s, d, g: _scatter(_randn(s, d, g), g, [0.0, 3e4]),
+    "offset": lambda s, d, g: (_randn(s, torch.float64, g) * 0.01 + 5).to(d),
+    "ties": lambda s, d, g: torch.randint(-3, 4, s, generator=g).to(d),
+    "all_equal": lambda s, d, g: torch.full(s, -1.5).to(d),
+    "equal_up_to_sign": lambda s, d, g: (torch.randint(2, s, generator=g) * 2.0 - 1).to(d),
+    "zeros": lambda s, d, g: torch.zeros(s, dtype=d),
+    "signed_zeros": lambda s, d, g: _scatter(torch.zeros(s, dtype=d), g, [-0.0, -0.0, 1.0]),
+    "nonfinite": lambda s, d, g: _scatter(_randn(s, d, g), g, [float("nan"), float("inf"), -float("inf"), 0.0]),
+    "all_nan": lambda s, d, g: torch.full(s, float("nan"), dtype=d),
+    "huge": lambda s, d, g: (torch.rand(s, generator=g, dtype=torch.float64) - 0.5).mul(2 * torch.finfo(d).max).to(d),
+    "tiny": lambda s, d, g: (_randn(s, torch.float64, g) * torch.finfo(d).tiny).to(d),
+    "denormal": _denormal,
+    "ascending": lambda s, d, g: _randn(s, d, g).sort(dim=-1).values,
+    "any_bits": lambda s, d, g: torch.randint(
+        torch.iinfo(_INT[d]).min, torch.iinfo(_INT[d]).max, s, generator=g, dtype=_INT[d]
+    ).view(d),
+}
+
+
+@pytest.fixture(params=ROWS)
+def make_rows(request):
+    """f(shape, dtype, generator) -> rows of one kind, on the CPU."""
+    return ROWS[request.param]
+
+
+@pytest.fixture(params=DTYPES, ids=_name)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def gen():
+    """A CPU generator with a fresh seed, or with the one to repeat."""
+    seed = int(os.environ.get("LAROSA_SEED") or random.randrange(2**31))
+    print(f"repeat with LAROSA_SEED={seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def check_select():
+    """f(x, k, values, indices): the selection must be the oracle's, bit for bit."""
+
+    def check(x, k, values, indices):
+        assert values.shape == indices.shape == (*x.shape[:-1], k)
+        assert values.dtype == x.dtype and indices.dtype == torch.int32
+        assert values.device == indices.device == x.device
+        assert values.is_contiguous() and indices.is_contiguous()
+        row_bits = _bits(x).numpy().reshape(-1, x.shape[-1])
+        got_at = indices.cpu().numpy().reshape(-1, k)
+        got_bits = _bits(values).numpy().reshape(-1, k)
+        for row, (pattern, at, kept) in enumerate(zip(row_bits, got_at, got_bits, strict=True)):
+            magnitude = pattern.astype(np.int64) & np.iinfo(pattern.dtype).max
+            expected = np.sort(np.lexsort((np.arange(len(pattern)), -magnitude))[:k])
+            np.testing.assert_array_equal(at, expected, err_msg=f"row {row}: channels, K={len(pattern)} k={k}")
+            np.testing.assert_array_equal(kept, pattern[expected], err_msg=f"row {row}: bits of the values")
+        # The same in terms of what was asked for, not of bit patterns.
+        double = x.detach().cpu().double().abs()
+        dropped = torch.ones_like(double).scatter(-1, indices.cpu().long(), 0).bool()
+        if k < x.shape[-1] and double.isfinite().all():
+            smallest_kept = values.detach().cpu().double().abs().amin(-1)
+            assert (smallest_kept >= torch.where(dropped, double, -1.0).amax(-1)).all()
+
+    return check
+
+
+@pytest.fixture
+def make_gemv():
+    """f(leading, K, k, N, dtype, generator) -> values, indices (distinct, ascending), weight, on the CPU."""
+
+    def make(leading, channels, k, columns, dtype, g):
+        order = torch.rand(*leading, channels, generator=g).argsort(-1)[..., :k].sort(-1).values
+        weight = (torch.randn(channels, columns, generator=g) / channels**0.5).to(dtype)
+        return _randn((*leading, k), dtype, g), order.int(), weight
+
+    return make
+
+
+@pytest.fixture
+def check_gemv():
+    """f(values, indices, weight, y, ulp): within rounding of the fp64 product, as only wide accumulation achieves.
+
+    ulp is what the one rounding of the result may cost: half for round-to-nearest.
+    """
+
+    def check(values, indices, weight, y, ulp=0.5):
+        assert y.shape == (*values.shape[:-1], weight.shape[1])
+        assert y.dtype == values.dtype and y.device == values.device and y.is_contiguous()
+        channels = weight.shape[0]
+        rows = values.shape[:-1].numel()
+        flat = values.detach().cpu().double().reshape(rows, values.shape[-1])
+        at = indices.cpu().long().reshape(flat.shape)
+        x = torch.zeros(rows, channels, dtype=torch.float64).scatter_(1, at, flat)
+        w = weight.detach().cpu().double()
+        exact = (x @ w).reshape(y.shape)
+        magnitude = (x.abs() @ w.abs()).reshape(y.shape)
+        # The result's rounding (eps is one ulp at 1), its denormal step, and 2^-19 of the summed magnitudes: room for a
+        # few dozen fp32 roundings in sequence, and five hundred times less than one rounding to bf16 on the way.
+        info = torch.finfo(y.dtype)
+        wide = 2.0**-19 if y.dtype != torch.float64 else 2.0**-48
+        bound = 1.0001 * ulp * info.eps * exact.abs() + info.tiny * info.eps + wide * magnitude
+        error = (y.detach().cpu().double() - exact).abs()
+        assert (error <= bound).all(), f"worst error is {(error / bound).max():.2f} of what rounding explains"
+
+    return check

@@ -1,0 +1,352 @@
+"""The registered ops on every device at hand: results, refusals, shape inference, torch.compile, CUDA graphs."""
+
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from larosa_fx.kernels import reference
+from larosa_fx.kernels.ops import sparse_gemv, topk_select
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CUDA = pytest.param("cuda", marks=needs_cuda)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=["op", "reference"])
+def gemv(request):
+    return {"op": sparse_gemv, "reference": reference.sparse_gemv}[request.param]
+
+
+@pytest.fixture(params=["op", "reference"])
+def select(request):
+    return {"op": topk_select, "reference": reference.topk_select}[request.param]
+
+
+# ---- topk_select ----
+
+
+@pytest.mark.parametrize("channels", [1, 3, 100, 577, 1536, 11008])
+def test_select(select, device, make_rows, dtype, channels, gen, check_select):
+    x = make_rows((2, channels), dtype, gen).to(device)
+    for k in sorted({1, math.ceil(channels / 2), max(channels - 1, 1), channels}):
+        check_select(x, k, *select(x, k))
+
+
+def test_select_float64(select, device, make_rows, gen, check_select):
+    x = make_rows((2, 577), torch.float64, gen).to(device)
+    for k in (1, 200, 577):
+        check_select(x, k, *select(x, k))
+
+
+@pytest.mark.parametrize("channels", [16384, 16385, 32768, 50000])
+def test_select_long_rows(select, device, dtype, channels, gen, check_select):
+    x = torch.randn(channels, generator=gen).to(dtype).to(device)
+    for k in (1, channels // 3, channels):
+        check_select(x, k, *select(x, k))
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 1, 7), (3, 0, 7), (0, 7), (2, 3, 5, 7)], ids=str)
+def test_select_leading_shapes(select, device, dtype, shape, gen, check_select):
+    x = torch.randn(shape, generator=gen).to(dtype).to(device)
+    check_select(x, 4, *select(x, 4))
+
+
+def test_select_many_rows(select, device, dtype, gen, check_select):
+    x = torch.randn(3000, 129, generator=gen).to(dtype).to(device)
+    check_select(x, 50, *select(x, 50))
+
+
+def test_select_strided(select, device, dtype, gen, check_select):
+    base = torch.randn(6, 5, 96, generator=gen).to(dtype).to(device)
+    views = {
+        "last position": base[:, -1:],
+        "transposed": base.transpose(1, 2),
+        "swapped leading": base.transpose(0, 1),
+        "every other channel": base[..., ::2],
+        "one row for all": base[:1, :1].expand(4, 3, 96),
+        "unaligned": base[..., 1:],
+    }
+    for name, x in views.items():
+        values, indices = select(x, 2)
+        print(name)
+        check_select(x, 2, values, indices)
+
+
+def test_select_keeps_nan_and_takes_ties_from_the_lowest_channel(select, device, dtype):
+    nan, inf = float("nan"), float("inf")
+    x = torch.tensor([1.0, -inf, 2.0, nan, -2.0, 2.0, -0.0, 0.0], dtype=dtype, device=device)
+    picks = {1: [3], 2: [1, 3], 3: [1, 2, 3], 4: [1, 2, 3, 4], 5: [1, 2, 3, 4, 5], 7: [0, 1, 2, 3, 4, 5, 6]}
+    for k, expected in picks.items():
+        assert select(x, k)[1].tolist() == expected
+
+
+def test_select_identity(select, device, dtype, gen):
+    x = torch.randn(4, 33, generator=gen).to(dtype).to(device)
+    values, indices = select(x, 33)
+    assert torch.equal(values, x)
+    assert torch.equal(indices, torch.arange(33, dtype=torch.int32, device=device).expand(4, 33))
+    values.zero_()
+    assert x.any(), "the values must not alias x"
+
+
+@pytest.mark.parametrize("k", [0, -1, 9])
+def test_select_refuses_k(device, k):
+    x = torch.randn(2, 8, device=device)
+    with pytest.raises(ValueError, match=rf"k={k} for K=8"):
+        topk_select(x, k)
+
+
+def test_select_refuses_inputs(device):
+    with pytest.raises(TypeError, match=r"torch\.int64"):
+        topk_select(torch.arange(8, device=device), 2)
+    with pytest.raises(ValueError, match="scalar"):
+        topk_select(torch.tensor(1.0, device=device), 1)
+    with pytest.raises(ValueError, match="K=0"):
+        topk_select(torch.empty(2, 0, device=device), 1)
+
+
+# ---- sparse_gemv ----
+
+
+@pytest.mark.parametrize(
+    ("leading", "channels", "k", "columns"),
+    [
+        ((), 1, 1, 1),
+        ((1,), 3, 2, 3),
+        ((1, 1), 100, 50, 577),
+        ((1,), 577, 576, 64),
+        ((1,), 1536, 1536, 65),
+        ((1,), 1536, 700, 1000),
+        ((1,), 11008, 5504, 40),
+        ((2, 3), 577, 100, 129),
+        ((8,), 300, 77, 130),
+        ((9,), 300, 77, 130),
+        ((5, 40), 257, 31, 66),
+        ((1,), 64, 0, 5),
+        ((1,), 64, 3, 0),
+        ((2, 0), 64, 3, 5),
+    ],
+    ids=str,
+)
+def test_gemv(gemv, device, dtype, leading, channels, k, columns, gen, make_gemv, check_gemv):
+    args = [t.to(device) for t in make_gemv(leading, channels, k, columns, dtype, gen)]
+    check_gemv(*args, gemv(*args))
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_gemv_float64(gemv, device, rows, gen, make_gemv, check_gemv):
+    args = [t.to(device) for t in make_gemv((rows,), 577, 300, 65, torch.float64, gen)]
+    check_gemv(*args, gemv(*args))
+
+
+def test_gemv_reads_the_listed_rows_only(gemv, device, dtype, gen, make_gemv):
+    values, indices, weight = make_gemv((1,), 100, 40, 70, dtype, gen)
+    poisoned = torch.full_like(weight, float("nan"))
+    listed = indices[0].long()
+    poisoned[listed] = weight[listed]
+    args = values.to(device), indices.to(device)
+    assert torch.equal(gemv(*args, weight.to(device)), gemv(*args, poisoned.to(device)))
+
+
+def test_gemv_lets_nonfinite_values_through(gemv, device, dtype):
+    values = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [1.0, 1.0]], dtype=dtype, device=device)
+    indices = torch.tensor([[0, 2]] * 3, dtype=torch.int32, device=device)
+    y = gemv(values, indices, torch.ones(3, 5, dtype=dtype, device=device))
+    assert y[0].isnan().all() and y[1].isposinf().all() and (y[2] == 2).all()
+
+
+def test_gemv_scales(gemv, device, gen, make_gemv, check_gemv):
+    """Products far below bf16's or fp16's normal range still add up in float32."""
+    values, indices, weight = make_gemv((1,), 500, 250, 33, torch.float16, gen)
+    args = [t.to(device) for t in (values * 2**-20, indices, weight * 2**10)]
+    check_gemv(*args, gemv(*args))
+    values, indices, weight = make_gemv((1,), 500, 250, 33, torch.bfloat16, gen)
+    args = [t.to(device) for t in (values * 2.0**60, indices, weight * 2.0**-100)]
+    check_gemv(*args, gemv(*args))
+
+
+def test_gemv_strided_list(gemv, device, dtype, gen, make_gemv, check_gemv):
+    values, indices, weight = (t.to(device) for t in make_gemv((4,), 90, 30, 40, dtype, gen))
+    values, indices = values.t().contiguous().t(), indices[:, ::2]
+    check_gemv(values[:, ::2], indices, weight, gemv(values[:, ::2], indices, weight))
+
+
+def test_gemv_repeats_its_bits(device, dtype, gen, make_gemv):
+    args = [t.to(device) for t in make_gemv((1,), 4096, 2048, 300, dtype, gen)]
+    first = sparse_gemv(*args)
+    assert all(torch.equal(sparse_gemv(*args), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+def test_select_then_gemv_is_the_masked_product(device, dtype, rows, gen, check_gemv):
+    x = torch.randn(rows, 577, generator=gen).to(dtype).to(device)
+    weight = (torch.randn(577, 96, generator=gen) / 24).to(dtype).to(device)
+    values, indices = topk_select(x, 288)
+    check_gemv(values, indices, weight, sparse_gemv(values, indices, weight))
+    full = sparse_gemv(*topk_select(x, 577), weight)
+    torch.testing.assert_close(full, x @ weight, rtol=2e-2, atol=2e-2)
+
+
+def test_gemv_refuses(device):
+    v = torch.ones(2, 3, device=device)
+    i = torch.zeros(2, 3, dtype=torch.int32, device=device)
+    w = torch.ones(4, 5, device=device)
+    for error, match, args in [
+        (TypeError, "indices must be torch.int32, got torch.int64", (v, i.long(), w)),
+        (TypeError, "weight must have values' dtype torch.float32, got torch.float16", (v, i, w.half())),
+        (TypeError, "got torch.int32", (i, i, w)),
+        (ValueError, r"\(2, 3\) and \(2, 2\)", (v, i[:, :2], w)),
+        (ValueError, r"weight must be \[K, N\], got shape \(4,\)", (v, i, w[:, 0])),
+        (ValueError, r"contiguous.*strides \(1, 4\)", (v, i, torch.ones(5, 4, device=device).t())),
+        (ValueError, "one device", (v, i, torch.ones(4, 5, device="meta"))),
+        (ValueError, "one shape", (v[0, 0], i[0, 0], w)),
+    ]:
+        with pytest.raises(error, match=match):
+            sparse_gemv(*args)
+
+
+# ---- registration, compilation ----
+
+
+def test_opcheck(device, dtype, gen, make_gemv):
+    for leading in [(), (1, 1), (3, 2), (12,)]:
+        x = torch.randn(*leading, 40, generator=gen).to(dtype).to(device)
+        for k in (1, 17, 40):
+            torch.library.opcheck(topk_select, (x, k))
+        args = [t.to(device) for t in make_gemv(leading, 40, 17, 9, dtype, gen)]
+        torch.library.opcheck(sparse_gemv, tuple(args))
+    torch.library.opcheck(topk_select, (torch.randn(6, 40, device=device).t(), 3))
+
+
+def test_ops_are_where_graphs_look_for_them():
+    assert str(torch.ops.larosa.topk_select.default._schema) == (
+        "larosa::topk_select(Tensor x, SymInt k) -> (Tensor, Tensor)"
+    )
+    assert str(torch.ops.larosa.sparse_gemv.default._schema) == (
+        "larosa::sparse_gemv(Tensor values, Tensor indices, Tensor weight) -> Tensor"
+    )
+
+
+def _sparse_linear(x, weight, k):
+    values, indices = torch.ops.larosa.topk_select(x * 2, k)
+    return torch.ops.larosa.sparse_gemv(values, indices, weight) + 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(device, dtype, backend, gen):
+    if (backend, device) == ("inductor", "cpu") and not shutil.which("c++"):
+        pytest.skip("Inductor needs a C++ compiler for the CPU")
+    torch.compiler.reset()
+    weight = torch.randn(96, 50, generator=gen).to(dtype).to(device)
+    compiled = torch.compile(_sparse_linear, fullgraph=True, backend=backend)
+    for shape in [(1, 96), (2, 5, 96)]:
+        x = torch.randn(shape, generator=gen).to(dtype).to(device)
+        assert torch.equal(compiled(x, weight, 30), _sparse_linear(x, weight, 30))
+
+
+def test_compile_once_for_every_leading_size(device, gen):
+    """A dynamic leading dimension must not be guarded on, not even where the implementations switch algorithm."""
+    graphs = []
+
+    def count(gm, inputs):
+        graphs.append(gm)
+        return gm
+
+    torch.compiler.reset()
+    weight = torch.randn(96, 50, generator=gen).to(device)
+    compiled = torch.compile(_sparse_linear, fullgraph=True, backend=count)
+    for rows in (3, 2, 8, 9, 300):
+        x = torch.randn(rows, 1, 96, generator=gen).to(device)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert torch.equal(compiled(x, weight, 30), _sparse_linear(x, weight, 30))
+    assert len(graphs) == 1
+
+
+def test_compile_reports_a_bad_k(device):
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="k=97 for K=96"):
+        torch.compile(_sparse_linear, fullgraph=True, backend="aot_eager")(
+            torch.randn(1, 96, device=device), torch.randn(96, 4, device=device), 97
+        )
+
+
+def test_triton_is_not_needed_on_cpu():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from larosa_fx.kernels import ops; "
+        "v, i = ops.topk_select(torch.tensor([1., -3., 2.]), 2); "
+        "print(ops.sparse_gemv(v, i, torch.eye(3)).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[0.0, -3.0, 2.0]", done.stderr
+
+
+# ---- CUDA graphs ----
+
+
+@needs_cuda
+@pytest.mark.parametrize("rows", [1, 3, 12])
+@pytest.mark.parametrize(("channels", "k", "columns"), [(577, 200, 130), (4096, 2048, 4096), (20000, 9000, 64)])
+def test_cuda_graph_replays(dtype, rows, channels, k, columns, gen):
+    """Captured once, replayed on changing inputs: eager's bits every time, so no state survives a replay."""
+    x = torch.randn(rows, channels, generator=gen).to(dtype).cuda()
+    weight = (torch.randn(channels, columns, generator=gen) / channels**0.5).to(dtype).cuda()
+
+    def step():
+        values, indices = topk_select(x, k)
+        return values, indices, sparse_gemv(values, indices, weight)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for replay in range(50):
+        fresh = torch.randn(rows, channels, generator=gen).mul(10.0 ** (replay % 5 - 2))
+        x.copy_(torch.ones_like(fresh) if replay == 7 else fresh)
+        graph.replay()
+        got = [t.clone() for t in captured]
+        for a, b in zip(got, step(), strict=True):
+            assert torch.equal(a, b), f"replay {replay}"
+
+
+@needs_cuda
+def test_cuda_graphs_of_inductor(dtype, gen):
+    torch.compiler.reset()
+    weight = torch.randn(4096, 512, generator=gen).to(dtype).cuda()
+    compiled = torch.compile(_sparse_linear, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(10):
+            x = torch.randn(1, 4096, generator=gen).to(dtype).cuda()
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(compiled(x, weight, 2048), _sparse_linear(x, weight, 2048))
+
+
+@needs_cuda
+def test_cuda_big_weight(gen):
+    """Offsets beyond 2^31 elements."""
+    channels, columns = 40000, 60000
+    if torch.cuda.mem_get_info()[0] < 8 << 30:
+        pytest.skip("needs 8 GiB of free GPU memory")
+    weight = torch.zeros(channels, columns, dtype=torch.bfloat16, device="cuda")
+    weight[-1], weight[-2] = 3, 5
+    x = torch.zeros(1, channels, dtype=torch.bfloat16, device="cuda")
+    x[0, -2:] = torch.tensor([2.0, 1.0])
+    assert (sparse_gemv(*topk_select(x, 2), weight) == 13).all()
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_cuda_second_gpu(gen):
+    x, weight = torch.randn(1, 64, generator=gen).to("cuda:1"), torch.randn(64, 32, generator=gen).to("cuda:1")
+    y = sparse_gemv(*topk_select(x, 64), weight)
+    torch.testing.assert_close(y, x @ weight, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,150 @@
+"""The Triton launchers themselves: natively where there is a GPU, in Triton's interpreter where there is none.
+
+The interpreter must be chosen before Triton is imported, and not for a process that also compiles: so these tests skip
+unless TRITON_INTERPRET=1, and the last one runs them all in a process of their own.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+kernels = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA GPU or TRITON_INTERPRET=1"
+)
+
+
+@pytest.fixture
+def topk():
+    from larosa_fx.kernels import triton_topk
+
+    return triton_topk
+
+
+@pytest.fixture
+def gemv():
+    from larosa_fx.kernels import triton_gemv
+
+    return triton_gemv
+
+
+@pytest.fixture
+def check_gemv(check_gemv):
+    """The interpreter (not the compiler) truncates where it converts to bf16: a whole ulp instead of half of one."""
+
+    def check(values, indices, weight, y):
+        check_gemv(values, indices, weight, y, ulp=1.0 if INTERPRETED and y.dtype == torch.bfloat16 else 0.5)
+
+    return check
+
+
+@kernels
+@pytest.mark.parametrize("channels", [1, 3, 577])
+def test_select(topk, make_rows, dtype, channels, gen, check_select):
+    x = make_rows((1, channels), dtype, gen).to(DEVICE)
+    for k in sorted({1, math.ceil(channels / 2), max(channels - 1, 1), channels}):
+        check_select(x, k, *topk.topk_select(x, k))
+
+
+@kernels
+@pytest.mark.parametrize("channels", [128, 129, 192, 193, 1536, 4096, 11008, 16384, 20000])
+def test_select_block_shapes(topk, dtype, channels, gen, check_select):
+    """One block, head and tail, full and nearly empty, and rows that are read again every round."""
+    for x in (torch.randn(2, channels, generator=gen), torch.randint(-2, 3, (2, channels), generator=gen)):
+        x = x.to(dtype).to(DEVICE)
+        check_select(x, channels // 2, *topk.topk_select(x, channels // 2))
+
+
+@kernels
+def test_select_looped_row_equals_resident_row(topk, make_rows, dtype, gen, check_select, monkeypatch):
+    monkeypatch.setattr(topk, "_RESIDENT", 0)
+    monkeypatch.setattr(topk, "_LOOP_BLOCK", 256)
+    x = make_rows((1, 600), dtype, gen).to(DEVICE)
+    for k in (1, 300, 600):
+        check_select(x, k, *topk.topk_select(x, k))
+
+
+@kernels
+def test_select_is_exact_whatever_is_guessed_first(topk, dtype, gen, check_select, monkeypatch):
+    x = torch.randn(1, 300, generator=gen).to(dtype).to(DEVICE)
+    for guess in (-1e30, -3.0, 3.0, 1e30):
+        monkeypatch.setattr(topk, "guess_offset", lambda k, channels, guess=guess: guess)
+        check_select(x, 77, *topk.topk_select(x, 77))
+
+
+@kernels
+def test_select_strides(topk, dtype, gen, check_select):
+    base = torch.randn(3, 2, 20, generator=gen).to(dtype).to(DEVICE)
+    views = base[:, -1], base.transpose(1, 2), base[..., ::2], base[:1, :1].expand(2, 2, 20), base[..., 1:], base[:0]
+    for x in views:
+        check_select(x, 2, *topk.topk_select(x, 2))
+
+
+@kernels
+@pytest.mark.parametrize("split", [1, 2, 4, 16])
+@pytest.mark.parametrize(
+    ("leading", "channels", "k", "columns"),
+    [((), 5, 5, 1), ((1,), 577, 300, 65), ((3,), 400, 150, 128), ((2, 2), 100, 1, 3), ((1,), 64, 0, 5)],
+    ids=str,
+)
+def test_gemv(gemv, dtype, split, leading, channels, k, columns, gen, make_gemv, check_gemv):
+    args = [t.to(DEVICE) for t in make_gemv(leading, channels, k, columns, dtype, gen)]
+    for block_n, block_k, stages in ((64, 32, 3), (32, 64, 1)):
+        using = gemv.Config(block_n, block_k, split, stages, warps=2)
+        check_gemv(*args, gemv.sparse_gemv(*args, using=using))
+
+
+@kernels
+@pytest.mark.parametrize(("channels", "k", "columns"), [(1, 1, 1), (3, 2, 3), (11008, 5504, 70), (577, 289, 1000)])
+def test_gemv_own_config(gemv, dtype, channels, k, columns, gen, make_gemv, check_gemv):
+    args = [t.to(DEVICE) for t in make_gemv((1,), channels, k, columns, dtype, gen)]
+    check_gemv(*args, gemv.sparse_gemv(*args))
+
+
+@kernels
+def test_gemv_reads_the_listed_rows_only(gemv, dtype, gen, make_gemv, check_gemv):
+    values, indices, weight = make_gemv((1,), 100, 40, 70, dtype, gen)
+    poisoned = torch.full_like(weight, float("nan"))
+    poisoned[indices[0].long()] = weight[indices[0].long()]
+    y = gemv.sparse_gemv(values.to(DEVICE), indices.to(DEVICE), poisoned.to(DEVICE))
+    check_gemv(values, indices, weight, y.cpu())
+
+
+@kernels
+def test_gemv_does_not_write_past_its_result(gemv, dtype, gen, make_gemv):
+    """Partial tiles at the end of a row must not spill into the next: every row alone gives the same bits."""
+    values, indices, weight = (t.to(DEVICE) for t in make_gemv((4,), 200, 90, 67, dtype, gen))
+    using = gemv.Config(64, 32, 2, 1, warps=2)
+    together = gemv.sparse_gemv(values, indices, weight, using=using)
+    alone = [gemv.sparse_gemv(values[r], indices[r], weight, using=using) for r in range(4)]
+    assert torch.equal(together, torch.stack(alone))
+
+
+@kernels
+def test_gemv_configs_are_valid(gemv):
+    for rows in (1, 2, 8, 4096):
+        for k in (0, 1, 100, 2048, 11008):
+            for columns in (1, 577, 4096, 22016, 128256):
+                c = gemv.config(rows, k, columns, 132)
+                assert all(v > 0 and v & (v - 1) == 0 for v in (c.block_n, c.block_k, c.split, c.warps))
+                assert c.split == 1 or (c.split // 2) * c.block_k < k, "a program without a share of the list"
+                assert c == gemv.config(rows, k, columns, 132)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run right here")
+def test_all_of_this_in_the_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    print(done.stdout[-20000:], done.stderr[-2000:])
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip("this Triton's interpreter cannot loop to a run-time bound under this NumPy (3.6 with 2.4)")
+    assert done.returncode == 0
+    assert " passed" in done.stdout and " 1 skipped" in done.stdout  # only this very test
