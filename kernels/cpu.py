@@ -1,11 +1,12 @@
-"""The two ops on a CPU: C++ kernels built at first use with the compiler torch.compile needs on a CPU anyway.
+"""Both ops on a CPU: C++ kernels, built at first use with the compiler that torch.compile itself needs there.
 
-Both functions answer None where they cannot serve a case, and the caller then takes plain torch. The library is built
-once a machine and compiler, under ``$XDG_CACHE_HOME`` (``~/.cache``). Without a compiler one warning says so.
+Either function answers None where it does not serve a case, and the caller then takes plain torch. The library is
+built once for a compiler and a CPU, into ``$XDG_CACHE_HOME/larosa_fx`` (``~/.cache/larosa_fx``). Without a compiler one
+warning says what that costs.
 
-The kernels run on torch's own OpenMP pool: they load no runtime but are handed the address of its ``GOMP_parallel``. A
-second runtime, which is what linking with ``-fopenmp`` gives wherever torch's wheel brings libgomp under another name,
-means a second pool whose threads spin on the cores that the first one needs.
+The kernels run on torch's own OpenMP pool: they link with no OpenMP runtime but are handed the address of torch's
+``GOMP_parallel``. ``-fopenmp`` would load a second runtime wherever torch's wheel brings its libgomp under another
+name; the two pools then spin against each other, which made a decode loop slower by an order of magnitude.
 """
 
 import ctypes
@@ -25,13 +26,14 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+# With more rows the caller's one dense product wins, or soon will: together the rows leave few channels unread.
+MAX_ROWS = 8
 
-# The codes of the kernels' enum.
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in the kernels' enum
 
-_UNLOADED = object()
-_library = _UNLOADED  # then a ctypes.CDLL, or None
+_UNTRIED = object()
+_library: object = _UNTRIED  # then a ctypes.CDLL, or None
 _lock = threading.Lock()
 
 
@@ -45,18 +47,18 @@ def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     Returns:
         values [..., k] in x's dtype, with their signs, and indices [..., k] int32; None if this case, or this machine,
         is not served. Every row gets exactly k: ties at the threshold go to the lowest channels. Magnitudes compare as
-        bit patterns without the sign: -0 equals +0, NaN ranks above Inf.
+        bit patterns without the sign, so -0 equals +0 and NaN ranks above Inf.
     """
     dtype = _DTYPES.get(x.dtype)
     if dtype is None or not x.is_cpu or x.dim() < 1 or not 1 <= k <= x.shape[-1] < 2**31:
         return None
-    library = _load() if _library is _UNLOADED else _library
+    library = _load() if _library is _UNTRIED else _library
     if library is None:
         return None
     x = x.contiguous()
     *lead, channels = x.shape
     values = x.new_empty((*lead, k))
-    indices = torch.empty((*lead, k), dtype=torch.int32)
+    indices = x.new_empty((*lead, k), dtype=torch.int32)
     library.larosa_select(
         x.data_ptr(), values.data_ptr(), indices.data_ptr(),
         x.numel() // channels, channels, k, dtype, torch.get_num_threads(),
@@ -65,71 +67,104 @@ def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
 
 
 def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor | None:
-    """``y[..., n] = sum_j values[..., j] * weight[indices[..., j], n]``, reading only the listed rows of weight."""
+    """``y[..., n] = sum_j values[..., j] * weight[indices[..., j], n]``; of weight only the listed rows are read.
+
+    Args:
+        values: [..., k] on the CPU, bfloat16, float16 or float32.
+        indices: [..., k] int32. Ascending within a row, as ``topk_select`` makes them, is fastest.
+        weight: [K, N] in values' dtype, contiguous.
+
+    Returns:
+        y [..., N] in values' dtype, accumulated in float32 and rounded once; None if this case, or this machine, is not
+        served, among them more than ``MAX_ROWS`` rows. The same inputs on the same number of threads
+        (``torch.get_num_threads()``) give the same bits.
+
+    Raises:
+        IndexError: an index is not in 0..K-1.
+        MemoryError: no room for the float32 copy of the values and the partial sums.
+    """
     dtype = _DTYPES.get(weight.dtype)
     if dtype is None or values.dtype != weight.dtype or indices.dtype != torch.int32 or values.shape != indices.shape:
         return None
     if not (values.is_cpu and indices.is_cpu and weight.is_cpu) or values.dim() < 1 or weight.dim() != 2:
         return None
     *lead, k = values.shape
-    channels, columns = weight.shape
-    rows = 1 if values.numel() == k else values.shape[:-1].numel()
-    if not 1 <= rows <= MAX_ROWS or not weight.is_contiguous():
+    rows = values.shape[:-1].numel()
+    if rows > MAX_ROWS or not weight.is_contiguous():
         return None
-    library = _load() if _library is _UNLOADED else _library
+    library = _load() if _library is _UNTRIED else _library
     if library is None:
         return None
+    channels, columns = weight.shape
     values, indices = values.contiguous(), indices.contiguous()
     out = values.new_empty((*lead, columns))
     error = library.larosa_gemv(
         values.data_ptr(), indices.data_ptr(), weight.data_ptr(), out.data_ptr(),
         rows, channels, columns, k, dtype, torch.get_num_threads(),
     )  # fmt: skip
+    if error == 1:
+        raise IndexError(f"sparse_gemv: indices must lie in 0..{channels - 1}, the rows of weight")
     if error:
-        raise (IndexError(f"sparse_gemv: indices must lie in 0..{channels - 1}") if error == 1 else MemoryError())
+        raise MemoryError("sparse_gemv: no memory for the partial sums")
     return out
 
 
-MAX_ROWS = 8
-
-
-def _load():
-    """Build the library if the cache lacks it, load it, and remember the outcome for the rest of the process."""
+def _load() -> ctypes.CDLL | None:
+    """The library, from the cache or built now; None, after one warning, if this machine cannot build it."""
     global _library
     with _lock:
-        if _library is _UNLOADED:
+        if _library is _UNTRIED:
             try:
-                _library = _open(_build())
-            except (OSError, subprocess.SubprocessError) as error:
+                _library = _open_or_build()
+            except (OSError, subprocess.SubprocessError, ValueError) as error:
+                detail = (getattr(error, "stderr", None) or str(error)).strip()
+                log.warning(
+                    "no CPU kernels: they need a C++ compiler (g++ or clang++ on PATH, or $CXX), and this one failed: "
+                    "%s. Sparse layers fall back to plain torch, which on a CPU is slower than the dense model.",
+                    detail[:2000],
+                )
                 _library = None
-                detail = getattr(error, "stderr", None) or error
-                log.warning("xx %s", detail)
     return _library
 
 
-def _build() -> Path:
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or "g++"]
+def _open_or_build() -> ctypes.CDLL:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "clang++")), "g++")]
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     command = [*compiler, "-O3", native, "-shared", "-fPIC", "-std=c++17", "-fno-exceptions", "-fno-rtti"]
-    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    source = SOURCE.read_text()
-    key = hashlib.sha256("\0".join([source, *command, version, _cpu()]).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "larosa_fx"
-    path = cache / f"cpu_kernels-{key}.so"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        fd, part = tempfile.mkstemp(dir=cache, suffix=".part")
-        os.close(fd)
-        subprocess.run([*command, str(SOURCE), "-o", part], check=True, capture_output=True, text=True, timeout=120)
-        os.replace(part, path)
-    return path
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    # "native" means another machine on another CPU, and home directories are shared.
+    key = hashlib.sha256("\0".join([*command, version, _cpu(), _SOURCE.read_text()]).encode()).hexdigest()[:20]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "larosa_fx"
+    path = folder / f"cpu_kernels-{key}.so"
+    try:
+        return _open(path)
+    except OSError:
+        log.debug("building %s", path)  # not there, or damaged
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        private = tempfile.TemporaryDirectory(dir=folder, prefix="build-")
+    except OSError:  # a read-only home: for this process only
+        private, path = tempfile.TemporaryDirectory(), None
+    with private as work:
+        built = Path(work, "cpu_kernels.so")
+        subprocess.run(
+            [*command, str(_SOURCE), "-o", str(built)], check=True, capture_output=True, text=True, timeout=300
+        )
+        if path is None:
+            return _open(built)
+        os.replace(built, path)  # at once or not at all: another process may be building or loading the same file
+    return _open(path)
 
 
 def _cpu() -> str:
+    """What ``native`` resolves to, as far as it can be told without asking the compiler."""
     try:
-        return Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor()
+    # The other lines hold clock rates and core numbers.
+    names = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part", "isa", "cpu")
+    return "\n".join(line for line in lines if line.split(":")[0].strip() in names)
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -138,5 +173,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.larosa_init.argtypes, library.larosa_init.restype = [p], None
     library.larosa_select.argtypes, library.larosa_select.restype = [p, p, p, n, n, n, n, n], None
     library.larosa_gemv.argtypes, library.larosa_gemv.restype = [p, p, p, p, n, n, n, n, n, n], ctypes.c_int
-    library.larosa_init(ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, p))
+    # A symbol sought through a library is sought in what it was linked with, too: this finds the runtime that torch
+    # itself uses, under whatever file name. Where there is none (macOS) the kernels run on one thread.
+    gomp_parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    library.larosa_init(None if gomp_parallel is None else ctypes.cast(gomp_parallel, p))
     return library

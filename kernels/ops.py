@@ -81,7 +81,7 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 @sparse_gemv.register_kernel("cpu")
 def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     reference.check_gemv(values, indices, weight)
-    y = cpu.sparse_gemv(values, indices, weight)
+    y = cpu.sparse_gemv(values, indices, weight) if weight.shape[1] else None  # no columns, nothing to share out
     return reference.sparse_gemv(values, indices, weight) if y is None else y
 
 

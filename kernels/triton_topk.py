@@ -36,24 +36,21 @@ def _reached(raw, a, b, c, MAG: tl.constexpr):
 
 @triton.jit
 def _narrow(c, n, k, lo, hi, above):
-    """Take "n channels reach candidate c" into the interval lo <= threshold <= hi, of which `above` exceed hi."""
+    """Take "n channels reach candidate c" into the interval lo <= threshold <= hi; `above` channels exceed hi."""
     lo = tl.where(n >= k, tl.maximum(lo, c), lo)
-    cut = (n < k) & (c <= hi)
-    hi = tl.where(cut, c - 1, hi)
-    above = tl.where(cut, n, above)
-    # Exactly k reach c: done, whatever the true threshold is. All that equal c are wanted, which above = 0 grants.
-    lo = tl.where(n == k, c, lo)
-    hi = tl.where(n == k, c, hi)
-    above = tl.where(n == k, 0, above)
+    # If exactly k reach c the search is over: c will do even where a higher threshold exists. `above`, still that of
+    # the old hi, may then be too small, which is harmless: all that equal c are wanted.
+    hi = tl.where(n < k, c - 1, tl.where(n == k, c, hi))
+    above = tl.where(n < k, n, above)
     return lo, hi, above
 
 
 @triton.jit
 def _narrow3(packed, a, b, c, k, lo, hi, above):
-    """Take one round's counts in and choose the next candidates, all in (lo, hi] while that is not empty."""
-    lo, hi, above = _narrow(a, (packed & 0xFFFFF).to(tl.int32), k, lo, hi, above)
+    """Take in one round's counts, for a <= b <= c, and choose the next candidates, in (lo, hi] and in that order."""
+    lo, hi, above = _narrow(c, (packed >> 40).to(tl.int32), k, lo, hi, above)  # from the top, so that hi only falls
     lo, hi, above = _narrow(b, ((packed >> 20) & 0xFFFFF).to(tl.int32), k, lo, hi, above)
-    lo, hi, above = _narrow(c, (packed >> 40).to(tl.int32), k, lo, hi, above)
+    lo, hi, above = _narrow(a, (packed & 0xFFFFF).to(tl.int32), k, lo, hi, above)
     width = hi - lo
     return lo + width // 4 + 1, lo + width // 2 + 1, hi - width // 4, lo, hi, above
 

@@ -50,6 +50,7 @@ class _Variant:
     call: Callable
     binding: Binding | None
     report: Report
+    weights: dict[str, list[int]]  # site name -> positions of its linears' weights
 
 
 @dataclass
@@ -102,12 +103,26 @@ class CompiledGraph:
             self._variants[key] = self._build(plan, args, at_run_time=True)
         variant, folded = self._variants[key], []
         if variant.binding is not None and plan is not None:
+            self._check_live_weights(variant, plan, args)
             variant.binding.rotations, variant.binding.digest = plan.rotations, plan.digest
             folded = variant.binding.fold(args)
         states = self._states
         refs = [weakref.ref(p, lambda _: states.pop(ids, None)) for p in parameters]
         states[ids] = _State(variant, folded, stamp(parameters), ATTACHED.epoch, refs)
         return states[ids]
+
+    def _check_live_weights(self, variant: _Variant, plan: Plan, args: Sequence[object]) -> None:
+        """A graph compiled for the plan's weights may be called with others: folding stays exact, selection may suffer."""
+        weights = {site: [args[i] for i in positions] for site, positions in variant.weights.items()}
+        if any(STORE.is_replaced(w) for tensors in weights.values() for w in tensors):
+            return
+        try:
+            plan.check_weights(weights)
+        except PlanError as error:
+            if self.options.strict:
+                raise
+            warnings.warn(f"larosa: {error}. The new weights are folded exactly, but rotations and k were fitted to others.",
+                          stacklevel=4)
 
     def _plan_for(self, args: Sequence[object]) -> Plan | None:
         if self._plan is not None:
@@ -124,6 +139,7 @@ class CompiledGraph:
         global _last_report
         run = Runner(self.options.dump_dir)
         captured = capture(self._gm, self._mask, run)
+        weights = captured.weights(range(len(self._mask)))
         report = Report(sparsify=self.options.sparsify, passes=run.results, nodes_before=run.nodes_before)
         reason = captured.refusal or self._plan_refusal(captured, plan, args)
         if reason is None:
@@ -143,7 +159,7 @@ class CompiledGraph:
             report.nodes_after = len(gm.graph.nodes)
         _last_report = report
         log.info("%s", report.summary())
-        return _Variant(self._compile(gm, inputs, at_run_time), binding, report)
+        return _Variant(self._compile(gm, inputs, at_run_time), binding, report, weights)
 
     def _plan_refusal(self, captured: Capture, plan: Plan | None, args: Sequence[object]) -> str | None:
         """Why this plan leaves the graph dense; PlanError where it is a plan for something else."""

@@ -75,7 +75,7 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
     weights = session.weights
     plan = Plan(
         rotation, float(sparsity), coefficients,
-        [PlanSite(s.name, s.kind, s.in_features, s.out_features) for s in structure.sites], matrices,
+        [PlanSite.of(site, rotation) for site in structure.sites], matrices,
         {name: sample(tensors) for name, tensors in weights.items()}, str(structure.dtype).removeprefix("torch."), basis,
         {"method": "LaRoSA, arXiv 2507.01299", "model": type(model).__name__, "layers": structure.layers,
          "tokens": sum(t.numel() for t in tokens), "batches": len(tokens), "tokens_sha256": _digest(tokens),

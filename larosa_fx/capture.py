@@ -12,7 +12,7 @@ from torch import fx
 from larosa_fx import graph as g
 from larosa_fx.passes import canonicalize, match
 from larosa_fx.pipeline import Runner
-from larosa_fx.structure import Site, Structure
+from larosa_fx.structure import Structure, weight_placeholders
 
 
 @dataclass
@@ -23,10 +23,10 @@ class Capture:
     structure: Structure
     refusal: str | None
 
-    def weights(self, args: Sequence[object]) -> dict[str, list[torch.Tensor]]:
-        """Site name -> the weights of its linears, among the inputs that the graph is called with."""
+    def weights(self, args: Sequence) -> dict[str, list]:
+        """Site name -> the weights of its linears, among the inputs that the graph is called with (or their positions)."""
         position = {node: i for i, node in enumerate(g.placeholders(self.gm.graph))}
-        return {site.name: [args[position[node]] for node in _weight_placeholders(site)] for site in self.structure.sites}
+        return {site.name: [args[position[node]] for node in weight_placeholders(site)] for site in self.structure.sites}
 
 
 def capture(gm: fx.GraphModule, parameter_mask: Sequence[bool], run: Runner) -> Capture:
@@ -38,18 +38,13 @@ def capture(gm: fx.GraphModule, parameter_mask: Sequence[bool], run: Runner) -> 
     return Capture(clone, structure, _refusal(clone, structure))
 
 
-def _weight_placeholders(site: Site) -> list[fx.Node]:
-    return [node for linear in site.linears for node in g.upstream(linear.args[1], lambda n: False)
-            if g.PARAMETER in node.meta]
-
-
 def _refusal(gm: fx.GraphModule, structure: Structure) -> str | None:
     if not structure.sites:
         return "no linears behind an RMSNorm of a residual stream in this graph"
     if any(g.argument(node, 1, "p", 0.5) and g.argument(node, 2, "training", True)
            for node in gm.graph.find_nodes(op="call_function", target=F.dropout)):
         return "dropout is active: call model.eval()"
-    weights = [node for site in structure.sites for node in _weight_placeholders(site)]
+    weights = [node for site in structure.sites for node in weight_placeholders(site)]
     if torch.is_grad_enabled() and any(g.value(node).requires_grad for node in weights):
         return "gradients are enabled, and folded weights have none: run under torch.no_grad()"
     devices = {g.value(node).device for node in weights}

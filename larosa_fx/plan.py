@@ -18,7 +18,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.allocate import allocate, byte_sparsity
-from larosa_fx.structure import BASES, Site
+from larosa_fx.graph import PARAMETER, upstream
+from larosa_fx.structure import BASES, Site, weight_placeholders
 
 FORMAT = "larosa-plan"
 VERSION = 1
@@ -32,12 +33,26 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class PlanSite:
-    """Name ("layers.0.h1"), kind ("h1") and shape of a site."""
+    """One site: name ("layers.0.h1"), kind ("h1"), shape, names of its linears' weights, and of the norm before it."""
 
     name: str
     kind: str
     in_features: int
     out_features: int
+    weights: list[str]
+    gain: str | None = None  # the norm's parameter, at inner sites
+    eps: float | None = None
+    basis: str | None = None  # the rotation at this site
+
+    @classmethod
+    def of(cls, site: Site, rotation: str) -> PlanSite:
+        names = [node.meta[PARAMETER] for node in weight_placeholders(site)]
+        if site.norm is None:
+            return cls(site.name, site.kind, site.in_features, site.out_features, names)
+        _, _, gain, eps = site.norm.args
+        gains = [n.meta[PARAMETER] for n in upstream(gain, lambda n: False) if PARAMETER in n.meta] if gain else []
+        return cls(site.name, site.kind, site.in_features, site.out_features, names, gains[0] if gains else None, eps,
+                   BASES[rotation](site))
 
 
 @dataclass(eq=False)
@@ -155,6 +170,17 @@ class Plan:
 
     # ---- model -----------------------------------------------------------------------------------------------------
 
+    def attach(self, model: torch.nn.Module) -> None:
+        """Make this the plan that ``backend="larosa"`` finds for ``model``. PlanError where it is another model's."""
+        weights = {}
+        for site in self.sites:
+            try:
+                weights[site.name] = [model.get_parameter(name) for name in site.weights]
+            except AttributeError as error:
+                raise PlanError(f"the plan does not fit the model: {error}") from error
+        self.check_weights(weights)
+        ATTACHED.attach(self, (w for tensors in weights.values() for w in tensors))
+
     def check_shapes(self, sites: Sequence[Site]) -> None:
         """PlanError unless ``sites`` are this plan's in name and shape; the first that is not is named."""
         planned = {site.name: site for site in self.sites}
@@ -173,6 +199,8 @@ class Plan:
     def check_weights(self, weights: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """PlanError unless ``weights``, site name -> its linears' weights, are those of calibration, rounding apart."""
         for name, tensors in weights.items():
+            if name not in self.samples:
+                raise PlanError(f"the plan is damaged: it holds no samples of the weights at {name}")
             ours, theirs = self.samples[name], sample(tensors)
             dtype = str(tensors[0].dtype).removeprefix("torch.")
             coarsest = max(torch.finfo(getattr(torch, d)).eps for d in (dtype, self.weight_dtype))

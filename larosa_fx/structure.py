@@ -28,8 +28,7 @@ class Site:
     def __post_init__(self) -> None:
         self.in_features = g.linear_size(self.linears[0])[0]
         self.out_features = sum(g.linear_size(linear)[1] for linear in self.linears)
-        self.parameters = [node.meta[g.PARAMETER] for linear in self.linears for node in g.upstream(
-            linear.args[1], lambda n: False) if g.PARAMETER in node.meta]
+        self.parameters = [node.meta[g.PARAMETER] for node in weight_placeholders(self)]
 
     @property
     def name(self) -> str:
@@ -109,3 +108,9 @@ class Structure:
 
     def __str__(self) -> str:
         return tabulate(self.rows(), headers="keys")
+
+
+def weight_placeholders(site: Site) -> list[fx.Node]:
+    """The parameters behind a site's linears, in order; on a matched graph that no pass has rewritten yet."""
+    return [node for linear in site.linears for node in g.upstream(linear.args[1], lambda n: False)
+            if g.PARAMETER in node.meta]

@@ -48,6 +48,16 @@ ROWS = {
     "signed_zeros": lambda s, d, g: _scatter(torch.zeros(s, dtype=d), g, [-0.0, -0.0, 1.0]),
     "nonfinite": lambda s, d, g: _scatter(_randn(s, d, g), g, [float("nan"), float("inf"), -float("inf"), 0.0]),
     "all_nan": lambda s, d, g: torch.full(s, float("nan"), dtype=d),
+    # The three largest patterns there are, of either sign.
+    "nan_payloads": lambda s, d, g: (
+        (
+            torch.iinfo(_INT[d]).max
+            - torch.randint(3, s, generator=g)
+            + torch.randint(2, s, generator=g) * -(2 ** (8 * d.itemsize - 1))
+        )
+        .to(_INT[d])
+        .view(d)
+    ),
     "huge": lambda s, d, g: (torch.rand(s, generator=g, dtype=torch.float64) - 0.5).mul(2 * torch.finfo(d).max).to(d),
     "tiny": lambda s, d, g: (_randn(s, torch.float64, g) * torch.finfo(d).tiny).to(d),
     "denormal": _denormal,

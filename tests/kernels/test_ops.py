@@ -294,7 +294,7 @@ def test_triton_is_not_needed_on_cpu():
 @pytest.mark.parametrize("rows", [1, 3, 12])
 @pytest.mark.parametrize(("channels", "k", "columns"), [(577, 200, 130), (4096, 2048, 4096), (20000, 9000, 64)])
 def test_cuda_graph_replays(dtype, rows, channels, k, columns, gen):
-    """Captured once, replayed on changing inputs: eager's bits every time, so no state survives a replay."""
+    """Captured once, replayed on changing inputs: what eager gives, every time, so no state survives a replay."""
     x = torch.randn(rows, channels, generator=gen).to(dtype).cuda()
     weight = (torch.randn(channels, columns, generator=gen) / channels**0.5).to(dtype).cuda()
 
@@ -315,8 +315,12 @@ def test_cuda_graph_replays(dtype, rows, channels, k, columns, gen):
         x.copy_(torch.ones_like(fresh) if replay == 7 else fresh)
         graph.replay()
         got = [t.clone() for t in captured]
-        for a, b in zip(got, step(), strict=True):
-            assert torch.equal(a, b), f"replay {replay}"
+        values, indices, y = step()
+        assert torch.equal(got[0], values) and torch.equal(got[1], indices), f"replay {replay}"
+        if rows <= reference.GATHER_ROWS:
+            assert torch.equal(got[2], y), f"replay {replay}"
+        else:  # the device's matmul, which promises no bits
+            torch.testing.assert_close(got[2], y)
 
 
 @needs_cuda

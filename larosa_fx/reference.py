@@ -1,0 +1,60 @@
+"""The method in plain words, with hooks on the eager model: rotate, keep the Top-K, rotate back. Slow, and independent.
+
+No graph, no folding, no adapters, no custom op: what the compiled model must agree with, and a way to simulate a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from larosa_fx.plan import Plan, PlanSite
+
+
+@contextmanager
+def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None) -> Iterator[torch.nn.Module]:
+    """Within the context ``model`` computes as if compiled with ``plan`` and ``sparsify="all"``, every token sparsified."""
+    k = plan.k_at(sparsity)
+    handles = []
+    for site in plan.sites:
+        linears = [_owner(model, name) for name in site.weights]
+        if site.basis is not None:
+            handles += _rotated(model, plan, site, linears, k[site.name])
+        else:
+            handles += [linear.register_forward_pre_hook(
+                lambda module, args, k=k[site.name]: (keep_top_k(args[0], k), *args[1:])) for linear in linears]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
+    """x, [..., D], with all but the k entries of largest magnitude of each row set to zero; ties keep the lower index."""
+    order = x.abs().sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(x).scatter(-1, order[..., :k], x.gather(-1, order[..., :k]))
+
+
+def _rotated(model: torch.nn.Module, plan: Plan, site: PlanSite, linears: list[torch.nn.Module], k: int) -> list:
+    """z = x_hat Q, Top-K, back: the linears read (top_k(z) Q^T) * gain in place of the norm's output."""
+    norm = _owner(model, site.gain)
+    rotation = plan.rotations[site.basis]
+    sparse: dict[str, torch.Tensor] = {}
+
+    def observe(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        x = args[0]
+        q = rotation.to(x)
+        x_hat = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + site.eps)).to(x.dtype)
+        ones = torch.ones_like(x[..., :1, :])
+        gain = module.forward(ones) * (1 + site.eps) ** 0.5  # whatever the module makes of its weight
+        sparse["h"] = (keep_top_k(x_hat @ q, k) @ q.T) * gain
+
+    return [norm.register_forward_hook(observe),
+            *(linear.register_forward_pre_hook(lambda module, args: (sparse["h"], *args[1:])) for linear in linears)]
+
+
+def _owner(model: torch.nn.Module, parameter: str) -> torch.nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
