@@ -147,9 +147,7 @@ def _open_or_build() -> ctypes.CDLL:
         private, path = tempfile.TemporaryDirectory(), None
     with private as work:
         built = Path(work, "cpu_kernels.so")
-        subprocess.run(
-            [*command, str(_SOURCE), "-o", str(built)], check=True, capture_output=True, text=True, timeout=300
-        )
+        subprocess.run([*command, str(_SOURCE), "-o", str(built)], check=True, capture_output=True, text=True, timeout=300)
         if path is None:
             return _open(built)
         os.replace(built, path)  # at once or not at all: another process may be building or loading the same file

@@ -388,7 +388,7 @@ struct Gemv {
       for (int64_t m = 0; m < rows; m++) {
         const int32_t* list = index + m * k;
         int64_t j = at[m];
-        while (j < j1 && (list[j] < limit || limit >= channels)) j++;
+        while (j < j1 && list[j] < limit) j++;
         run(acc + m * tile, width, m, at[m], j, c);
         at[m] = j;
         more |= j < j1;

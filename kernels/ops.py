@@ -5,8 +5,9 @@ None has a derivative: the ops are for inference.
 """
 
 import torch
-from larosa_fx.kernels import cpu, reference
 from torch import Tensor
+
+from larosa_fx.kernels import cpu, reference
 
 
 @torch.library.custom_op("larosa::topk_select", mutates_args=())

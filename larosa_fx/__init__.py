@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 from larosa_fx.backend import LarosaError, last_report  # noqa: E402  after __path__, which these imports need
 from larosa_fx.calibrate import calibrate  # noqa: E402
+from larosa_fx.evaluate import perplexity  # noqa: E402
+from larosa_fx.generation import compile_config, generate  # noqa: E402
 from larosa_fx.plan import Plan, PlanError  # noqa: E402
 
-__all__ = ["LarosaError", "Plan", "PlanError", "calibrate", "last_report"]
+__all__ = ["LarosaError", "Plan", "PlanError", "calibrate", "compile_config", "generate", "last_report", "perplexity"]

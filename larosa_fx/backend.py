@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="larosa")``: capture, passes, Inductor; and at run time the weights that belong together."""
+"""``torch.compile(model, backend="larosa")``: capture, passes, Inductor, and the right weights at each call."""
 
 from __future__ import annotations
 

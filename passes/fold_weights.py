@@ -13,7 +13,6 @@ from torch import fx
 from larosa_fx import compat
 from larosa_fx import graph as g
 from larosa_fx.report import PassResult
-
 from larosa_fx.weights import Recipe
 
 

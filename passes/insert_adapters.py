@@ -9,7 +9,6 @@ from larosa_fx import graph as g
 from larosa_fx.report import PassResult
 
 
-
 def run(gm: fx.GraphModule) -> PassResult:
     """Fuse each pair of run-time rotations that follow each other; counts ``adapters``."""
     result = PassResult("insert_adapters")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import fx
 
-
 from larosa_fx.report import PassResult
 from larosa_fx.structure import Structure
 

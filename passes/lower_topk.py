@@ -9,13 +9,11 @@ import operator
 from collections.abc import Callable, Mapping
 
 import torch
-
 from torch import fx
 
 import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
 from larosa_fx import graph as g
 from larosa_fx.report import PassResult
-
 from larosa_fx.structure import Site, Structure
 
 

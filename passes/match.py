@@ -15,7 +15,6 @@ from torch import fx
 
 from larosa_fx import graph as g
 from larosa_fx.report import PassResult
-
 from larosa_fx.structure import Site, StreamNode, Structure
 
 
@@ -182,4 +181,4 @@ def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:
 
 
 def _only_read_by(node: fx.Node, linears: list[fx.Node]) -> bool:
-    return all(user in linears or g.is_position_slice(user) and _only_read_by(user, linears) for user in node.users)
+    return all(user in linears or (g.is_position_slice(user) and _only_read_by(user, linears)) for user in node.users)

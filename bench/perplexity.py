@@ -1,0 +1,80 @@
+"""Perplexity of one model under every rotation granularity at equal byte sparsity, every token sparsified.
+
+    python bench/perplexity.py --calibration valid.txt --text test.txt --json bench/results/perplexity-MODEL.json
+
+Rows: rotation ("dense", "layer", "block", ...), byte_sparsity, ppl, ratio to dense, tokens, window, seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from larosa_fx.calibrate import calibrate
+from larosa_fx.evaluate import sweep, windows
+from larosa_fx.loading import encode, load_model, read_text
+from larosa_fx.plan import library_versions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="path or hub id; SmolLM2-135M-Instruct where not given")
+    parser.add_argument("--gguf-file")
+    parser.add_argument("--calibration", required=True, metavar="FILE", help="text to calibrate on")
+    parser.add_argument("--text", required=True, metavar="FILE", help="text to evaluate on")
+    parser.add_argument("--rotations", nargs="+", default=["layer", "block", "model", "online", "none"])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25, 0.4, 0.5, 0.6])
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--windows", type=int, help="at most so many windows of the text; all where not given")
+    parser.add_argument("--calibration-windows", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compiler", default="eager", choices=("inductor", "eager"))
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+
+    model, tokenizer = load_model(args.model, args.gguf_file, device=args.device)
+    calibration = windows(encode(tokenizer, read_text(args.calibration)), args.window, args.calibration_windows)
+    tests = windows(encode(tokenizer, read_text(args.text)), args.window, args.windows)
+    rows: list[dict[str, object]] = []
+    for rotation in args.rotations:
+        started = time.perf_counter()
+        plan = calibrate(model, calibration, rotation=rotation)
+        seconds = time.perf_counter() - started
+        with tempfile.TemporaryDirectory() as scratch:
+            path = str(plan.save(Path(scratch) / "plan"))
+            found = sweep(model, path, tests, args.sparsity, compiler=args.compiler)
+        for row in found:
+            row["rotation"] = "dense" if row.pop("method") == "dense" else rotation
+            row["calibration_seconds"] = seconds
+        rows += found if not rows else found[1:]
+        print(tabulate([[r["rotation"], f"{r['byte_sparsity']:.2%}", f"{r['ppl']:.3f}", f"{r['ratio']:.4f}",
+                         f"{r['seconds']:.0f}"] for r in found], ["rotation", "bytes not read", "ppl", "ratio", "seconds"]),
+              flush=True)
+    if args.json:
+        provenance = {
+            "command": "python " + " ".join(sys.argv), "device": _device_name(args.device), "dtype": "float32",
+            "model": type(model).__name__ if args.model else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)",
+            "commit": _commit(), "versions": library_versions(), "calibration_tokens": sum(c.numel() for c in calibration)}
+        Path(args.json).write_text(json.dumps({"rows": rows, "provenance": provenance}, indent=1) + "\n")
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+
+
+def _commit() -> str:
+    """The checkout's commit; "unknown" outside one."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

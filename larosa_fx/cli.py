@@ -1,0 +1,217 @@
+"""The command ``larosa``: demo, calibrate, eval, inspect, generate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+
+from larosa_fx import __version__
+from larosa_fx.options import check_sparsity
+from larosa_fx.plan import Plan, PlanError
+from larosa_fx.smollm2 import DownloadError
+from larosa_fx.structure import BASES
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status: 0, 1 where a check of the demo failed, 2 for input that cannot be used."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args) or 0
+    except (ValueError, PlanError, DownloadError) as error:
+        print(f"larosa: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("larosa: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("larosa", description="Faster decoding by rotated Top-K activation sparsity (LaRoSA).")
+    parser.add_argument("--version", action="version", version=f"larosa_fx {__version__}, torch {torch.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(command=function)
+        sub.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a causal LM; SmolLM2-135M-Instruct where not given")
+        sub.add_argument("--gguf-file", metavar="NAME", help="GGUF file in the model's directory")
+        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+        return sub
+
+    demo = command("demo", _demo, "The whole method on a real model: calibrate, compile, check, measure, generate.")
+    demo.add_argument("--text", metavar="FILE", help="text to calibrate on (first half) and evaluate on (second half)")
+    demo.add_argument("--prompt", help="question for the generated answers")
+    demo.add_argument("--sparsity", type=_sparsity, default=0.5, help="byte sparsity of the decoding run and the checks")
+    demo.add_argument("--tokens", type=_positive, default=64, help="tokens to generate")
+    demo.add_argument("--window", type=_positive, default=512, help="tokens a window")
+    demo.add_argument("--calibration-windows", type=_positive, default=24, help="windows to calibrate on")
+    demo.add_argument("--windows", type=_positive, default=12, help="windows to evaluate on")
+
+    calibrate = command("calibrate", _calibrate, "Fit rotations to a model and save them as a plan.")
+    calibrate.add_argument("-o", "--output", required=True, metavar="PLAN", help="file to write")
+    calibrate.add_argument("--text", metavar="FILE", help="text; half of Python's pydoc topics where not given")
+    calibrate.add_argument("--sparsity", type=_sparsity, default=0.5, help="byte sparsity the plan stands for")
+    calibrate.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity of the rotations")
+    calibrate.add_argument("--basis", default="pca", choices=("pca", "random", "hadamard"), help="how they are made")
+    calibrate.add_argument("--window", type=_positive, default=2048, help="tokens a window")
+    calibrate.add_argument("--windows", type=_positive, default=16, help="windows to use")
+
+    evaluate = command("eval", _eval, "Perplexity of a text, dense and at several sparsities.")
+    evaluate.add_argument("--plan", required=True, metavar="PLAN")
+    evaluate.add_argument("--text", metavar="FILE", help="text; the other half of pydoc's topics where not given")
+    evaluate.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.25, 0.4, 0.5, 0.6], metavar="S")
+    evaluate.add_argument("--window", type=_positive, default=2048, help="tokens a window")
+    evaluate.add_argument("--windows", type=_positive, default=None, help="at most so many windows; all where not given")
+    evaluate.add_argument("--compiler", default="inductor", choices=("inductor", "eager"), help="what runs the graph")
+    evaluate.add_argument("--json", action="store_true", help='print {"rows": [...], "provenance": {...}}')
+
+    inspect = command("inspect", _inspect, "Structure found in a model, passes, and what was done to each site.")
+    inspect.add_argument("--plan", metavar="PLAN", help="a plan; stand-in rotations where not given")
+    inspect.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity without a plan")
+    inspect.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
+    inspect.add_argument("--dump-dir", metavar="DIR", help="write numbered graphs before and after every pass")
+    inspect.add_argument("--json", action="store_true", help='print {"structure": [...], "report": {...}}')
+
+    generate = command("generate", _generate, "Generate text with sparse decoding, streamed.")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--plan", metavar="PLAN", help="a plan; calibrated on the spot where not given")
+    generate.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
+    generate.add_argument("--tokens", type=_positive, default=128, help="at most so many new tokens")
+    generate.add_argument("--mode", default=None, help="an Inductor mode, such as reduce-overhead")
+    return parser
+
+
+def _load(args: argparse.Namespace):
+    from larosa_fx.loading import load_model
+
+    return load_model(args.model, args.gguf_file, getattr(torch, args.dtype), args.device)
+
+
+def _text(args: argparse.Namespace, default: str) -> tuple[str, str]:
+    """(text, where it is from)."""
+    from larosa_fx import corpus
+    from larosa_fx.loading import read_text
+
+    if args.text:
+        return read_text(args.text), args.text
+    half = {"calibration": corpus.calibration_text, "held out": corpus.held_out_text}[default]
+    return half(), f"pydoc topics, {default}"
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from larosa_fx import demo
+
+    return demo.run(args)
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from larosa_fx.calibrate import calibrate
+    from larosa_fx.evaluate import windows
+    from larosa_fx.loading import encode
+
+    model, tokenizer = _load(args)
+    text, origin = _text(args, "calibration")
+    batches = windows(encode(tokenizer, text), args.window, args.windows)
+    started = time.perf_counter()
+    plan = calibrate(model, batches, sparsity=args.sparsity, rotation=args.rotation, basis=args.basis,
+                     provenance={"text": origin})
+    plan.save(args.output)
+    print(f"{args.output}: {len(plan.rotations)} rotations, {len(plan.sites)} sites, byte sparsity "
+          f"{plan.byte_sparsity:.2%}, calibrated on {plan.provenance['tokens']} tokens in "
+          f"{time.perf_counter() - started:.0f} s")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from larosa_fx.evaluate import perplexity_table, sweep, windows
+    from larosa_fx.loading import encode
+    from larosa_fx.plan import library_versions
+
+    plan = Plan.load(args.plan)
+    model, tokenizer = _load(args)
+    text, origin = _text(args, "held out")
+    rows = sweep(model, args.plan, windows(encode(tokenizer, text), args.window, args.windows), args.sparsity,
+                 compiler=args.compiler, progress=not args.json)
+    if args.json:
+        print(json.dumps({"rows": rows, "provenance": {
+            "text": origin, "rotation": plan.rotation, "basis": plan.basis, "device": _device_name(args.device),
+            "dtype": args.dtype, "calibration": plan.provenance, "versions": library_versions()}}, indent=1))
+    else:
+        print(perplexity_table(rows))
+        print(f"{rows[0]['tokens']} tokens of {origin}, windows of {rows[0]['window']}, rotation {plan.rotation} "
+              f"({plan.basis})")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from larosa_fx import backend
+    from larosa_fx.calibrate import calibrate
+
+    model, _ = _load(args)
+    ids = torch.arange(2, 10, device=args.device)[None]
+    options = {"sparsity": args.sparsity, "dump_dir": args.dump_dir, "compiler": "eager"}
+    if args.plan:
+        options["plan"] = args.plan
+    else:  # the structure does not depend on the values of rotations
+        calibrate(model, [ids], rotation=args.rotation, basis="hadamard", progress=False)
+    compiled = torch.compile(model, backend="larosa", options={k: v for k, v in options.items() if v is not None})
+    with torch.no_grad():
+        compiled(ids[:, :1])
+    report = backend.last_report()
+    if args.json:
+        print(json.dumps({"structure": report.structure, "report": report.to_dict()}, indent=1))
+    else:
+        from tabulate import tabulate
+
+        print(tabulate(report.structure, headers="keys"), report, sep="\n\n")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    from larosa_fx import corpus
+    from larosa_fx.calibrate import calibrate
+    from larosa_fx.evaluate import Stopwatch, windows
+    from larosa_fx.generation import generate
+    from larosa_fx.loading import encode
+
+    if args.plan:
+        Plan.load(args.plan)  # complain before loading a model
+    model, tokenizer = _load(args)
+    if not args.plan:
+        calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24))
+    if tokenizer.chat_template:
+        inputs = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}], add_generation_prompt=True,
+                                               return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(args.prompt, return_tensors="pt")
+    watch = Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    output = generate(model, inputs.to(args.device), plan=args.plan, sparsity=args.sparsity, mode=args.mode, streamer=watch,
+                      max_new_tokens=args.tokens, do_sample=False)
+    if output.shape[1] - inputs["input_ids"].shape[1] > 12:
+        print(f"{watch.speed().tokens_per_second:.1f} tokens/s", file=sys.stderr)
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+
+
+def _sparsity(text: str) -> float:
+    try:
+        return check_sparsity(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The whole method on a real model, in one command: what it does, what must hold, what it costs and gains."""
+
+from __future__ import annotations
+
+import copy
+import time
+from argparse import Namespace
+
+import torch
+from tabulate import tabulate
+from transformers import CompileConfig
+
+from larosa_fx import backend, corpus, evaluate, verify
+from larosa_fx.calibrate import calibrate
+from larosa_fx.generation import generate
+from larosa_fx.loading import encode, load_model, read_text
+from larosa_fx.report import Report
+from larosa_fx.smollm2 import cache_dir
+
+SPARSITIES = (0.25, 0.4, 0.5, 0.6)
+QUESTION = "Explain in three sentences why the sky is blue."
+
+
+def run(args: Namespace) -> int:
+    """Print the demo; 1 where something that must hold does not."""
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    _headline("Model")
+    model, tokenizer = load_model(args.model, args.gguf_file, device=args.device)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{type(model).__name__}, {parameters:.0f} M parameters, float32, on {args.device}")
+
+    _headline("Calibration")
+    text = encode(tokenizer, read_text(args.text) if args.text else corpus.calibration_text())
+    # One's own text is halved: what calibrates must not evaluate.
+    calibration, held_out = ((text[:, : text.shape[1] // 2], text[:, text.shape[1] // 2:]) if args.text else
+                             (text, encode(tokenizer, corpus.held_out_text())))
+    batches = evaluate.windows(calibration, args.window, args.calibration_windows)
+    tests = evaluate.windows(held_out, args.window, args.windows)
+    clock = time.perf_counter()
+    plan = calibrate(model, batches, sparsity=args.sparsity, provenance={"text": args.text or "pydoc topics, even"})
+    path = str(plan.save(cache_dir() / "demo.larosa"))
+    print(f"{len(batches)} windows of {args.window} tokens in {time.perf_counter() - clock:.0f} s; plan saved as {path}")
+
+    _headline("What must hold")
+    held, report = _checks(model, path, tests[0].to(args.device), args)
+
+    _headline("Structure found")
+    print(report)
+
+    _headline("Perplexity on held-out text, every token sparsified")
+    rows = evaluate.sweep(model, path, tests, SPARSITIES, compiler="eager")
+    print(evaluate.perplexity_table(rows))
+    print(f"{rows[0]['tokens']} tokens, windows of {args.window}; same graph and passes as compiled, run without Inductor")
+
+    _headline("Decoding")
+    _decode(model, tokenizer, path, args)
+    print(f"\nthe whole demo took {time.perf_counter() - started:.0f} s")
+    return 0 if held else 1
+
+
+def _checks(model, path: str, ids: torch.Tensor, args: Namespace) -> tuple[bool, Report]:
+    torch.compiler.reset()
+    zero = verify.at_zero(model, path, ids)
+    greedy = verify.greedy_tokens(model, path, ids[:, :32], args.tokens)
+    torch.compiler.reset()
+    sparse = verify.at_sparsity(model, path, ids)
+    report = backend.last_report()
+    torch.compiler.reset()
+    half = verify.at_zero(copy.deepcopy(model).bfloat16(), path, ids)
+    rows = [
+        ("sparsity 0, float32: max |logit difference| / max |logit|", f"{zero.error:.1e}", "<= 1e-4", zero.error <= 1e-4),
+        ("sparsity 0, float32: equal greedy tokens", f"{greedy} of {args.tokens}", "all", greedy == args.tokens),
+        ("sparsity 0, bfloat16: perplexity, compiled / eager", f"{half.ppl_ratio:.5f}", "within 0.5 %",
+         abs(half.ppl_ratio - 1) <= 5e-3),
+        (f"sparsity {args.sparsity:.0%}: tokens within 1e-3 of hooks on the eager model", f"{sparse.close:.1%}", ">= 99 %",
+         sparse.close >= 0.99),
+        (f"sparsity {args.sparsity:.0%}: perplexity, compiled / hooks", f"{sparse.ppl_ratio:.6f}", "within 0.1 %",
+         abs(sparse.ppl_ratio - 1) <= 1e-3),
+    ]
+    print(tabulate([[what, got, limit, "yes" if ok else "NO"] for what, got, limit, ok in rows],
+                   ["check, on the compiled model", "measured", "limit", "holds"]))
+    return all(ok for *_, ok in rows), report
+
+
+def _decode(model, tokenizer, path: str, args: Namespace) -> None:
+    question = {"role": "user", "content": args.prompt or QUESTION}
+    if tokenizer.chat_template:
+        inputs = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(question["content"], return_tensors="pt")
+    inputs = inputs.to(args.device)
+    settings = {"max_new_tokens": args.tokens, "do_sample": False}
+    dense_config = CompileConfig(backend="inductor", mode=None, fullgraph=True)
+    dense_config._compile_all_devices = True
+    rows, answers = [], []
+    for name, run_generate in (
+            ("dense, eager", lambda **kw: model.generate(
+                **inputs, cache_implementation="static", disable_compile=True, **kw)),
+            ("dense, torch.compile", lambda **kw: model.generate(
+                **inputs, cache_implementation="static", compile_config=dense_config, **kw)),
+            (f"larosa, {args.sparsity:.0%} of bytes not read", lambda **kw: generate(model, inputs, plan=path, **kw))):
+        torch.compiler.reset()
+        watch = evaluate.Stopwatch()
+        output = run_generate(streamer=watch, **settings)
+        speed = watch.speed()
+        rows.append([name, f"{speed.tokens_per_second:.1f}", f"{speed.median:.1f}", f"{speed.p20:.1f}", f"{speed.p80:.1f}"])
+        answers.append((name, tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)))
+    print(tabulate(rows, ["model", "tokens/s", "ms/token", "p20", "p80"]))
+    print(f"\n{question['content']}")
+    for name, answer in answers[1:]:
+        print(f"\n[{name}]\n{answer.strip()}")
+
+
+def _headline(title: str) -> None:
+    print(f"\n== {title} ==", flush=True)

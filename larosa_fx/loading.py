@@ -1,0 +1,51 @@
+"""Models, tokenizers and texts as the commands name them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from larosa_fx import smollm2
+
+
+class InputError(ValueError):
+    """What a command was given cannot be read. The message names it."""
+
+
+def load_model(name: str | None, gguf_file: str | None = None, dtype: torch.dtype = torch.float32,
+               device: str | torch.device = "cpu") -> tuple[torch.nn.Module, object]:
+    """(model in evaluation mode, tokenizer) of a path or hub id; None is SmolLM2-135M-Instruct, fetched on first use.
+
+    InputError where transformers cannot load it, with its reason.
+    """
+    import transformers
+
+    if name is None:
+        path = smollm2.fetch()
+        name, gguf_file = str(path.parent), path.name
+    quiet = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # a GGUF file brings pages of keys that transformers does not read
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load the model {name!r}: {error}") from error
+    finally:
+        transformers.logging.set_verbosity(quiet)
+    return model.to(device).eval(), tokenizer
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The UTF-8 text of a file. InputError where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the text {path}: {error}") from error
+
+
+def encode(tokenizer, text: str) -> torch.Tensor:
+    """The whole text tokenised once, [1, T], without special tokens added."""
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids

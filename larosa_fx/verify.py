@@ -1,0 +1,60 @@
+"""Is a compiled model the model it was made from, and is its sparsity the method's? Figures, no verdicts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from larosa_fx.generation import generate
+from larosa_fx.plan import Plan
+from larosa_fx.reference import simulated
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two models' logits on one window: ``error`` is max |difference| / max |logit|, over the whole window and per token.
+
+    ``close``: share of tokens with an error of at most 1e-3. ``ppl_ratio``: perplexity of the first over the second's.
+    """
+
+    error: float
+    close: float
+    ppl_ratio: float
+
+
+def compare(logits: torch.Tensor, expected: torch.Tensor, ids: torch.Tensor) -> Agreement:
+    """Agreement of two [1, T, V] logits for the same ids, [1, T]."""
+    difference = (logits.double() - expected.double()).abs()[0]
+    largest = expected.double().abs().max().item()
+    nll = [F.cross_entropy(x[0, :-1].float(), ids[0, 1:]).item() for x in (logits, expected)]
+    return Agreement(difference.max().item() / largest, (difference.amax(-1) / largest <= 1e-3).double().mean().item(),
+                     math.exp(nll[0] - nll[1]))
+
+
+@torch.no_grad()
+def at_zero(model: torch.nn.Module, plan: str, ids: torch.Tensor) -> Agreement:
+    """The compiled model with folded rotations and adapters at sparsity 0 against the eager one."""
+    compiled = torch.compile(model, backend="larosa", options={"plan": plan, "sparsity": 0.0, "sparsify": "all"})
+    return compare(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, ids)
+
+
+@torch.no_grad()
+def at_sparsity(model: torch.nn.Module, plan: str, ids: torch.Tensor, sparsity: float | None = None) -> Agreement:
+    """The compiled sparse model against hooks on the eager one that rotate, keep the Top-K and rotate back."""
+    compiled = torch.compile(model, backend="larosa", options={"plan": plan, "sparsity": sparsity, "sparsify": "all"})
+    logits = compiled(ids, use_cache=False).logits
+    with simulated(model, Plan.load(plan), sparsity):
+        expected = model(ids, use_cache=False).logits
+    return compare(logits, expected, ids)
+
+
+def greedy_tokens(model, plan: str, ids: torch.Tensor, tokens: int) -> int:
+    """How many of ``tokens`` greedy tokens agree, from the first on, between eager and compiled at sparsity 0."""
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    expected = model.generate(ids, cache_implementation="static", disable_compile=True, **settings)
+    got = generate(model, ids, plan=plan, sparsity=0.0, **settings)
+    same = (expected == got)[0, ids.shape[1]:]
+    return int(same.long().cumprod(0).sum())

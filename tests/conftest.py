@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on what a hub answers
+
+import larosa_fx  # noqa: E402
+from tiny import batches  # noqa: E402
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """No compiled code of other tests, and no gradients."""
+    torch.compiler.reset()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Calibrate a model and save its plan; returns the path."""
+    def save(model, **settings):
+        device = next(model.parameters()).device
+        plan = larosa_fx.calibrate(model, [b.to(device) for b in batches()], progress=False, **settings)
+        return str(plan.save(tmp_path / "plan.larosa"))
+    return save

@@ -1,0 +1,386 @@
+"""The C++ kernels of the CPU: results on every path the compiler may build, threads, the cache, and life without one."""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from larosa_fx.kernels import cpu
+
+_CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or "g++"]
+needs_compiler = pytest.mark.skipif(not shutil.which(_CXX[0]), reason=f"needs a C++ compiler, {_CXX[0]} is not there")
+
+# What -march=native selects here, and the branches of the source that it leaves out. Each runs on this CPU or is skipped.
+_X86 = {"avx2": ("-march=haswell", {"avx2", "fma", "f16c", "bmi2"}), "sse2": ("-march=x86-64", {"sse2"})}
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    """f(name) -> the kernels as built for that instruction set."""
+    folder, built = tmp_path_factory.mktemp("kernels"), {"native": cpu._load}
+
+    def get(name):
+        if name not in built:
+            flag, needed = _X86[name]
+            info = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
+            if not needed <= set(info.split()):
+                pytest.skip(f"this CPU has no {name}")
+            path = folder / f"{name}.so"
+            command = [*_CXX, "-O3", flag, "-shared", "-fPIC", "-std=c++17", "-fno-exceptions", "-fno-rtti"]
+            subprocess.run([*command, str(cpu._SOURCE), "-o", str(path)], check=True)
+            library = cpu._open(path)
+            built[name] = lambda: library
+        return built[name]()
+
+    return get
+
+
+@pytest.fixture(params=["native", *_X86])
+def kernels(request, libraries, monkeypatch):
+    """The module, working with one build of the kernels."""
+    library = libraries(request.param)
+    assert library is not None, "there is a compiler, but the kernels did not build"
+    monkeypatch.setattr(cpu, "_library", library)
+    return cpu
+
+
+@pytest.fixture
+def native(libraries, monkeypatch):
+    library = libraries("native")
+    assert library is not None, "there is a compiler, but the kernels did not build"
+    monkeypatch.setattr(cpu, "_library", library)
+    return cpu
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# ---- topk_select ----
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", [1, 2, 17, 64, 129, 577, 2048])
+def test_select(kernels, make_rows, dtype, channels, gen, check_select):
+    x = make_rows((2, channels), dtype, gen)
+    for k in sorted({1, (channels + 1) // 2, max(channels - 1, 1), channels}):
+        check_select(x, k, *kernels.topk_select(x, k))
+
+
+@needs_compiler
+def test_select_every_k(kernels, make_rows, dtype, gen, check_select):
+    x = make_rows((70,), dtype, gen)
+    for k in range(1, 71):
+        check_select(x, k, *kernels.topk_select(x, k))
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_select_many_rows(native, threads, dtype, n, gen, check_select):
+    threads(n)
+    x = torch.randn(5, 13, 1537, generator=gen).to(dtype)
+    check_select(x, 700, *native.topk_select(x, 700))
+
+
+@needs_compiler
+def test_select_strided(native, dtype, gen, check_select):
+    x = torch.randn(64, 6, 50, generator=gen).to(dtype)
+    for view in (x.mT, x[::3, 1:4, ::2], x[:, :, 7:], x[0, 0].expand(3, 50), x.permute(2, 0, 1)):
+        check_select(view, 5, *native.topk_select(view, 5))
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1,), (0, 7), (3, 0, 7), (2, 1, 7)], ids=str)
+def test_select_leading_shapes(native, shape, gen, check_select):
+    x = torch.randn(shape, generator=gen)
+    check_select(x, 1, *native.topk_select(x, 1))
+
+
+@needs_compiler
+def test_select_counts_beyond_16_bits(kernels):
+    """With this many channels above the threshold a 16-bit lane would overflow."""
+    channels, k = 4_300_000, 4_299_001
+    x = torch.ones(channels, dtype=torch.bfloat16)
+    x[7], x[-1] = -2, 3
+    _, indices = kernels.topk_select(x, k)
+    expected = torch.cat([torch.arange(k - 1), torch.tensor([channels - 1])]).int()
+    assert torch.equal(indices, expected)
+
+
+# ---- sparse_gemv ----
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [1, 7, 31, 64, 577, 4200])
+@pytest.mark.parametrize("k", [1, 9, 300])
+def test_gemv(kernels, dtype, columns, k, gen, make_gemv, check_gemv):
+    values, indices, weight = make_gemv((), 300, k, columns, dtype, gen)
+    check_gemv(values, indices, weight, kernels.sparse_gemv(values, indices, weight))
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("columns", [100, 577, 5000])
+@pytest.mark.parametrize("leading", [(1, 1), (2,), (8,)], ids=str)
+def test_gemv_threads(native, threads, dtype, columns, leading, n, gen, make_gemv, check_gemv):
+    """Every way to deal out slabs and splits; the same bits each time."""
+    threads(n)
+    values, indices, weight = make_gemv(leading, 1200, 555, columns, dtype, gen)
+    y = native.sparse_gemv(values, indices, weight)
+    check_gemv(values, indices, weight, y)
+    for _ in range(3):
+        assert torch.equal(native.sparse_gemv(values, indices, weight), y)
+
+
+@needs_compiler
+def test_gemv_rows_agree(native, threads, dtype, gen, make_gemv):
+    """A row's result does not depend on what else is in the batch."""
+    threads(2)
+    values, indices, weight = make_gemv((5,), 1300, 600, 777, dtype, gen)
+    y = native.sparse_gemv(values, indices, weight)
+    assert torch.equal(y, torch.stack([native.sparse_gemv(values[m], indices[m], weight) for m in range(5)]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gemv_reads_listed_rows_only(native, dtype, rows, gen, make_gemv, check_gemv):
+    values, indices, weight = make_gemv((rows,), 900, 300, 130, dtype, gen)
+    indices = indices[:1].repeat(rows, 1)
+    y = native.sparse_gemv(values, indices, weight)
+    poisoned = torch.full_like(weight, float("nan"))
+    poisoned[indices[0].long()] = weight[indices[0].long()]
+    assert torch.equal(native.sparse_gemv(values, indices, poisoned), y)
+    poisoned[indices[0, 7]] = float("nan")
+    assert native.sparse_gemv(values, indices, poisoned).isnan().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 4])
+def test_gemv_lists_in_any_order(native, rows, gen, make_gemv, check_gemv):
+    values, indices, weight = make_gemv((rows,), 1500, 700, 130, torch.float32, gen)
+    order = torch.randperm(700, generator=gen)
+    values, indices = values[:, order], indices[:, order]
+    check_gemv(values, indices, weight, native.sparse_gemv(values, indices, weight))
+
+
+@needs_compiler
+def test_gemv_strided_values(native, dtype, gen, make_gemv, check_gemv):
+    values, indices, weight = make_gemv((40,), 50, 4, 65, dtype, gen)
+    values, indices = values.mT[:, ::6].mT, indices[::6]
+    assert not values.is_contiguous() or not indices.is_contiguous()
+    check_gemv(values, indices, weight, native.sparse_gemv(values, indices, weight))
+
+
+@needs_compiler
+@pytest.mark.parametrize("shift", [0, 5])
+def test_gemv_widens_and_rounds_back(kernels, dtype, shift):
+    """Every 16-bit pattern, denormals, Inf and NaN too, comes back unchanged, from the vector loop and from its tail."""
+    if dtype == torch.float32:
+        weight = torch.arange(-(2**31), 2**31, 65521).int().view(dtype)
+    else:
+        weight = torch.arange(-(2**15), 2**15).short().view(dtype)
+    weight = weight[shift:]
+    one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=torch.int32)
+    y = kernels.sparse_gemv(one, zero, weight[None].contiguous())
+    assert torch.equal(y.isnan(), weight.isnan())
+    assert torch.equal(y.nan_to_num(0.0, 1e4, -1e4), weight.nan_to_num(0.0, 1e4, -1e4))
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [1, 4096], ids=["tail", "vectors"])
+def test_gemv_rounds_to_nearest_even(kernels, columns, gen):
+    # Two numbers a few binary orders apart: their fp32 sum is exact, and often halfway between two results.
+    both, rows = torch.tensor([1.0, 1.0]), torch.arange(2, dtype=torch.int32)
+    for dtype, scales in ((torch.bfloat16, (1.0, 2.0**-120)), (torch.float16, (1.0, 2.0**-20, 2.0**5))):
+        a = torch.randint(1, 2**11, (4096,), generator=gen).to(dtype)
+        b = a * 2.0 ** torch.randint(-14, -6, a.shape, generator=gen).to(dtype)
+        for scale in scales:
+            weight = torch.stack([a, b]) * scale
+            parts = [kernels.sparse_gemv(both.to(dtype), rows, w.contiguous()) for w in weight.split(columns, dim=1)]
+            assert torch.equal(torch.cat(parts), weight.float().sum(0).to(dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize("index", [-1, 10, 2**31 - 1, -(2**31)])
+def test_gemv_index_out_of_range(native, index):
+    indices = torch.tensor([0, index, 3], dtype=torch.int32)
+    with pytest.raises(IndexError, match=r"0\.\.9"):
+        native.sparse_gemv(torch.ones(3), indices, torch.ones(10, 4))
+
+
+@needs_compiler
+@pytest.mark.parametrize("leading, k, columns", [((), 0, 5), ((3,), 0, 5), ((0,), 2, 5), ((2, 0), 2, 5), ((2,), 2, 0)])
+def test_gemv_empty(native, leading, k, columns):
+    y = native.sparse_gemv(torch.ones(*leading, k), torch.zeros(*leading, k, dtype=torch.int32), torch.ones(4, columns))
+    assert torch.equal(y, torch.zeros(*leading, columns))
+
+
+@needs_compiler
+def test_what_is_not_served(native):
+    x = torch.randn(4, 10)
+    assert native.topk_select(x, 10) is not None
+    assert native.topk_select(x.double(), 3) is None
+    assert native.topk_select(x.int(), 3) is None
+    assert native.topk_select(x.to("meta"), 3) is None
+    assert native.topk_select(x[0, 0], 1) is None
+    assert native.topk_select(x, 0) is None and native.topk_select(x, 11) is None
+
+    values, indices, weight = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int32), torch.ones(10, 6)
+    assert native.sparse_gemv(values, indices, weight) is not None
+    assert native.sparse_gemv(values.double(), indices, weight.double()) is None
+    assert native.sparse_gemv(values.bfloat16(), indices, weight) is None
+    assert native.sparse_gemv(values, indices.long(), weight) is None
+    assert native.sparse_gemv(values, indices[:, :2], weight) is None
+    assert native.sparse_gemv(values, indices, weight.to("meta")) is None
+    assert native.sparse_gemv(values, indices, weight[0]) is None
+    assert native.sparse_gemv(values, indices, torch.ones(6, 10).T) is None
+    most = torch.ones(cpu.MAX_ROWS + 1, 3)
+    assert native.sparse_gemv(most[1:], most[1:].int(), weight) is not None
+    assert native.sparse_gemv(most, most.int(), weight) is None
+
+
+# ---- building and loading, each in a process of its own ----
+
+_USE = """
+import logging, sys, torch
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(name)s %(message)s")
+from larosa_fx.kernels import cpu
+x = torch.tensor([[1.0, -3.0, 2.0, 0.5]])
+for _ in range(2):
+    selected = cpu.topk_select(x, 2)
+    product = cpu.sparse_gemv(torch.ones(1), torch.zeros(1, dtype=torch.int32), torch.full((1, 3), 2.0))
+if selected is None:
+    assert product is None
+else:
+    assert selected[1].tolist() == [[1, 2]] and product.tolist() == [2, 2, 2]
+print("served", selected is not None)
+"""
+
+
+def _start(code, cache, **env):
+    root = str(Path(cpu.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": path, **env}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def _output(process):
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture
+def counting_compiler(tmp_path):
+    """A compiler that notes each compilation, slowly enough for two processes to meet; and the file it notes them in."""
+    script, notes = tmp_path / "c++", tmp_path / "notes"
+    notes.touch()
+    real = shlex.join(_CXX)
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-shared*) echo x >>{notes}; sleep 1;; esac\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    return script, notes
+
+
+@needs_compiler
+def test_cache(tmp_path, counting_compiler):
+    compiler, notes = counting_compiler
+    cache = tmp_path / "cache"
+
+    # Two at once: both may build, neither may see the other's half.
+    for process in [_start(_USE, cache, CXX=str(compiler)) for _ in range(2)]:
+        assert _output(process) == "served True\n"
+    (library,) = (cache / "larosa_fx").iterdir()  # and nothing is left behind
+    built = len(notes.read_text().split())
+    assert built in (1, 2)
+
+    # One after them builds nothing.
+    before = library.stat()
+    assert _output(_start(_USE, cache, CXX=str(compiler))) == "served True\n"
+    assert (library.stat().st_ino, library.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert len(notes.read_text().split()) == built
+
+    # A damaged library is built again.
+    library.write_text("not a library")
+    assert _output(_start(_USE, cache, CXX=str(compiler))) == "served True\n"
+    assert len(notes.read_text().split()) == built + 1
+    assert library.stat().st_size > 1000
+
+
+@needs_compiler
+def test_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    assert _output(_start(_USE, tmp_path / "file" / "cache", TMPDIR=str(tmp_path))) == "served True\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_a_compiler(tmp_path):
+    output = _output(_start(_USE, tmp_path, CXX="/nowhere/c++"))
+    warning, served = output.splitlines()
+    assert served == "served False"
+    assert warning.startswith("WARNING larosa_fx.kernels.cpu ") and "/nowhere/c++" in warning
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_a_compiler_that_fails(tmp_path):
+    script = tmp_path / "c++"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho no such luck >&2\nexit 1\n')
+    script.chmod(0o755)
+    output = _output(_start(_USE, tmp_path / "cache", CXX=str(script)))
+    assert output.count("WARNING") == 1 and "no such luck" in output and output.endswith("served False\n")
+    assert list((tmp_path / "cache" / "larosa_fx").iterdir()) == []
+
+
+_RUNTIMES = """
+import torch
+def runtimes():
+    files = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
+    return {file for file in files if "gomp" in file or "iomp" in file or "libomp" in file}
+torch.set_num_threads(2)
+torch.randn(512, 512) @ torch.randn(512, 512)
+before = runtimes()
+from larosa_fx.kernels import cpu
+v, i = cpu.topk_select(torch.randn(40, 4000), 2000)
+cpu.sparse_gemv(v[0], i[0], torch.randn(4000, 512))
+assert runtimes() == before and len(before) <= 1, (before, runtimes())
+"""
+
+_FORK = """
+import os, signal, torch
+from larosa_fx.kernels import cpu
+torch.set_num_threads(2)
+v, i = cpu.topk_select(torch.randn(40, 4000), 2000)
+w = torch.randn(4000, 512)
+y = cpu.sparse_gemv(v[0], i[0], w)
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    same = torch.equal(cpu.sparse_gemv(v[0], i[0], w), y) and cpu.topk_select(v, 5) is not None
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_second_openmp_runtime(tmp_path):
+    cpu._load()
+    _output(_start(_RUNTIMES, os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"))
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_fork(tmp_path):
+    """The child has none of the pool's threads; waiting for them would never end."""
+    _output(_start(_FORK, os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"))
