@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from larosa_fx.plan import Plan, PlanSite
+from larosa_fx.rotations import orthonormal
 
 
 @contextmanager
@@ -41,13 +42,14 @@ def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
 def _rotated(model: torch.nn.Module, plan: Plan, site: PlanSite, linears: list[torch.nn.Module], k: int) -> list:
     """z = x_hat Q, Top-K, back: the linears read (top_k(z) Q^T) * gain in place of the norm's output."""
     norm = _owner(model, site.gain)
-    rotation = plan.rotations[site.basis]
+    rotation = orthonormal(plan.rotations[site.basis])
     sparse: dict[str, torch.Tensor] = {}
 
     def observe(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
         x = args[0]
         q = rotation.to(x)
-        x_hat = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + site.eps)).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        x_hat = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + site.eps)).to(x.dtype)
         ones = torch.ones_like(x[..., :1, :])
         gain = module.forward(ones) * (1 + site.eps) ** 0.5  # whatever the module makes of its weight
         sparse["h"] = (keep_top_k(x_hat @ q, k) @ q.T) * gain

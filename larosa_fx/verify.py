@@ -43,7 +43,12 @@ def at_zero(model: torch.nn.Module, plan: str, ids: torch.Tensor) -> Agreement:
 
 @torch.no_grad()
 def at_sparsity(model: torch.nn.Module, plan: str, ids: torch.Tensor, sparsity: float | None = None) -> Agreement:
-    """The compiled sparse model against hooks on the eager one that rotate, keep the Top-K and rotate back."""
+    """The compiled sparse model against hooks on the eager one that rotate, keep the Top-K and rotate back.
+
+    Top-K is discontinuous: where rounding moves a channel across the threshold, a whole channel (1/sqrt(D) of a layer's
+    output) comes or goes, which moves others in later layers and, through attention, in later positions. In float32
+    two correct implementations part within tens of tokens; a float64 model shows whether they are the same function.
+    """
     compiled = torch.compile(model, backend="larosa", options={"plan": plan, "sparsity": sparsity, "sparsify": "all"})
     logits = compiled(ids, use_cache=False).logits
     with simulated(model, Plan.load(plan), sparsity):

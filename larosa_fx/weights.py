@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from larosa_fx.graph import WEIGHT_FUNCTIONS
+from larosa_fx.rotations import orthonormal
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Recipe:
             if kind == "input":
                 return parameters[rest[0]].detach().to(device, torch.float64)
             if kind == "rotation":
-                return rotations[rest[0]].to(device, torch.float64)
+                return orthonormal(rotations[rest[0]].to(device))
             if kind == "list":
                 return [value(x) for x in rest]
             if kind == "constant":

@@ -1,0 +1,93 @@
+"""Weight expressions become inputs: the graph reads folded tensors, and computes no weight any more."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from larosa_fx import graph as g
+from larosa_fx.weights import Recipe
+from programs import FOLDED, SITES, program, randomize, rewrite, trace
+from tiny import SIZES
+
+D, LAYERS = SIZES["hidden_size"], SIZES["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("granularity", [*FOLDED, "online", "none"])
+@pytest.mark.parametrize("family", SITES)
+def test_same_model(family, granularity, tokens):
+    p = program(family, tokens=tokens)
+    if p.structure.obstacles and granularity in FOLDED:
+        pytest.skip("not foldable")
+    done = rewrite(p, granularity)
+    p.check(done.binding)
+    assert not any(g.is_weight(node) for node in p.gm.graph.nodes if node.op != "placeholder")
+    assert not list(p.gm.named_buffers())  # no rotation is left behind in the graph
+
+
+@pytest.mark.parametrize("family, granularity, extra", [
+    ("llama", "layer", LAYERS - 1 + 2),  # adapters, table and head
+    ("llama", "block", 2 * LAYERS - 1 + 2),
+    ("llama", "model", 2),
+    ("llama-tied", "layer", LAYERS - 1 + 2),  # adapters; Q at the entry and Q^T at the exit
+    ("llama-biases", "layer", LAYERS - 1 + 2 + 2 * LAYERS),  # biases of o and down
+    ("llama", "online", 2 * LAYERS),  # a Q for each inner site
+    ("llama", "none", 0),
+])
+def test_folded_tensors(family, granularity, extra):
+    p = program(family)
+    done = rewrite(p, granularity)
+    recipes = [entry for entry in done.binding.inputs if isinstance(entry, Recipe)]
+    assert len(recipes) == done.results["fold_weights"].counts["folded tensors"] == 4 * LAYERS + extra
+    assert len(p.args) - sum(isinstance(e, int) for e in done.binding.inputs) == (
+        done.results["fold_weights"].counts["weights no longer read"])
+
+
+def test_bindings_name_the_original_positions():
+    p = program("llama-tied")
+    names = [node.name for node in g.placeholders(p.gm.graph)]
+    done = rewrite(p, "layer")
+    kept = [e for e in done.binding.inputs if isinstance(e, int)]
+    assert [names[i] for i in kept] == [n.name for n in g.placeholders(p.gm.graph)][:len(kept)]
+    assert all(isinstance(e, Recipe) for e in done.binding.inputs[len(kept):])
+
+
+def test_shapes_are_known_without_folding():
+    p = program("llama-biases")
+    binding = rewrite(p, "layer").binding
+    specs = binding.specs(p.args)
+    assert specs == [(tuple(e.tensor.shape), e.tensor.dtype, e.tensor.device) for e in binding.fold(p.args)]
+
+
+def test_tied_weights_are_not_touched():
+    p = program("llama-tied")
+    before = [x.clone() if isinstance(x, torch.Tensor) else x for x in p.args]
+    p.check(rewrite(p, "block").binding)
+    assert all(torch.equal(x, y) for x, y in zip(p.args, before, strict=True) if isinstance(x, torch.Tensor))
+
+
+WEIGHTS = {
+    "side by side": lambda a, b: torch.cat([a, b], dim=1),
+    "side by side, negative": lambda a, b: torch.cat((a, b), -1),
+    "stacked": lambda a, b: torch.cat([a, b]).t(),
+    "scaled sum": lambda a, b: torch.cat([torch.add(a, b, alpha=3.0), b], 1),
+    "by name": lambda a, b: torch.cat([torch.mul(a, other=b), b], 1),
+    "sum with a number": lambda a, b: torch.cat([a + 0.5, 2.0 * b], 1),
+}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS.keys())
+def test_weights_that_the_model_computes(weight):
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.empty(2 * D, D)), nn.Parameter(torch.empty(2 * D, D))
+            self.up, self.gain = nn.Linear(D, 2 * D), nn.Parameter(torch.empty(D))
+
+        def forward(self, x):
+            h = self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+            return x + F.linear(self.up(h).relu(), weight(self.a, self.b))
+
+    p = trace(randomize(Computed()), torch.randn(2, 5, D))
+    p.check(rewrite(p, "none").binding)

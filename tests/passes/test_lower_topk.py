@@ -1,0 +1,77 @@
+"""The step that sparsifies: which ops stand where, dense where nothing is dropped, and Top-K by hand elsewhere."""
+
+import pytest
+import torch
+
+from programs import FOLDED, SITES, assert_close, program, rewrite, tiny_model, trace
+from tiny import SIZES, ids
+
+SELECT, GEMV = torch.ops.larosa.topk_select.default, torch.ops.larosa.sparse_gemv.default
+SITE_COUNT = 4 * SIZES["num_hidden_layers"]
+
+
+def half(p):
+    return {site.name: site.in_features // 2 for site in p.structure.sites}
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("granularity", [*FOLDED, "online", "none"])
+@pytest.mark.parametrize("family", SITES)
+def test_all_channels_is_dense(family, granularity, tokens):
+    p = program(family, tokens=tokens)
+    if p.structure.obstacles and granularity in FOLDED:
+        pytest.skip("not foldable")
+    done = rewrite(p, granularity, "lower_topk")
+    assert set(done.forms.values()) == {"dense"} and p.calls(SELECT, GEMV) == 0
+    p.check()
+
+
+@pytest.mark.parametrize("tokens, sparsify, form, selections, gemvs", [
+    (1, "decode", "sparse GEMV", SITE_COUNT, SITE_COUNT),
+    (1, "all", "sparse GEMV", SITE_COUNT, SITE_COUNT),
+    (5, "decode", "dense", 0, 0),
+    (5, "all", "masked matmul", SITE_COUNT, 0),
+])
+def test_ops(tokens, sparsify, form, selections, gemvs):
+    p = program("llama", tokens=tokens)
+    rewrite(p, "layer", "merge_siblings")
+    assert p.calls(SELECT, GEMV) == 0
+    p = program("llama", tokens=tokens)
+    done = rewrite(p, "layer", "lower_topk", k=half(p), sparsify=sparsify)
+    assert set(done.forms.values()) == {form} and len(done.forms) == SITE_COUNT
+    assert (p.calls(SELECT), p.calls(GEMV)) == (selections, gemvs)
+    assert done.results["lower_topk"].counts == {form: SITE_COUNT}
+    assert [node.args[1] for node in p.gm.graph.find_nodes(op="call_function", target=SELECT)] == list(
+        half(p).values())[:selections]
+
+
+def test_a_site_with_all_channels_stays_dense_beside_sparse_ones():
+    p = program("llama", tokens=1)
+    k = half(p) | {"layers.1.h3": SIZES["hidden_size"]}
+    done = rewrite(p, "none", "lower_topk", k=k)
+    assert [site for site, form in done.forms.items() if form == "dense"] == ["layers.1.h3"]
+    assert p.calls(SELECT) == SITE_COUNT - 1
+    assert done.results["lower_topk"].skipped == [("layers.1.h3", "k is the whole site: dense")]
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("kind, linears", [
+    ("h1", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]), ("h2", ["self_attn.o_proj"]),
+    ("h3", ["mlp.gate_proj", "mlp.up_proj"]), ("h4", ["mlp.down_proj"])])
+def test_one_sparse_site_is_its_linears_on_the_largest_channels(kind, linears, tokens):
+    model, x = tiny_model("llama-biases"), ids(2, tokens)
+    p = trace(model, x, use_cache=False)
+    k = {site.name: site.in_features for site in p.structure.sites}
+    k[f"layers.1.{kind}"] = 11
+    rewrite(p, "none", "lower_topk", k=k)
+
+    def keep_largest(_module, args):
+        threshold = args[0].abs().topk(11, dim=-1).values[..., -1:]
+        return (args[0] * (args[0].abs() >= threshold),)
+
+    for name in linears:
+        model.get_submodule(f"model.layers.1.{name}").register_forward_pre_hook(keep_largest)
+    with torch.no_grad():
+        expected = model(x, use_cache=False).logits
+    assert (expected - p.expected[0]).abs().max() > 1e-3 * expected.abs().max()
+    assert_close(p.run(), [expected])

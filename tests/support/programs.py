@@ -1,0 +1,201 @@
+"""Graphs for the tests of passes: random models of many families, captured once, and how a rewritten graph is judged."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import transformers
+from torch import fx
+
+from larosa_fx import graph as g
+from larosa_fx.capture import capture
+from larosa_fx.passes import (
+    fold_gain,
+    fold_rotations,
+    fold_weights,
+    insert_adapters,
+    lower_topk,
+    merge_siblings,
+    rotate_online,
+)
+from larosa_fx.pipeline import Runner
+from larosa_fx.report import PassResult
+from larosa_fx.structure import Structure
+from larosa_fx.weights import Binding
+from tiny import SIZES, ids
+
+#: Weights are other ones in every run; the workers of one run share them.
+SEED = int(os.environ.setdefault("LAROSA_MODEL_SEED", str(random.randrange(2**31))))
+
+#: Test name -> (transformers' class prefix, configuration).
+FAMILIES = {
+    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": False}),
+    "phi3": ("Phi3", {"tie_word_embeddings": False}),
+    "gemma": ("Gemma", {"head_dim": 8, "tie_word_embeddings": True}),
+    "granite": ("Granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0,
+                            "attention_multiplier": 0.3, "tie_word_embeddings": False}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "tie_word_embeddings": False}),
+    "gpt-neox": ("GPTNeoX", {"tie_word_embeddings": False}),
+}
+FOLDABLE = ("llama", "llama-tied", "llama-biases", "qwen2", "qwen3", "phi3", "gemma", "granite")
+SITES = (*FOLDABLE, "gemma2", "mixtral")  # post-norms and experts: sites, and a stream that no rotation folds into
+FOLDED = ("layer", "block", "model")
+
+
+@dataclass
+class Program:
+    """A captured graph in canonical form, what it is called with, and what it must go on to return."""
+
+    gm: fx.GraphModule
+    structure: Structure
+    refusal: str | None
+    args: Sequence[object]
+    expected: Sequence[torch.Tensor]
+
+    def run(self, binding: Binding | None = None) -> Sequence[torch.Tensor]:
+        """The graph's outputs as it stands: on the original inputs, or on folded weights behind fold_weights."""
+        self.gm.graph.lint()
+        self.gm.recompile()
+        inputs = self.args
+        if binding is not None:
+            inputs = [self.args[i] for i in binding.inputs if isinstance(i, int)]
+            inputs += [entry.tensor for entry in binding.fold(self.args)]
+        with torch.no_grad():
+            return self.gm(*inputs)
+
+    def check(self, binding: Binding | None = None) -> None:
+        """The graph returns what the model does."""
+        assert_close(self.run(binding), self.expected)
+
+    def calls(self, *targets: object) -> int:
+        return sum(g.calls(node, *targets) for node in self.gm.graph.nodes)
+
+
+def assert_close(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float = 1e-4) -> None:
+    """Equal up to rounding, relative to the largest element of each output."""
+    assert len(outputs) == len(expected)
+    for got, wanted in zip(outputs, expected, strict=True):
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype
+        assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def tiny_model(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
+    """A random model; gains lie off 1 (off Gemma's 0) and biases off 0, so that wrong folds show."""
+    prefix, config = FAMILIES[family]
+    config = getattr(transformers, f"{prefix}Config")(
+        **{**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **config, **changes})
+    return randomize(getattr(transformers, f"{prefix}ForCausalLM")(config).eval(), seed + zlib.crc32(family.encode()),
+                     gain=0.0 if family.startswith("gemma") else 1.0)
+
+
+def randomize(model: torch.nn.Module, seed: int = 0, gain: float = 1.0) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(SEED + seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(noise * 0.15 if p.ndim > 1 else noise * 0.3 + (0.0 if name.endswith("bias") else gain))
+    return model
+
+
+def trace(model: torch.nn.Module, *inputs: torch.Tensor, **options: object) -> Program:
+    """The model's graph, canonical and matched."""
+    return _program(*_dynamo(model, inputs, options))
+
+
+def program(family: str, tokens: int = 5, **changes: object) -> Program:
+    """A graph of a random model of the family, to be rewritten; Dynamo runs once for all tests."""
+    return _program(*_family_graph(family, tokens, tuple(changes.items())))
+
+
+@cache
+def _family_graph(family: str, tokens: int, changes: tuple) -> tuple[fx.GraphModule, Sequence[object]]:
+    return _dynamo(tiny_model(family, **dict(changes)), (ids(2, tokens),), {"use_cache": False})
+
+
+def _dynamo(model: torch.nn.Module, inputs: Sequence, options: Mapping) -> tuple[fx.GraphModule, Sequence[object]]:
+    calls = []
+
+    def backend(gm, _):
+        def call(*args):
+            calls.append((gm, args))
+            return gm(*args)
+        return call
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(*inputs, **options)
+    (call,) = calls
+    return call
+
+
+def _program(gm: fx.GraphModule, args: Sequence[object]) -> Program:
+    with torch.no_grad():
+        captured = capture(gm, g.parameter_mask(args), Runner())
+        return Program(captured.gm, captured.structure, captured.refusal, args, gm(*args))
+
+
+def orthogonal(size: int, seed: int | None = None) -> torch.Tensor:
+    """A random orthogonal matrix, from none of the code under test."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q.float()
+
+
+def rotations(structure: Structure, granularity: str) -> dict[str, torch.Tensor]:
+    return {basis: orthogonal(sites[0].in_features) for basis, sites in structure.bases(granularity).items()}
+
+
+@dataclass
+class Rewritten:
+    """What the passes up to one of them returned."""
+
+    results: dict[str, PassResult]
+    binding: Binding | None = None
+    forms: Mapping[str, str] | None = None
+
+
+def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Mapping[str, int] | None = None,
+            sparsify: str = "all") -> Rewritten:
+    """Run the passes behind matching in their order, up to and including ``until``, with random rotations."""
+    matrices = rotations(p.structure, granularity)
+    done = Rewritten({})
+
+    def step(module, *args):
+        outcome = module.run(*args)
+        *values, result = outcome if isinstance(outcome, tuple) else (outcome,)
+        done.results[result.name] = result
+        return values[0] if values else None
+
+    folded, online = granularity in FOLDED, granularity == "online"
+    norms = ([n for value in p.structure.stream for n in value.norms] if folded else
+             [site.norm for site in p.structure.inner_sites()])
+    k = k or {site.name: site.in_features for site in p.structure.sites}
+    passes = [
+        (folded or online, fold_gain, p.gm, p.structure, norms),
+        (folded, fold_rotations, p.gm, p.structure, matrices, granularity),
+        (folded, insert_adapters, p.gm),
+        (online, rotate_online, p.gm, p.structure, matrices, granularity),
+        (True, merge_siblings, p.gm, p.structure),
+        (True, lower_topk, p.gm, p.structure, k, sparsify),
+        (True, fold_weights, p.gm),
+    ]
+    for applies, module, *args in passes:
+        value = step(module, *args) if applies else None
+        if module is lower_topk:
+            done.forms = value
+        if module is fold_weights:
+            done.binding = Binding(value, p.structure.dtype, p.structure.device, rotations=matrices,
+                                   digest=str(random.random()))
+        if module.__name__.endswith(f".{until}"):
+            break
+    return done
