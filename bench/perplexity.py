@@ -60,7 +60,8 @@ def main() -> None:
               flush=True)
     if args.json:
         provenance = {
-            "command": "python " + " ".join(sys.argv), "device": _device_name(args.device), "dtype": "float32",
+            "command": " ".join(["python bench/perplexity.py", *(Path(a).name for a in sys.argv[1:])]),
+            "device": _device_name(args.device), "dtype": "float32",
             "model": type(model).__name__ if args.model else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)",
             "commit": _commit(), "versions": library_versions(), "calibration_tokens": sum(c.numel() for c in calibration)}
         Path(args.json).write_text(json.dumps({"rows": rows, "provenance": provenance}, indent=1) + "\n")

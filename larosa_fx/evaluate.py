@@ -84,8 +84,9 @@ def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sp
 
 def perplexity_table(rows: Sequence[dict[str, object]]) -> str:
     """The rows of ``sweep`` for people."""
-    return tabulate([[r["method"], f"{r['byte_sparsity']:.1%}", f"{r['ppl']:.3f}", f"{r['ratio']:.4f}",
-                      f"{r['seconds']:.0f}"] for r in rows], ["model", "weight bytes not read", "perplexity", "ratio to dense", "seconds"])
+    return tabulate(
+        [[r["method"], f"{r['byte_sparsity']:.1%}", f"{r['ppl']:.3f}", f"{r['ratio']:.4f}", f"{r['seconds']:.0f}"]
+         for r in rows], ["model", "weight bytes not read", "perplexity", "ratio to dense", "seconds"])
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
 ADDS = (operator.add, torch.add, "add")
 IN_PLACE = frozenset({operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
                       operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul})
+VIEW_METHODS = ("view", "reshape", "transpose", "permute", "squeeze", "unsqueeze", "expand", "narrow", "select", "flatten",
+                "split", "chunk", "detach", "view_as", "contiguous", "to", "float")
 MULS = (operator.mul, torch.mul, "mul")
 
 
@@ -91,7 +93,8 @@ def linear_size(node: fx.Node) -> tuple[int, int]:
 
 
 def is_rms_norm(node: object) -> bool:
-    return calls(node, F.rms_norm)
+    """Whether node is a canonical RMSNorm over the channels, the last dimension alone."""
+    return calls(node, F.rms_norm) and len(node.args[1]) == 1
 
 
 def is_weight(node: object) -> bool:
@@ -103,13 +106,14 @@ def is_weight(node: object) -> bool:
     if node.op == "get_attr":
         return ROTATION in node.meta
     return (node.op in ("call_function", "call_method") and node.target in WEIGHT_FUNCTIONS
-            and bool(node.all_input_nodes) and all(is_weight(n) for n in node.all_input_nodes))
+            and (not node.kwargs or is_cast(node)) and bool(node.all_input_nodes)
+            and all(map(is_weight, node.all_input_nodes)))
 
 
 def is_cast(node: object) -> bool:
     """Whether node changes at most the dtype of its tensor argument, not its shape or device."""
-    if not calls(node, "to", "float", "type_as", "half", "bfloat16"):
-        return False
+    if not calls(node, "to", "float", "type_as", "half", "bfloat16") or True in (*node.args[1:], *node.kwargs.values()):
+        return False  # True: a forced copy
     before, after = value(node.args[0]), value(node)
     return isinstance(before, torch.Tensor) and before.shape == after.shape and before.device == after.device
 
@@ -129,6 +133,11 @@ def is_position_slice(node: object) -> bool:
     return Ellipsis not in index and (len(index) < len(shape(node)) or index[-1] == slice(None))
 
 
+def only_read_by(node: fx.Node, readers: Sequence[fx.Node]) -> bool:
+    """Whether nothing but ``readers`` reads node, directly or through a choice of positions."""
+    return all(user in readers or (is_position_slice(user) and only_read_by(user, readers)) for user in node.users)
+
+
 def peel(node: fx.Node, predicate: Callable[[object], bool]) -> fx.Node:
     """Walk up through nodes that ``predicate`` calls see-through."""
     while predicate(node):
@@ -145,6 +154,19 @@ def mutates(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__")
     return node.op == "call_function" and (node.target in IN_PLACE or getattr(node.target, "__name__", "").endswith("_"))
+
+
+def written_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """All nodes whose memory something writes to, through however many views."""
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        if mutates(node) and node.args and isinstance(node.args[0], fx.Node):
+            base = node.args[0]
+            written.add(base)
+            while calls(base, operator.getitem, *VIEW_METHODS) and isinstance(base.args[0], fx.Node):
+                base = base.args[0]
+                written.add(base)
+    return written
 
 
 def is_impure(node: fx.Node) -> bool:

@@ -112,8 +112,8 @@ class Plan:
         try:
             safetensors.torch.save_file(tensors, partial, metadata=metadata)
             os.replace(partial, path)
-        except OSError as error:
-            raise PlanError(f"cannot write the plan to {path}: {error.strerror or error}") from error
+        except (OSError, safetensors.SafetensorError) as error:
+            raise PlanError(f"cannot write the plan to {path}: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
         return path
@@ -141,12 +141,14 @@ class Plan:
             plan = cls(header["rotation"], header["sparsity"], header["coefficients"],
                        [PlanSite(**site) for site in header["sites"]], _under("rotation/", tensors),
                        _under("samples/", tensors), header["weight_dtype"], header["basis"], header["provenance"])
-            stored_k = header["k"]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            plan.validate(str(path))
+            if header["k"] != plan.k:
+                raise PlanError(f"{path} is inconsistent: its k are not those of sparsity {plan.sparsity} and its "
+                                "coefficients")
+        except PlanError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path} has a damaged header: {error!r}") from error
-        plan.validate(str(path))
-        if stored_k != plan.k:
-            raise PlanError(f"{path} is inconsistent: its k are not those of sparsity {plan.sparsity} and its coefficients")
         return plan
 
     def validate(self, name: str = "the plan") -> None:
@@ -167,6 +169,10 @@ class Plan:
             error = (q.double().T @ q.double() - torch.eye(len(q), dtype=torch.float64, device=q.device)).abs().max().item()
             if error > ORTHOGONALITY:
                 raise PlanError(f"{name}: rotation {basis!r} is not orthogonal (max |Q^T Q - I| = {error:.1e})")
+        for site in self.sites:
+            if site.basis is not None and self.rotations.get(site.basis, torch.empty(0)).shape[:1] != (site.in_features,):
+                raise PlanError(f"{name} has no rotation {site.basis!r} of {site.in_features} channels, which {site.name} "
+                                "needs")
 
     # ---- model -----------------------------------------------------------------------------------------------------
 

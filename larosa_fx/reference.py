@@ -48,10 +48,11 @@ def _rotated(model: torch.nn.Module, plan: Plan, site: PlanSite, linears: list[t
     def observe(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
         x = args[0]
         q = rotation.to(x)
+        eps = torch.finfo(x.dtype).eps if site.eps is None else site.eps  # F.rms_norm's default
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        x_hat = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + site.eps)).to(x.dtype)
+        x_hat = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
         ones = torch.ones_like(x[..., :1, :])
-        gain = module.forward(ones) * (1 + site.eps) ** 0.5  # whatever the module makes of its weight
+        gain = module.forward(ones) * (1 + eps) ** 0.5  # whatever the module makes of its weight
         sparse["h"] = (keep_top_k(x_hat @ q, k) @ q.T) * gain
 
     return [norm.register_forward_hook(observe),

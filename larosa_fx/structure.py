@@ -71,6 +71,7 @@ class Structure:
     skipped: list[tuple[str, str]]
     embedding: fx.Node | None = None  # the lookup that starts the stream, where its table may be folded
     head: fx.Node | None = None  # the last norm, where the head behind it may be folded
+    written: list[str] = field(default_factory=list)  # site inputs that something writes to in place
 
     def __post_init__(self) -> None:
         if self.sites:  # taken now: passes replace the nodes

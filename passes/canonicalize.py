@@ -16,6 +16,17 @@ from torch import fx
 from larosa_fx import graph as g
 from larosa_fx.report import PassResult
 
+#: Arguments that the patterns below, and later passes, expect by position.
+_POSITIONS = {
+    F.linear: ("input", "weight", "bias"), F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+    torch.rms_norm: ("input", "normalized_shape", "weight", "eps"), torch.addmm: ("input", "mat1", "mat2"),
+    torch.matmul: ("input", "other"), torch.mm: ("input", "mat2"), torch.pow: ("input", "exponent"),
+    torch.cat: ("tensors", "dim"), "matmul": ("self", "other"), "mm": ("self", "mat2"), "pow": ("self", "exponent"),
+    **dict.fromkeys((torch.add, torch.mul, torch.div), ("input", "other")),
+    **dict.fromkeys(("add", "mul", "div"), ("self", "other")),
+    **dict.fromkeys((torch.rsqrt, torch.sqrt, torch.reciprocal, torch.square, torch.t), ("input",)),
+}
+
 
 class Norm(NamedTuple):
     """One matched RMSNorm: ``output = input / sqrt(mean(input ** 2) + eps) * gain`` over the last dimension."""
@@ -31,6 +42,7 @@ def run(graph: fx.Graph) -> PassResult:
     not canonical before, and ``no-ops`` (casts to the same dtype, inactive dropout) removed."""
     result = PassResult("canonicalize")
     for node in list(graph.nodes):
+        _by_position(node)
         if g.is_no_op(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -38,9 +50,6 @@ def run(graph: fx.Graph) -> PassResult:
     for node in list(graph.nodes):
         if _rewrite_linear(graph, node):
             result.count("linears")
-    for node in graph.find_nodes(op="call_function", target=F.rms_norm):
-        node.args = tuple(g.argument(node, i, name) for i, name in enumerate(("input", "normalized_shape", "weight", "eps")))
-        node.kwargs = {}
     for node in list(graph.nodes):
         norm = match_rms_norm(node)
         if norm is None or not _read_by_linear(norm.output):
@@ -54,12 +63,29 @@ def run(graph: fx.Graph) -> PassResult:
     return result
 
 
+def _by_position(node: fx.Node) -> None:
+    """Arguments given by name become positional; ``torch.rms_norm`` is ``F.rms_norm``. What has others keeps them."""
+    if node.op not in ("call_function", "call_method") or node.target not in _POSITIONS:
+        return
+    names = _POSITIONS[node.target]
+    if node.target is torch.rms_norm:
+        node.target = F.rms_norm
+    rest = dict(node.kwargs)
+    args = list(node.args)
+    while len(args) < len(names) and names[len(args)] in rest:
+        args.append(rest.pop(names[len(args)]))
+    if node.target is F.rms_norm and not rest:
+        args += [None] * (len(names) - len(args))
+    if not rest:
+        node.args, node.kwargs = tuple(args), {}
+
+
 def match_rms_norm(node: fx.Node) -> Norm | None:
     """The RMSNorm whose reciprocal root ``node`` computes, or None. ``node`` is an rsqrt, a power of -1/2 or 1/sqrt."""
     mean_plus_eps = _reciprocal_root(node)
-    if mean_plus_eps is None or not g.calls(mean_plus_eps, *g.ADDS):
+    if mean_plus_eps is None or not _is_binary(mean_plus_eps, g.ADDS):
         return None
-    mean, eps = mean_plus_eps.args[:2]
+    mean, eps = mean_plus_eps.args
     if g.is_scalar(mean):
         mean, eps = eps, mean
     if not g.is_scalar(eps) or not _is_mean_over_last(mean):
@@ -68,7 +94,7 @@ def match_rms_norm(node: fx.Node) -> Norm | None:
     if wide is None:
         return None
     source = g.peel(wide, g.is_cast)
-    scaled = [user for user in node.users if g.calls(user, *g.MULS) and _other(user, node) in (wide, source)]
+    scaled = [user for user in node.users if _is_binary(user, g.MULS) and _other(user, node) in (wide, source)]
     if len(scaled) != 1 or len(node.users) != 1:
         return None
     output, gain = _apply_gain(_cast_down(scaled[0], g.dtype(source)))
@@ -107,9 +133,14 @@ def _square_root_of(node: object) -> fx.Node | None:
         return node.args[0]
     if g.calls(node, torch.square, "square"):
         return node.args[0]
-    if g.calls(node, *g.MULS) and node.args[0] is node.args[1]:
+    if _is_binary(node, g.MULS) and node.args[0] is node.args[1]:
         return node.args[0]
     return None
+
+
+def _is_binary(node: object, targets: tuple) -> bool:
+    """Whether node is a plain ``target(a, b)``: nothing scaled (``alpha``), nothing written (``out``)."""
+    return g.calls(node, *targets) and len(node.args) == 2 and not node.kwargs
 
 
 def _other(node: fx.Node, operand: fx.Node) -> object:
@@ -125,9 +156,9 @@ def _cast_down(node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
 def _apply_gain(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """(gain * node, gain) where a one-dimensional weight multiplies node, which nothing else reads; else (node, None)."""
     users = list(node.users)
-    if len(users) == 1 and g.calls(users[0], *g.MULS):
+    if len(users) == 1 and _is_binary(users[0], g.MULS):
         gain = _other(users[0], node)
-        if g.is_weight(gain) and len(g.shape(gain)) == 1:
+        if g.is_weight(gain) and g.shape(gain) == g.shape(node)[-1:]:
             return users[0], gain
     return node, None
 
@@ -139,8 +170,8 @@ def _read_by_linear(node: fx.Node) -> bool:
 
 def _rewrite_linear(graph: fx.Graph, node: fx.Node) -> bool:
     """``x @ W.t()``, ``torch.matmul(x, W)``, ``addmm(b, x, W)`` with a two-dimensional weight become F.linear."""
-    if g.calls(node, operator.matmul, torch.matmul, torch.mm, "matmul", "mm"):
-        (x, weight), bias = node.args[:2], None
+    if _is_binary(node, (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")):
+        (x, weight), bias = node.args, None
     elif g.calls(node, torch.addmm) and not node.kwargs:
         bias, x, weight = node.args
     else:

@@ -22,7 +22,7 @@ def run(gm: fx.GraphModule, structure: Structure, norms: Iterable[fx.Node]) -> P
     for norm in norms:
         linears = structure.readers[norm]
         x, dims, gain, eps = norm.args
-        if any(user not in linears and not g.is_position_slice(user) for user in norm.users):
+        if not g.only_read_by(norm, linears):
             _split(gm.graph, structure, norm)
             result.count("norms split")
         else:
@@ -43,11 +43,21 @@ def _split(graph: fx.Graph, structure: Structure, norm: fx.Node) -> None:
     with graph.inserting_after(norm):
         gain_free = graph.call_function(F.rms_norm, (x, dims, None, eps))
     gain_free.meta = dict(norm.meta)
+    moved = {norm: gain_free}
+
+    def move(value: fx.Node) -> fx.Node:
+        """The gain-free twin of the norm or of a choice of its positions."""
+        if value not in moved:
+            source = move(value.args[0])
+            with graph.inserting_after(source):
+                moved[value] = graph.node_copy(value, lambda n: source if n is value.args[0] else n)
+        return moved[value]
+
     for linear in linears:
-        linear.replace_input_with(norm, gain_free)
+        linear.update_arg(0, move(linear.args[0]))
     structure.readers[gain_free] = linears
     for site in structure.sites:
         if site.norm is norm:
-            site.norm = site.input = gain_free
+            site.norm, site.input = gain_free, site.linears[0].args[0]
     for value in structure.stream:
         value.norms = [gain_free if n is norm else n for n in value.norms]

@@ -27,8 +27,10 @@ def run(graph: fx.Graph) -> tuple[Structure, PassResult]:
     stream, obstacles = _stream(list(readers))
     structure = Structure(sites, stream, readers, obstacles, result.skipped)
     _ends(structure, head_norms)
-    structure.obstacles += [(str(user), "writes in place to the residual stream or to a normed value of it")
-                            for node in [*readers, *(s.node for s in stream)] for user in node.users if g.mutates(user)]
+    written = g.written_in_place(graph)
+    structure.obstacles += [(str(value.node), "something writes in place to the residual stream here")
+                            for value in stream if value.node in written]
+    structure.written = [str(site.input) for site in sites if site.input in written or site.norm in written]
     for what, n in (("layers", structure.layers), ("sites", len(sites)), ("norms", len(readers)),
                     ("linears", sum(len(s.linears) for s in sites))):
         result.count(what, n)
@@ -174,11 +176,7 @@ def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:
         for norm in [n for n in stream_node.norms if n in head_norms]:
             linears = structure.readers[norm]
             exclusive = all(set(linear.args[1].users) == {linear} for linear in linears)
-            if exclusive and _only_read_by(norm, linears) and stream_node is structure.stream[-1]:
+            if exclusive and g.only_read_by(norm, linears) and stream_node is structure.stream[-1]:
                 structure.head = norm
             else:
                 stream_node.norms.remove(norm)
-
-
-def _only_read_by(node: fx.Node, linears: list[fx.Node]) -> bool:
-    return all(user in linears or (g.is_position_slice(user) and _only_read_by(user, linears)) for user in node.users)

@@ -159,6 +159,35 @@ def test_what_is_no_rms_norm_keeps_its_bits(norm):
     assert torch.equal(p.run()[0], p.expected[0])
 
 
+def arguments_by_name(x, w):
+    mean = torch.pow(input=x, exponent=2).mean(dim=-1, keepdim=True)
+    return torch.mul(input=torch.mul(x, other=torch.rsqrt(input=torch.add(mean, other=EPS))), other=w)
+
+
+def eps_scaled_by_name(x, w):
+    return x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), EPS, alpha=300.0)) * w
+
+
+@pytest.mark.parametrize("norm", [arguments_by_name, eps_scaled_by_name], ids=lambda f: f.__name__)
+def test_arguments_by_name_are_not_lost(norm):
+    """Matched or not, the value stays."""
+    canonical(Normed(norm)).check()
+
+
+def test_norm_over_more_than_the_channels_is_none_of_a_stream():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.RMSNorm((5, D)), nn.Linear(D, D)
+
+        def forward(self, x):
+            return x + self.linear(self.norm(x))
+
+    p = canonical(Norm())
+    assert not p.structure.readers
+    p.check()
+
+
 def test_normed_value_read_before_its_gain_keeps_its_value():
     def halfway(x, w):
         normed = x * _rsqrt(x)
@@ -229,7 +258,6 @@ LINEARS = {
     "operator": lambda x, w, b: x @ w,
     "transposed": lambda x, w, b: x[..., :24] @ w.t(),
     "matmul": lambda x, w, b: torch.matmul(x, w),
-    "matmul by name": lambda x, w, b: torch.matmul(x, other=w),
     "method": lambda x, w, b: x.matmul(w),
     "mm": lambda x, w, b: torch.mm(x, w),
     "addmm": lambda x, w, b: torch.addmm(b, x, w),
@@ -241,6 +269,10 @@ def test_one_linear_for_all_spellings(product):
     p = canonical(Product(product), shape=(5, D))
     assert p.calls(F.linear) == 1
     p.check()
+
+
+def test_product_by_name():
+    canonical(Product(lambda x, w, b: torch.matmul(x, other=w)), shape=(5, D)).check()
 
 
 @pytest.mark.parametrize("product", [

@@ -6,18 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from larosa_fx.passes import fold_gain
-from programs import SITES, program, randomize, rewrite, tiny_model, trace
+from programs import CASES, program, randomize, rewrite, tiny_model, trace
 from tiny import SIZES, ids
 
 D = SIZES["hidden_size"]
 
 
-@pytest.mark.parametrize("family", SITES)
-@pytest.mark.parametrize("granularity", ["layer", "online"])
+@pytest.mark.parametrize("family, granularity", [case for case in CASES if case[1] in ("layer", "online")])
 def test_same_model(family, granularity):
     p = program(family)
-    if p.structure.obstacles and granularity == "layer":
-        pytest.skip("not foldable")
     rewrite(p, granularity, "fold_gain")
     p.check()
     assert all(site.norm.args[2] is None for site in p.structure.inner_sites())
@@ -45,31 +42,35 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("granularity", ["layer", "online"])
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS.keys())
-def test_other_readers_keep_the_gain(read, granularity):
+def test_other_readers_keep_the_gain(read):
     model, seen = tiny_model("llama"), []
     model.model.layers[1].input_layernorm.register_forward_hook(lambda _m, _args, out: seen.append(read(out)))
     p = trace(model, ids(2, 5), use_cache=False)
     assert len(p.expected) == 2  # the logits, and what the hook saw
-    rewrite(p, granularity, "fold_gain")
-    p.check()
+    for granularity in ("layer", "online"):
+        p = p.fresh()
+        rewrite(p, granularity, "fold_gain")
+        p.check()
 
 
 class Sliced(nn.Module):
-    """A norm that one linear reads whole, another through a slice, and something else as it is."""
+    """A norm that one linear reads whole, another through a choice of positions, and something else as it is."""
 
-    def __init__(self):
+    def __init__(self, choose):
         super().__init__()
+        self.choose = choose
         self.gain = nn.Parameter(torch.empty(D))
         self.whole, self.last, self.out = (nn.Linear(D, D) for _ in range(3))
 
     def forward(self, x):
         h = self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
-        return x + self.out(self.whole(h).tanh()), self.last(h[:, -1:]), h.abs()
+        return x + self.out(self.whole(h).tanh()), self.last(self.choose(h)), h.abs()
 
 
-def test_linear_behind_a_slice_of_a_norm_with_other_readers():
-    p = trace(randomize(Sliced()), torch.randn(2, 5, D))
+@pytest.mark.parametrize("choose", [lambda h: h[:, -1:], lambda h: h[:, h.square().sum((0, 2)).topk(2).indices]],
+                         ids=["a slice", "an index computed later"])
+def test_linear_behind_some_positions_of_a_norm_with_other_readers(choose):
+    p = trace(randomize(Sliced(choose)), torch.randn(2, 5, D))
     fold_gain.run(p.gm, p.structure, list(p.structure.readers))
     p.check()

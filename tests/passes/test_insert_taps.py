@@ -8,12 +8,12 @@ from programs import program, tiny_model, trace
 from tiny import ids
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma"])
 def test_taps_see_the_norm_without_its_gain(family):
     model, x = tiny_model(family, rms_norm_eps=0.01), ids(2, 5)
     p = trace(model, x, use_cache=False)
     seen = {}
-    insert_taps.run(p.gm, p.structure, seen.__setitem__)
+    insert_taps.run(p.gm, p.structure, lambda name, x_hat: seen.update({name: x_hat}))
     p.check()
 
     expected = {}

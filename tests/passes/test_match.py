@@ -11,7 +11,6 @@ from tiny import SIZES, ids
 
 D, FF, LAYERS = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["num_hidden_layers"]
 QKV = D + 2 * D // SIZES["num_attention_heads"] * SIZES["num_key_value_heads"]
-PREFIX = "model.layers.{}"
 SEPARATE = {"h1": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "h2": ["self_attn.o_proj"],
             "h3": ["mlp.gate_proj", "mlp.up_proj"], "h4": ["mlp.down_proj"]}
 PACKED = {**SEPARATE, "h1": ["self_attn.qkv_proj"], "h3": ["mlp.gate_up_proj"]}
@@ -44,7 +43,8 @@ def test_stream(family):
 
 
 @pytest.mark.parametrize("family, embedding, head", [
-    ("llama", True, True), ("llama-tied", False, False), ("qwen3", True, True), ("phi3", True, True), ("gemma", False, False),
+    ("llama", True, True), ("qwen3", True, True), ("phi3", True, True),
+    ("llama-tied", False, False), ("qwen2", False, False), ("gemma", False, False),
     ("granite", False, True),  # what starts the stream is no table but a multiple of its rows
 ])
 def test_ends_that_may_be_folded(family, embedding, head):
@@ -115,8 +115,17 @@ def multiply_a_view(output, _seen):
     output[:, 0].mul_(2.0)
 
 
-@pytest.mark.parametrize("hook", [multiply, multiply_a_view], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("module", ["model.layers.0", "model.embed_tokens"])
+def multiply_a_part(output, _seen):
+    torch.split(output, 3, dim=1)[0].mul_(2.0)
+
+
+def multiply_the_transposed(output, _seen):
+    output.mT.mul_(2.0)
+
+
+@pytest.mark.parametrize("module, hook", [
+    ("model.layers.0", multiply), ("model.layers.0", multiply_a_view), ("model.embed_tokens", multiply_a_view),
+    ("model.layers.0", multiply_a_part), ("model.layers.0", multiply_the_transposed)])
 def test_in_place_write_to_the_stream_is_an_obstacle(module, hook):
     assert hooked(module, hook).structure.obstacles
 
@@ -158,6 +167,6 @@ class Parallel(nn.Module):
 @pytest.mark.parametrize("branches_first", [True, False])
 def test_parallel_residual_shares_one_inner_site(branches_first):
     structure = trace(randomize(Parallel(branches_first)), ids(2, 5)).structure
-    assert [(s.name, len(s.linears)) for s in structure.sites] == [("layers.0.h1", 4), ("layers.0.h2", 1), ("layers.0.h4", 1)]
+    assert [(s.kind, len(s.linears)) for s in structure.sites] == [("h1", 4), ("h2", 1), ("h4", 1)]
     assert not structure.obstacles
     assert [len(v.writers) for v in structure.stream] == ([0, 2] if branches_first else [0, 1, 1])

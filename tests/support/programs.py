@@ -51,6 +51,8 @@ FAMILIES = {
 FOLDABLE = ("llama", "llama-tied", "llama-biases", "qwen2", "qwen3", "phi3", "gemma", "granite")
 SITES = (*FOLDABLE, "gemma2", "mixtral")  # post-norms and experts: sites, and a stream that no rotation folds into
 FOLDED = ("layer", "block", "model")
+CASES = [(family, granularity) for family in SITES for granularity in (*FOLDED, "online", "none")
+         if family in FOLDABLE or granularity not in FOLDED]
 
 
 @dataclass
@@ -62,6 +64,11 @@ class Program:
     refusal: str | None
     args: Sequence[object]
     expected: Sequence[torch.Tensor]
+    source: fx.GraphModule
+
+    def fresh(self) -> Program:
+        """The program before any pass behind matching; Dynamo is not asked again."""
+        return _program(self.source, self.args)
 
     def run(self, binding: Binding | None = None) -> Sequence[torch.Tensor]:
         """The graph's outputs as it stands: on the original inputs, or on folded weights behind fold_weights."""
@@ -142,7 +149,7 @@ def _dynamo(model: torch.nn.Module, inputs: Sequence, options: Mapping) -> tuple
 def _program(gm: fx.GraphModule, args: Sequence[object]) -> Program:
     with torch.no_grad():
         captured = capture(gm, g.parameter_mask(args), Runner())
-        return Program(captured.gm, captured.structure, captured.refusal, args, gm(*args))
+        return Program(captured.gm, captured.structure, captured.refusal, args, gm(*args), gm)
 
 
 def orthogonal(size: int, seed: int | None = None) -> torch.Tensor:

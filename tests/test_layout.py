@@ -1,0 +1,127 @@
+"""The house: who imports whom, under which names, and what importing costs."""
+
+import ast
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tomllib
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import larosa_fx
+
+ROOT = Path(larosa_fx.__file__).resolve().parent.parent
+MODULES = {f"larosa_fx.{path.stem}": path for path in (ROOT / "larosa_fx").glob("*.py") if path.stem != "__init__"} | {
+    f"larosa_fx.{folder}.{path.stem}": path for folder in ("passes", "kernels") for path in (ROOT / folder).glob("*.py")}
+PASSES = sorted(name for name in MODULES if name.startswith("larosa_fx.passes."))
+KERNELS = sorted(name for name in MODULES if name.startswith("larosa_fx.kernels."))
+
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="not a checkout")
+
+
+def imports(name):
+    """Dotted names of all modules that a module imports, wherever in it; "from a import b" is a.b where that is one."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {name}"
+            found |= {full if (full := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names}
+    return found
+
+
+def ours(name):
+    return {found for found in imports(name) if found.partition(".")[0] in ("larosa_fx", "passes", "kernels")}
+
+
+def test_modules_are_found():
+    assert {"larosa_fx.graph", "larosa_fx.passes.match", "larosa_fx.kernels.ops"} <= MODULES.keys()
+    assert {"larosa_fx.graph", "larosa_fx.report"} <= ours("larosa_fx.passes.match")
+
+
+def test_arrows_do_not_turn_back():
+    TopologicalSorter({name: ours(name) & MODULES.keys() for name in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_passes_stand_on_the_ground_floor_alone(name):
+    allowed = {f"larosa_fx.{module}" for module in ("graph", "structure", "weights", "report", "compat", "kernels.ops")}
+    assert ours(name) <= allowed
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_import_nothing_of_ours(name):
+    assert all(found == "larosa_fx.kernels" or found in KERNELS for found in ours(name))
+
+
+@pytest.mark.parametrize("name", ["compat", "graph", "structure", "weights", "report", "options", "allocate", "rotations"])
+def test_the_ground_floor_imports_nothing_above(name):
+    floor = {f"larosa_fx.{module}" for module in ("compat", "graph", "structure", "weights", "report", "rotations")}
+    assert ours(f"larosa_fx.{name}") <= floor
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"larosa_fx.compat"}))
+def test_only_compat_reaches_into_torch(name):
+    private = {found for found in imports(name) if found.startswith("torch._")}
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            private |= {f"torch.{node.attr}"} if node.attr.startswith("_") and not node.attr.startswith("__") else set()
+    # torch._ops names the types of ops; torch._C is asked for its file alone
+    assert private <= {"torch._ops"} | ({"torch._C"} if name == "larosa_fx.kernels.cpu" else set())
+
+
+def test_two_folders_are_no_packages():
+    """A regular package "kernels" at the root would shadow Hugging Face's."""
+    for folder in ("passes", "kernels"):
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_packaging_names_what_is_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    setuptools = project["tool"]["setuptools"]
+    assert setuptools["package-dir"].keys() == set(setuptools["packages"])
+    for package, folder in setuptools["package-dir"].items():
+        assert list((ROOT / folder).glob("*.py")), package
+    for package, patterns in setuptools["package-data"].items():
+        for pattern in patterns:
+            assert list((ROOT / setuptools["package-dir"][package]).glob(pattern)), f"{package} has no {pattern}"
+    scripts, points = project["project"]["scripts"], project["project"]["entry-points"]
+    for target in (*scripts.values(), *points["torch_dynamo_backends"].values()):
+        assert target.partition(":")[0] in MODULES
+
+
+def python(code):
+    """What the code prints as JSON, in an interpreter of its own with the repository's root on sys.path."""
+    code = f"import json, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_from_the_root():
+    """Inductor stays unloaded, transformers imports beside the folder "kernels", modules have one name each, and
+    torch.compile lists the backend without importing it."""
+    inductor, loaded, listed, imported = python(
+        "import larosa_fx\n"
+        "inductor = [m for m in sys.modules if m.startswith('torch._inductor')]\n"
+        "import transformers, larosa_fx.passes.match, larosa_fx.kernels.ops, torch\n"
+        "from transformers import LlamaForCausalLM\n"
+        "torch.ops.larosa.topk_select.default\n"
+        "loaded = sorted(sys.modules)\n"
+        "for name in [m for m in sys.modules if m.partition('.')[0] == 'larosa_fx']:\n"
+        "    del sys.modules[name]\n"
+        "listed = 'larosa' in torch.compiler.list_backends()\n"
+        "print(json.dumps([inductor, loaded, listed, 'larosa_fx' in sys.modules]))")
+    assert inductor == []
+    assert {"transformers", "larosa_fx.passes.match", "larosa_fx.kernels.ops"} <= set(loaded)
+    assert not {"passes", "passes.match", "kernels.ops"} & set(loaded)
+    assert listed and not imported
+
+
+def test_entry_point():
+    (entry,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="larosa")
+    assert entry.value == "larosa_fx.backend:larosa"
