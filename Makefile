@@ -19,7 +19,7 @@ demo: venv
 	$(BIN)/larosa demo $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -59,6 +59,7 @@ class _State:
 
     variant: _Variant
     folded: list[Folded]
+    kept: list[int]  # positions of the inputs that are passed on
     stamp: list[tuple[int, int]]
     epoch: int
     refs: list[weakref.ref] = field(default_factory=list)
@@ -93,22 +94,23 @@ class CompiledGraph:
             state = self._bind(args, parameters, ids)
         if state.variant.binding is None:
             return state.variant.call(*args)
-        return state.variant.call(*[args[i] for i in state.variant.binding.inputs if isinstance(i, int)],
-                                  *[entry.tensor for entry in state.folded])
+        return state.variant.call(*[args[i] for i in state.kept], *[entry.tensor for entry in state.folded])
 
     def _bind(self, args: Sequence[object], parameters: Sequence[torch.Tensor], ids: tuple[int, ...]) -> _State:
         plan = self._plan_for(args)
         key = self._key(plan)
         if key not in self._variants:
             self._variants[key] = self._build(plan, args, at_run_time=True)
-        variant, folded = self._variants[key], []
+        variant, folded, kept = self._variants[key], [], []
         if variant.binding is not None and plan is not None:
             self._check_live_weights(variant, plan, args)
-            variant.binding.rotations, variant.binding.digest = plan.rotations, plan.digest
-            folded = variant.binding.fold(args)
+            binding = replace(variant.binding, rotations=plan.rotations, digest=plan.digest)
+            folded, kept = binding.fold(args), binding.kept()
+            if self.options.weights == "replace":
+                STORE.replace([args[i] for i in binding.replaceable(args)])
         states = self._states
         refs = [weakref.ref(p, lambda _: states.pop(ids, None)) for p in parameters]
-        states[ids] = _State(variant, folded, stamp(parameters), ATTACHED.epoch, refs)
+        states[ids] = _State(variant, folded, kept, stamp(parameters), ATTACHED.epoch, refs)
         return states[ids]
 
     def _check_live_weights(self, variant: _Variant, plan: Plan, args: Sequence[object]) -> None:
@@ -144,15 +146,11 @@ class CompiledGraph:
         reason = captured.refusal or self._plan_refusal(captured, plan, args)
         if reason is None:
             binding = self._rewrite(captured, plan, run, report)
-            binding.replace = self.options.weights == "replace"
-            binding.rotations, binding.digest = plan.rotations, plan.digest
             specs = binding.specs(args)
             report.bytes_added = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in specs)
-            if binding.replace:
-                kept = {i for i in binding.inputs if isinstance(i, int)}
-                report.bytes_added -= sum(args[i].nbytes for i in binding.parameters() if i not in kept)
-            gm, inputs = captured.gm, [args[i] for i in binding.inputs if isinstance(i, int)]
-            inputs += compat.fake_tensors(args, specs)
+            if self.options.weights == "replace":
+                report.bytes_added -= sum(args[i].nbytes for i in binding.replaceable(args))
+            gm, inputs = captured.gm, [args[i] for i in binding.kept()] + compat.fake_tensors(args, specs)
         else:
             self._explain_dense(reason, report)
             gm, binding, inputs = g.clone(self._gm, self._mask), None, list(args)

@@ -104,4 +104,4 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     report.passes, report.layers, report.rotation = run.results, structure.layers, rotation
     report.nodes_before, report.nodes_after = run.nodes_before, len(gm.graph.nodes)
     gm.recompile()
-    return Binding(inputs, structure.dtype, structure.device)
+    return Binding(inputs, structure.dtype, structure.device, rotations)

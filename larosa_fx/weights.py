@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -175,33 +175,38 @@ def _forbid_use(parameter_ids: set[int]) -> None:
             module.register_state_dict_pre_hook(refuse)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Binding:
-    """The inputs of a rewritten graph: for each, a position in the original inputs or a recipe."""
+    """The inputs of a rewritten graph: for each, a position in the original inputs or a recipe.
+
+    ``rotations``: basis -> Q, what recipes name; ``digest`` stands for their values.
+    """
 
     inputs: list[int | Recipe]
     dtype: torch.dtype
     device: torch.device
-    replace: bool = False
     rotations: Mapping[str, torch.Tensor] = field(default_factory=dict)
     digest: str = ""
 
-    def parameters(self) -> list[int]:
-        """Positions of the parameters that are folded."""
-        return sorted({i for entry in self.inputs if isinstance(entry, Recipe) for i in entry.sources})
+    def recipes(self) -> list[Recipe]:
+        return [entry for entry in self.inputs if isinstance(entry, Recipe)]
+
+    def kept(self) -> list[int]:
+        """Positions of the original inputs that the rewritten graph still takes; its other inputs follow them."""
+        return [entry for entry in self.inputs if isinstance(entry, int)]
+
+    def replaceable(self, args: Sequence[object]) -> list[int]:
+        """Positions of the matrices that only recipes read. Gains are kept: they are small, and norms outlive folding."""
+        kept = set(self.kept())
+        return sorted({i for recipe in self.recipes() for i in recipe.sources if i not in kept and args[i].ndim > 1})
 
     def specs(self, args: Sequence[object]) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:
         """Shape, dtype and device of each folded tensor, without folding."""
         meta = torch.device("meta")
-        rotations = {basis: matrix.to(meta) for basis, matrix in self.rotations.items()}
-        return [(tuple(r.evaluate([args[i].to(meta) for i in r.sources], rotations, dtype=self.dtype, device=meta).shape),
-                 self.dtype, self.device) for r in self.inputs if isinstance(r, Recipe)]
+        return [(tuple(recipe.evaluate([args[i].to(meta) for i in recipe.sources], self.rotations, dtype=self.dtype,
+                                       device=meta).shape), self.dtype, self.device) for recipe in self.recipes()]
 
-    def fold(self, args: Sequence[object], progress: Callable[[Iterable], Iterable] = iter) -> list[Folded]:
-        """The folded tensors for these parameters, in the order of the recipes; frees the originals where asked."""
-        folded = [STORE.get(r, [args[i] for i in r.sources], self.rotations, self.digest, self.dtype, self.device)
-                  for r in progress([r for r in self.inputs if isinstance(r, Recipe)])]
-        if self.replace:
-            kept = {i for i in self.inputs if isinstance(i, int)}
-            STORE.replace([args[i] for i in self.parameters() if i not in kept and args[i].ndim > 1])
-        return folded
+    def fold(self, args: Sequence[object]) -> list[Folded]:
+        """The folded tensors for these parameters, in the order of the recipes."""
+        return [STORE.get(recipe, [args[i] for i in recipe.sources], self.rotations, self.digest, self.dtype, self.device)
+                for recipe in self.recipes()]

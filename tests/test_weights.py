@@ -219,8 +219,8 @@ def test_a_binding_replaces_what_it_folds_and_keeps_what_it_reads():
     x = ids(2, 5)
     p = trace(model, x, use_cache=False)
     binding = rewrite(p, "layer").binding
-    binding.replace = True
     held = binding.fold(p.args)
+    STORE.replace([p.args[i] for i in binding.replaceable(p.args)])
     p.check(binding)
     assert list(map(id, binding.fold(p.args))) == list(map(id, held))
     layer, table = model.model.layers[0], model.model.embed_tokens.weight
