@@ -175,7 +175,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     from larosa_fx import corpus
     from larosa_fx.calibrate import calibrate
-    from larosa_fx.evaluate import Stopwatch, windows
+    from larosa_fx.evaluate import windows
     from larosa_fx.generation import generate
     from larosa_fx.loading import encode
 
@@ -189,11 +189,9 @@ def _generate(args: argparse.Namespace) -> None:
                                                return_tensors="pt", return_dict=True)
     else:
         inputs = tokenizer(args.prompt, return_tensors="pt")
-    watch = Stopwatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    output = generate(model, inputs.to(args.device), plan=args.plan, sparsity=args.sparsity, mode=args.mode, streamer=watch,
-                      max_new_tokens=args.tokens, do_sample=False)
-    if output.shape[1] - inputs["input_ids"].shape[1] > 12:
-        print(f"{watch.speed().tokens_per_second:.1f} tokens/s", file=sys.stderr)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generate(model, inputs.to(args.device), plan=args.plan, sparsity=args.sparsity, mode=args.mode, streamer=streamer,
+             max_new_tokens=args.tokens, do_sample=False)
 
 
 def _device_name(device: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from argparse import Namespace
 
@@ -46,7 +47,7 @@ def run(args: Namespace) -> int:
     held, report = _checks(model, path, tests[0].to(args.device), args)
 
     _headline("Structure found")
-    print(report)
+    print(report.overview())
 
     _headline("Perplexity on held-out text, every token sparsified")
     rows = evaluate.sweep(model, path, tests, SPARSITIES, compiler="eager")
@@ -98,23 +99,21 @@ def _decode(model, tokenizer, path: str, args: Namespace) -> None:
     else:
         inputs = tokenizer(question["content"], return_tensors="pt")
     inputs = inputs.to(args.device)
-    settings = {"max_new_tokens": args.tokens, "do_sample": False}
     dense_config = CompileConfig(backend="inductor", mode=None, fullgraph=True)
     dense_config._compile_all_devices = True
+    static = {**inputs, "cache_implementation": "static"}
     rows, answers = [], []
     for name, run_generate in (
-            ("dense, eager", lambda **kw: model.generate(
-                **inputs, cache_implementation="static", disable_compile=True, **kw)),
-            ("dense, torch.compile", lambda **kw: model.generate(
-                **inputs, cache_implementation="static", compile_config=dense_config, **kw)),
-            (f"larosa, {args.sparsity:.0%} of bytes not read", lambda **kw: generate(model, inputs, plan=path, **kw))):
+            ("dense, eager", functools.partial(model.generate, **static, disable_compile=True)),
+            ("dense, torch.compile", functools.partial(model.generate, **static, compile_config=dense_config)),
+            (f"larosa, {args.sparsity:.0%} of bytes not read", functools.partial(generate, model, inputs, plan=path))):
         torch.compiler.reset()
-        watch = evaluate.Stopwatch()
-        output = run_generate(streamer=watch, **settings)
-        speed = watch.speed()
-        rows.append([name, f"{speed.tokens_per_second:.1f}", f"{speed.median:.1f}", f"{speed.p20:.1f}", f"{speed.p80:.1f}"])
+        output = run_generate(max_new_tokens=args.tokens, do_sample=False)
         answers.append((name, tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)))
-    print(tabulate(rows, ["model", "tokens/s", "ms/token", "p20", "p80"]))
+        speed = evaluate.decode_speed(
+            lambda n, run=run_generate: run(max_new_tokens=n, min_new_tokens=n, do_sample=False), args.tokens)
+        rows.append([name, f"{speed.tokens_per_second:.1f}", f"{speed.median:.2f}", f"{speed.low:.2f}", f"{speed.high:.2f}"])
+    print(tabulate(rows, ["model", "tokens/s", "ms/token", "fastest run", "slowest run"]))
     print(f"\n{question['content']}")
     for name, answer in answers[1:]:
         print(f"\n[{name}]\n{answer.strip()}")

@@ -91,37 +91,27 @@ def perplexity_table(rows: Sequence[dict[str, object]]) -> str:
 
 @dataclass(frozen=True)
 class Speed:
-    """Milliseconds per generated token: median, 20th and 80th percentile over single decoding steps."""
+    """Milliseconds per generated token: median, smallest and largest over repeated runs."""
 
     median: float
-    p20: float
-    p80: float
+    low: float
+    high: float
 
     @property
     def tokens_per_second(self) -> float:
         return 1e3 / self.median
 
 
-class Stopwatch:
-    """A streamer for ``model.generate`` that notes when each token arrives; ``then``: another streamer to pass it on to."""
+def decode_speed(generate: Callable[[int], object], tokens: int, *, repeats: int = 3, warmup: int = 8) -> Speed:
+    """Time one decoding step of ``generate(n)``, which generates exactly n tokens and returns when they are there.
 
-    def __init__(self, then: object = None) -> None:
-        self.then = then
-        self.times: list[float] = []
+    A step is (time of warmup + tokens - time of warmup) / tokens: prefill and set-up cancel, compilation happens before.
+    """
+    def clock(n: int) -> float:
+        started = time.perf_counter()
+        generate(n)
+        return time.perf_counter() - started
 
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        if self.then is not None:
-            self.then.put(value)
-
-    def end(self) -> None:
-        if self.then is not None:
-            self.then.end()
-
-    def speed(self, warmup: int = 8) -> Speed:
-        """Over the steps after the first ``warmup``, in which compilation happens. ValueError with fewer than two left."""
-        steps = [(b - a) * 1e3 for a, b in zip(self.times, self.times[1:], strict=False)][warmup:]
-        if len(steps) < 2:
-            raise ValueError(f"{len(self.times)} tokens are too few to time after {warmup} steps of warm-up")
-        cuts = statistics.quantiles(steps, n=10)
-        return Speed(statistics.median(steps), cuts[1], cuts[7])
+    clock(warmup)
+    steps = sorted((clock(warmup + tokens) - clock(warmup)) / tokens * 1e3 for _ in range(repeats))
+    return Speed(statistics.median(steps), steps[0], steps[-1])

@@ -32,8 +32,6 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
 ADDS = (operator.add, torch.add, "add")
 IN_PLACE = frozenset({operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
                       operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul})
-VIEW_METHODS = ("view", "reshape", "transpose", "permute", "squeeze", "unsqueeze", "expand", "narrow", "select", "flatten",
-                "split", "chunk", "detach", "view_as", "contiguous", "to", "float")
 MULS = (operator.mul, torch.mul, "mul")
 
 
@@ -157,16 +155,12 @@ def mutates(node: fx.Node) -> bool:
 
 
 def written_in_place(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes whose memory something writes to, through however many views."""
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        if mutates(node) and node.args and isinstance(node.args[0], fx.Node):
-            base = node.args[0]
-            written.add(base)
-            while calls(base, operator.getitem, *VIEW_METHODS) and isinstance(base.args[0], fx.Node):
-                base = base.args[0]
-                written.add(base)
-    return written
+    """All nodes whose memory something writes to, through whatever views: fake tensors share storages as real ones do."""
+    storage = {node: value(node).untyped_storage() for node in graph.nodes
+               if node.op != "output" and isinstance(value(node), torch.Tensor)}
+    written = {id(storage[node.args[0]]) for node in graph.nodes
+               if mutates(node) and node.args and node.args[0] in storage}
+    return {node for node, memory in storage.items() if id(memory) in written}
 
 
 def is_impure(node: fx.Node) -> bool:

@@ -90,14 +90,10 @@ class Report:
                 f"{self.bytes_added / 2**20:.1f} MiB added")
         return text + (f"\nreason: {self.reason}" if self.reason else "")
 
-    def __str__(self) -> str:
-        sites = [[s.site, s.channels, s.outputs, s.linears, s.rotation, s.k, f"{s.byte_sparsity:.1%}", s.form]
-                 for s in self.sites]
-        parts = [self.summary()]
-        if sites:
-            parts.append(tabulate(sites, ["site", "channels", "outputs", "linears", "rotation", "k", "not read", "form"]))
-        parts.append(tabulate([[p.name, f"{p.seconds:.3f}", str(p).partition(": ")[2]] for p in self.passes],
-                              ["pass", "seconds", "result"]))
+    def overview(self) -> str:
+        """The summary, the passes, and what was left alone; without the sites."""
+        parts = [self.summary(), tabulate([[p.name, f"{p.seconds:.3f}", str(p).partition(": ")[2]] for p in self.passes],
+                                          ["pass", "seconds", "result"])]
         if self.skipped:
             reasons: dict[str, list[str]] = {}
             for what, reason in self.skipped:
@@ -105,3 +101,9 @@ class Report:
             parts.append(tabulate([[reason, len(what), what[0]] for reason, what in reasons.items()],
                                   ["left alone because", "times", "first"]))
         return "\n\n".join(parts)
+
+    def __str__(self) -> str:
+        sites = [[s.site, s.channels, s.outputs, s.linears, s.rotation, s.k, f"{s.byte_sparsity:.1%}", s.form]
+                 for s in self.sites]
+        headers = ["site", "channels", "outputs", "linears", "rotation", "k", "not read", "form"]
+        return (tabulate(sites, headers) + "\n\n" if sites else "") + self.overview()

@@ -41,7 +41,7 @@ class Recipe:
 
         return cls(number(expression), tuple(sources))
 
-    def evaluate(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], *, dtype: torch.dtype,
+    def evaluate(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor] | ExactRotations, *, dtype: torch.dtype,
                  device: torch.device) -> torch.Tensor:
         """The expression's value: computed in fp64 on ``device``, cast once to ``dtype``, contiguous.
 
@@ -54,7 +54,7 @@ class Recipe:
             if kind == "input":
                 return parameters[rest[0]].detach().to(device, torch.float64)
             if kind == "rotation":
-                return orthonormal(rotations[rest[0]].to(device))
+                return rotations[rest[0]].to(device, torch.float64)
             if kind == "list":
                 return [value(x) for x in rest]
             if kind == "constant":
@@ -98,7 +98,7 @@ class FoldStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], digest: str,
+    def get(self, recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor] | ExactRotations, digest: str,
             dtype: torch.dtype, device: torch.device) -> Folded:
         """The folded tensor, evaluated anew, into the same memory, when a parameter changed in place.
 
@@ -175,6 +175,16 @@ def _forbid_use(parameter_ids: set[int]) -> None:
             module.register_state_dict_pre_hook(refuse)
 
 
+class ExactRotations:
+    """Rotations in fp64, orthogonal beyond fp32's rounding. The last two are kept: a layer's recipes follow each other."""
+
+    def __init__(self, rotations: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self._make = functools.lru_cache(maxsize=2)(lambda basis: orthonormal(rotations[basis].to(device)))
+
+    def __getitem__(self, basis: str) -> torch.Tensor:
+        return self._make(basis)
+
+
 @dataclass(frozen=True)
 class Binding:
     """The inputs of a rewritten graph: for each, a position in the original inputs or a recipe.
@@ -208,5 +218,6 @@ class Binding:
 
     def fold(self, args: Sequence[object]) -> list[Folded]:
         """The folded tensors for these parameters, in the order of the recipes."""
-        return [STORE.get(recipe, [args[i] for i in recipe.sources], self.rotations, self.digest, self.dtype, self.device)
+        exact = ExactRotations(self.rotations, self.device)
+        return [STORE.get(recipe, [args[i] for i in recipe.sources], exact, self.digest, self.dtype, self.device)
                 for recipe in self.recipes()]

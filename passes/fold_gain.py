@@ -49,7 +49,7 @@ def _split(graph: fx.Graph, structure: Structure, norm: fx.Node) -> None:
         """The gain-free twin of the norm or of a choice of its positions."""
         if value not in moved:
             source = move(value.args[0])
-            with graph.inserting_after(source):
+            with graph.inserting_after(value):  # what it is indexed by may come late
                 moved[value] = graph.node_copy(value, lambda n: source if n is value.args[0] else n)
         return moved[value]
 

@@ -7,8 +7,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on what a hub answers
 
-import larosa_fx  # noqa: E402
-from tiny import batches  # noqa: E402
+import larosa_fx
+from tiny import batches
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_prefill_and_decode_share_their_tensors():
     torch.manual_seed(0)
     first = rewrite(graphs[0], "layer").binding
     second = rewrite(graphs[1], "layer").binding
-    second.rotations, second.digest = first.rotations, first.digest
+    second = replace(second, rotations=first.rotations, digest=first.digest)
     before = len(STORE)
     folded = first.fold(graphs[0].args)
     assert len(STORE) == before + len(folded)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from larosa_fx.kernels import reference
 from larosa_fx.kernels.ops import sparse_gemv, topk_select
 
