@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,7 +41,7 @@ class Recipe:
 
         return cls(number(expression), tuple(sources))
 
-    def evaluate(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor] | ExactRotations, *, dtype: torch.dtype,
+    def evaluate(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], *, dtype: torch.dtype,
                  device: torch.device) -> torch.Tensor:
         """The expression's value: computed in fp64 on ``device``, cast once to ``dtype``, contiguous.
 
@@ -98,7 +98,7 @@ class FoldStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor] | ExactRotations, digest: str,
+    def get(self, recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], digest: str,
             dtype: torch.dtype, device: torch.device) -> Folded:
         """The folded tensor, evaluated anew, into the same memory, when a parameter changed in place.
 
@@ -175,14 +175,21 @@ def _forbid_use(parameter_ids: set[int]) -> None:
             module.register_state_dict_pre_hook(refuse)
 
 
-class ExactRotations:
+class ExactRotations(Mapping):
     """Rotations in fp64, orthogonal beyond fp32's rounding. The last two are kept: a layer's recipes follow each other."""
 
     def __init__(self, rotations: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self._bases = tuple(rotations)
         self._make = functools.lru_cache(maxsize=2)(lambda basis: orthonormal(rotations[basis].to(device)))
 
     def __getitem__(self, basis: str) -> torch.Tensor:
         return self._make(basis)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bases)
+
+    def __len__(self) -> int:
+        return len(self._bases)
 
 
 @dataclass(frozen=True)
