@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from larosa_fx.evaluate import perplexity
 from larosa_fx.generation import generate
 from larosa_fx.plan import Plan
 from larosa_fx.reference import simulated
@@ -37,23 +39,35 @@ def compare(logits: torch.Tensor, expected: torch.Tensor, ids: torch.Tensor) -> 
 @torch.no_grad()
 def at_zero(model: torch.nn.Module, plan: str, ids: torch.Tensor) -> Agreement:
     """The compiled model with folded rotations and adapters at sparsity 0 against the eager one."""
-    compiled = torch.compile(model, backend="larosa", options={"plan": plan, "sparsity": 0.0, "sparsify": "all"})
-    return compare(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, ids)
+    return compare(_compiled(model, plan, 0.0)(ids, use_cache=False).logits, model(ids, use_cache=False).logits, ids)
+
+
+def perplexity_at_zero(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor]) -> float:
+    """Perplexity of the compiled model at sparsity 0 over the eager one's."""
+    device = next(model.parameters()).device
+    runs = (perplexity(m, batches, device=device, progress=False).ppl for m in (_compiled(model, plan, 0.0), model))
+    return next(runs) / next(runs)
 
 
 @torch.no_grad()
-def at_sparsity(model: torch.nn.Module, plan: str, ids: torch.Tensor, sparsity: float | None = None) -> Agreement:
+def at_sparsity(model: torch.nn.Module, plan: str, ids: torch.Tensor, sparsity: float | None = None,
+                compiler: str = "inductor") -> Agreement:
     """The compiled sparse model against hooks on the eager one that rotate, keep the Top-K and rotate back.
 
     Top-K is discontinuous: where rounding moves a channel across the threshold, a whole channel (1/sqrt(D) of a layer's
     output) comes or goes, which moves others in later layers and, through attention, in later positions. In float32
-    two correct implementations part within tens of tokens; a float64 model shows whether they are the same function.
+    two correct implementations part within tens of tokens. A float64 model run with ``compiler="eager"``, where no
+    float32 sine or cosine of another library comes in, shows whether they are the same function.
     """
-    compiled = torch.compile(model, backend="larosa", options={"plan": plan, "sparsity": sparsity, "sparsify": "all"})
-    logits = compiled(ids, use_cache=False).logits
+    logits = _compiled(model, plan, sparsity, compiler)(ids, use_cache=False).logits
     with simulated(model, Plan.load(plan), sparsity):
         expected = model(ids, use_cache=False).logits
     return compare(logits, expected, ids)
+
+
+def _compiled(model: torch.nn.Module, plan: str, sparsity: float | None, compiler: str = "inductor"):
+    return torch.compile(model, backend="larosa", options={
+        "plan": plan, "sparsity": sparsity, "sparsify": "all", "compiler": compiler})
 
 
 def greedy_tokens(model, plan: str, ids: torch.Tensor, tokens: int) -> int:
