@@ -1,0 +1,78 @@
+"""The command line on a tiny model saved to disk: results people and scripts can read, errors that name the thing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from larosa_fx import cli
+from tiny import llama
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """A directory with a model, a byte-level tokenizer that knows its 64 tokens, and a text; also the working directory."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", *(chr(ord(" ") + i) for i in range(61))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "text.txt").write_text("".join(words[int(i)] for i in torch.randint(4, 60, (400,), generator=generator)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def larosa(*arguments):
+    return cli.main([*arguments, "--model", "model", "--device", "cpu"])
+
+
+def test_calibrate_eval_and_generate(directory, capsys):
+    assert larosa("calibrate", "-o", "m.larosa", "--text", "text.txt", "--window", "32", "--windows", "4") == 0
+    assert "2 rotations, 8 sites, byte sparsity 5" in capsys.readouterr().out
+    assert larosa("eval", "--plan", "m.larosa", "--text", "text.txt", "--window", "32", "--windows", "3", "--sparsity", "0",
+                  "0.5", "--compiler", "eager", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    dense, zero, half = found["rows"]
+    assert dense["method"] == "dense" and dense["tokens"] == 3 * 31
+    assert zero["ppl"] == pytest.approx(dense["ppl"], rel=1e-4) and zero["byte_sparsity"] == 0
+    assert half["byte_sparsity"] == pytest.approx(0.5, abs=0.02) and half["ppl"] != pytest.approx(dense["ppl"], rel=1e-3)
+    assert found["provenance"]["rotation"] == "layer"
+
+
+def test_inspect_needs_no_plan(directory, capsys):
+    assert larosa("inspect", "--json", "--sparsity", "0.4", "--dump-dir", "dumps") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["site"] for row in found["structure"]][:4] == [f"layers.0.h{i}" for i in (1, 2, 3, 4)]
+    assert found["report"]["treatment"] == "fold" and found["report"]["adapters"] == 1
+    assert any((directory / "dumps" / "graph-00").iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("eval", "--plan", "none.larosa"), "there is no plan at none.larosa"),
+    (("eval", "--plan", "text.txt"), "truncated or no safetensors file"),
+    (("calibrate", "-o", "m.larosa", "--text", "none.txt"), "cannot read the text none.txt"),
+    (("calibrate", "-o", "m.larosa", "--text", "text.txt", "--window", "4000"), "less than one window of 4000"),
+    (("calibrate", "-o", "none/m.larosa", "--text", "text.txt", "--window", "32"), "cannot write the plan to none/m.larosa"),
+])
+def test_errors_name_the_thing_and_exit_with_2(directory, capsys, arguments, message):
+    assert larosa(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there(directory, capsys):
+    assert cli.main(["inspect", "--model", "nowhere", "--device", "cpu"]) == 2
+    assert "cannot load the model 'nowhere'" in capsys.readouterr().err
+
+
+def test_sparsity_out_of_range_is_a_usage_error(directory, capsys):
+    with pytest.raises(SystemExit):
+        larosa("inspect", "--sparsity", "1.5")
+    assert "0 <= sparsity < 1" in capsys.readouterr().err
