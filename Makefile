@@ -19,7 +19,7 @@ demo: venv
 	$(BIN)/larosa demo $(ARGS)
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

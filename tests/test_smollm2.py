@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
 
 import larosa_fx
 from larosa_fx import corpus, smollm2, verify
