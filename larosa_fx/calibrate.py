@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -21,6 +22,8 @@ from larosa_fx.passes import insert_taps
 from larosa_fx.pipeline import Runner
 from larosa_fx.plan import ATTACHED, Plan, PlanSite, library_versions, sample
 from larosa_fx.structure import BASES, Structure
+
+log = logging.getLogger("larosa_fx")
 
 BASIS_KINDS = ("pca", "random", "hadamard")
 
@@ -57,6 +60,9 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
         needs_statistics = basis == "pca" and rotation != "none"
         session.run(model, tokens[:1], progress=False)  # finds the structure
         structure = session.capture.structure
+        if structure.skipped:
+            linear, reason = structure.skipped[0]
+            log.warning("%d linears stay dense, %s the first: %s", len(structure.skipped), linear, reason)
         members = structure.bases(rotation)
         matrices: dict[str, torch.Tensor] = {}
         if needs_statistics:

@@ -86,9 +86,10 @@ def match_rms_norm(node: fx.Node) -> Norm | None:
     if mean_plus_eps is None or not _is_binary(mean_plus_eps, g.ADDS):
         return None
     mean, eps = mean_plus_eps.args
-    if g.is_scalar(mean):
+    if not _is_mean_over_last(mean):
         mean, eps = eps, mean
-    if not g.is_scalar(eps) or not _is_mean_over_last(mean):
+    eps = _constant(eps)
+    if eps is None or not _is_mean_over_last(mean):
         return None
     wide = _square_root_of(mean.args[0])  # the activation, in the dtype that the norm is computed in
     if wide is None:
@@ -101,7 +102,15 @@ def match_rms_norm(node: fx.Node) -> Norm | None:
     output = _cast_down(output, g.dtype(source))
     if g.dtype(output) != g.dtype(source) or any(not isinstance(d, int) for d in g.shape(source)[-1:]):
         return None
-    return Norm(output, source, gain, float(eps))
+    return Norm(output, source, gain, eps)
+
+
+def _constant(x: object) -> float | None:
+    """A number, or the value of a symbolic float: after a second model of the same class, with another eps, Dynamo makes
+    the attribute symbolic, for some layers. float() then guards on the value, so that a third eps compiles anew."""
+    if isinstance(x, fx.Node):
+        x = g.value(x)
+    return float(x) if g.is_scalar(x) or isinstance(x, torch.SymFloat) else None
 
 
 def _reciprocal_root(node: fx.Node) -> fx.Node | None:

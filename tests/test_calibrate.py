@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import larosa_fx
-from tiny import batches, ids, llama
+from tiny import batches, compiled, error, ids, llama
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -108,3 +108,16 @@ def test_a_model_that_is_not_understood_says_why():
     model = torch.nn.Sequential(torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64))
     with pytest.raises(RuntimeError, match="no linears behind an RMSNorm"):
         larosa_fx.calibrate(model, [ids(1, 8)], progress=False)
+
+
+def test_models_of_other_sizes_and_eps_in_one_process():
+    """Dynamo makes what differs between instances of one class symbolic; every layer must be found all the same."""
+    for i, (layers, eps) in enumerate([(2, 1e-6), (4, 1e-5), (3, 1e-4)]):
+        model = llama(i, hidden_size=32 + 8 * i, num_attention_heads=4 + i, num_key_value_heads=4 + i,
+                      num_hidden_layers=layers, rms_norm_eps=eps)
+        plan = larosa_fx.calibrate(model, batches(), progress=False)
+        assert len(plan.sites) == 4 * layers
+        assert {site.eps for site in plan.sites if site.eps is not None} == {eps}
+        fast = compiled(model, sparsity=0.0, strict=True)
+        x = ids(1, 9)
+        assert error(fast(x).logits, model(x).logits) < 1e-5
