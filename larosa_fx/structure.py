@@ -85,11 +85,6 @@ class Structure:
     def layers(self) -> int:
         return 1 + max((site.layer for site in self.sites), default=-1)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the block linears' weights, embedding and head not counted."""
-        return sum(s.in_features * s.out_features for s in self.sites) * self.dtype.itemsize
-
     def inner_sites(self) -> list[Site]:
         """The sites behind an RMSNorm, h1 and h3: those that are rotated."""
         return [site for site in self.sites if site.norm is not None]
