@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from larosa_fx.calibrate import calibrate
 from larosa_fx.evaluate import sweep, windows
-from larosa_fx.loading import encode, load_model, read_text
+from larosa_fx.loading import device_name, encode, load_model, read_text
 from larosa_fx.plan import library_versions
 
 
@@ -61,14 +61,10 @@ def main() -> None:
     if args.json:
         provenance = {
             "command": " ".join(["python bench/perplexity.py", *(Path(a).name for a in sys.argv[1:])]),
-            "device": _device_name(args.device), "dtype": "float32",
+            "device": device_name(args.device), "dtype": "float32",
             "model": type(model).__name__ if args.model else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)",
             "commit": _commit(), "versions": library_versions(), "calibration_tokens": sum(c.numel() for c in calibration)}
         Path(args.json).write_text(json.dumps({"rows": rows, "provenance": provenance}, indent=1) + "\n")
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def _commit() -> str:

@@ -129,7 +129,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     from larosa_fx.evaluate import perplexity_table, sweep, windows
-    from larosa_fx.loading import encode
+    from larosa_fx.loading import device_name, encode
     from larosa_fx.plan import library_versions
 
     plan = Plan.load(args.plan)
@@ -139,7 +139,7 @@ def _eval(args: argparse.Namespace) -> None:
                  compiler=args.compiler, progress=not args.json)
     if args.json:
         print(json.dumps({"rows": rows, "provenance": {
-            "text": origin, "rotation": plan.rotation, "basis": plan.basis, "device": _device_name(args.device),
+            "text": origin, "rotation": plan.rotation, "basis": plan.basis, "device": device_name(args.device),
             "dtype": args.dtype, "calibration": plan.provenance, "versions": library_versions()}}, indent=1))
     else:
         print(perplexity_table(rows))
@@ -177,25 +177,17 @@ def _generate(args: argparse.Namespace) -> None:
     from larosa_fx.calibrate import calibrate
     from larosa_fx.evaluate import windows
     from larosa_fx.generation import generate
-    from larosa_fx.loading import encode
+    from larosa_fx.loading import encode, encode_prompt
 
     if args.plan:
         Plan.load(args.plan)  # complain before loading a model
     model, tokenizer = _load(args)
     if not args.plan:
         calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24))
-    if tokenizer.chat_template:
-        inputs = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}], add_generation_prompt=True,
-                                               return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(args.prompt, return_tensors="pt")
+    inputs = encode_prompt(tokenizer, args.prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate(model, inputs.to(args.device), plan=args.plan, sparsity=args.sparsity, mode=args.mode, streamer=streamer,
              max_new_tokens=args.tokens, do_sample=False)
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def _sparsity(text: str) -> float:

@@ -14,7 +14,7 @@ from transformers import CompileConfig
 from larosa_fx import backend, corpus, evaluate, verify
 from larosa_fx.calibrate import calibrate
 from larosa_fx.generation import generate
-from larosa_fx.loading import encode, load_model, read_text
+from larosa_fx.loading import encode, encode_prompt, load_model, read_text
 from larosa_fx.report import Report
 from larosa_fx.smollm2 import cache_dir
 
@@ -93,12 +93,8 @@ def _checks(model, path: str, tests: list[torch.Tensor], args: Namespace) -> tup
 
 
 def _decode(model, tokenizer, path: str, args: Namespace) -> None:
-    question = {"role": "user", "content": args.prompt or QUESTION}
-    if tokenizer.chat_template:
-        inputs = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(question["content"], return_tensors="pt")
-    inputs = inputs.to(args.device)
+    question = args.prompt or QUESTION
+    inputs = encode_prompt(tokenizer, question).to(args.device)
     dense_config = CompileConfig(backend="inductor", mode=None, fullgraph=True)
     dense_config._compile_all_devices = True
     static = {**inputs, "cache_implementation": "static"}
@@ -114,7 +110,7 @@ def _decode(model, tokenizer, path: str, args: Namespace) -> None:
             lambda n, run=run_generate: run(max_new_tokens=n, min_new_tokens=n, do_sample=False), args.tokens)
         rows.append([name, f"{speed.tokens_per_second:.1f}", f"{speed.median:.2f}", f"{speed.low:.2f}", f"{speed.high:.2f}"])
     print(tabulate(rows, ["model", "tokens/s", "ms/token", "fastest run", "slowest run"]))
-    print(f"\n{question['content']}")
+    print(f"\n{question}")
     for name, answer in answers[1:]:
         print(f"\n[{name}]\n{answer.strip()}")
 

@@ -77,6 +77,11 @@ def calls(node: object, *targets: object) -> bool:
     return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
 
 
+def is_binary(node: object, targets: tuple) -> bool:
+    """Whether node is a plain ``target(a, b)``: nothing scaled (``alpha``), nothing written (``out``)."""
+    return calls(node, *targets) and len(node.args) == 2 and not node.kwargs
+
+
 def argument(node: fx.Node, position: int, name: str, default: object = None) -> object:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 

@@ -46,6 +46,19 @@ def read_text(path: str | os.PathLike) -> str:
         raise InputError(f"cannot read the text {path}: {error}") from error
 
 
+def encode_prompt(tokenizer, prompt: str):
+    """The tokenizer's output for a user's prompt, [1, T], in the model's chat format where it has one."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
+                                             return_tensors="pt", return_dict=True)
+    return tokenizer(prompt, return_tensors="pt")
+
+
+def device_name(device: str) -> str:
+    """What to call a device beside a measurement: the GPU's product name, or the device itself."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+
+
 def encode(tokenizer, text: str) -> torch.Tensor:
     """The whole text tokenised once, [1, T], without special tokens added."""
     return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.allocate import allocate, byte_sparsity
 from larosa_fx.graph import PARAMETER, upstream
-from larosa_fx.structure import BASES, Site, weight_placeholders
+from larosa_fx.structure import BASES, Site
 
 FORMAT = "larosa-plan"
 VERSION = 1
@@ -46,13 +46,12 @@ class PlanSite:
 
     @classmethod
     def of(cls, site: Site, rotation: str) -> PlanSite:
-        names = [node.meta[PARAMETER] for node in weight_placeholders(site)]
         if site.norm is None:
-            return cls(site.name, site.kind, site.in_features, site.out_features, names)
+            return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters)
         _, _, gain, eps = site.norm.args
         gains = [n.meta[PARAMETER] for n in upstream(gain, lambda n: False) if PARAMETER in n.meta] if gain else []
-        return cls(site.name, site.kind, site.in_features, site.out_features, names, gains[0] if gains else None, eps,
-                   BASES[rotation](site))
+        return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
+                   gains[0] if gains else None, eps, BASES[rotation](site))
 
 
 @dataclass(eq=False)

@@ -83,7 +83,7 @@ def _by_position(node: fx.Node) -> None:
 def match_rms_norm(node: fx.Node) -> Norm | None:
     """The RMSNorm whose reciprocal root ``node`` computes, or None. ``node`` is an rsqrt, a power of -1/2 or 1/sqrt."""
     mean_plus_eps = _reciprocal_root(node)
-    if mean_plus_eps is None or not _is_binary(mean_plus_eps, g.ADDS):
+    if mean_plus_eps is None or not g.is_binary(mean_plus_eps, g.ADDS):
         return None
     mean, eps = mean_plus_eps.args
     if not _is_mean_over_last(mean):
@@ -95,7 +95,7 @@ def match_rms_norm(node: fx.Node) -> Norm | None:
     if wide is None:
         return None
     source = g.peel(wide, g.is_cast)
-    scaled = [user for user in node.users if _is_binary(user, g.MULS) and _other(user, node) in (wide, source)]
+    scaled = [user for user in node.users if g.is_binary(user, g.MULS) and _other(user, node) in (wide, source)]
     if len(scaled) != 1 or len(node.users) != 1:
         return None
     output, gain = _apply_gain(_cast_down(scaled[0], g.dtype(source)))
@@ -142,14 +142,9 @@ def _square_root_of(node: object) -> fx.Node | None:
         return node.args[0]
     if g.calls(node, torch.square, "square"):
         return node.args[0]
-    if _is_binary(node, g.MULS) and node.args[0] is node.args[1]:
+    if g.is_binary(node, g.MULS) and node.args[0] is node.args[1]:
         return node.args[0]
     return None
-
-
-def _is_binary(node: object, targets: tuple) -> bool:
-    """Whether node is a plain ``target(a, b)``: nothing scaled (``alpha``), nothing written (``out``)."""
-    return g.calls(node, *targets) and len(node.args) == 2 and not node.kwargs
 
 
 def _other(node: fx.Node, operand: fx.Node) -> object:
@@ -165,7 +160,7 @@ def _cast_down(node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
 def _apply_gain(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """(gain * node, gain) where a one-dimensional weight multiplies node, which nothing else reads; else (node, None)."""
     users = list(node.users)
-    if len(users) == 1 and _is_binary(users[0], g.MULS):
+    if len(users) == 1 and g.is_binary(users[0], g.MULS):
         gain = _other(users[0], node)
         if g.is_weight(gain) and g.shape(gain) == g.shape(node)[-1:]:
             return users[0], gain
@@ -179,7 +174,7 @@ def _read_by_linear(node: fx.Node) -> bool:
 
 def _rewrite_linear(graph: fx.Graph, node: fx.Node) -> bool:
     """``x @ W.t()``, ``torch.matmul(x, W)``, ``addmm(b, x, W)`` with a two-dimensional weight become F.linear."""
-    if _is_binary(node, (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")):
+    if g.is_binary(node, (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")):
         (x, weight), bias = node.args, None
     elif g.calls(node, torch.addmm) and not node.kwargs:
         bias, x, weight = node.args

@@ -141,7 +141,7 @@ def _chain(node: fx.Node) -> list[StreamNode]:
 
 
 def _residual_add(node: fx.Node) -> StreamNode:
-    if g.calls(node, *g.ADDS) and len(node.args) == 2 and not node.kwargs:
+    if g.is_binary(node, g.ADDS):
         a, b = node.args
         of_a, of_b = _writers(a, node), _writers(b, node)
         if (of_a is None) != (of_b is None) and isinstance(a, fx.Node) and isinstance(b, fx.Node):
@@ -157,7 +157,7 @@ def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
         return [node]
     if g.calls(node, *g.MULS, operator.truediv) and g.is_scalar(node.args[1]):
         return _writers(node.args[0], node)
-    if g.calls(node, *g.ADDS) and len(node.args) == 2 and not node.kwargs:
+    if g.is_binary(node, g.ADDS):
         a, b = (_writers(arg, node) for arg in node.args)
         return None if a is None or b is None else a + b
     return None
