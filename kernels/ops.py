@@ -101,3 +101,52 @@ def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     reference.check_gemv(values, indices, weight)
     return values.new_empty((*values.shape[:-1], weight.shape[1]))
+
+
+@torch.library.custom_op("larosa::sparse_linear", mutates_args=())
+def sparse_linear(
+    x: Tensor,
+    k: int,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float | None = None,
+    gate: str = "",
+) -> Tensor:
+    """A whole sparse site in one launch: norm, selection, product, and what follows it element by element.
+
+    ``y = gate(rms_norm(top_k(x)) @ weight[:K] + bias) + residual``, every part but the product optional. RMSNorm without
+    a gain does not change the ranking, so the k channels are those of x itself, chosen as ``topk_select`` does, and the
+    norm's scalar, over all of x, is applied to the product.
+
+    Args:
+        x: [..., K], bfloat16, float16, float32 or float64.
+        k: channels kept, 1 <= k <= K.
+        weight: [K, N], contiguous, as for ``sparse_gemv``; or [K + D, N]: the last D rows are the residual adapter.
+        bias: [N], added before the gate.
+        residual: added last. [..., N] (N/2 behind a gate); with an adapter [..., D], which adds
+            ``residual @ weight[K:]``, every row of it read.
+        eps: of the RMSNorm, ``rsqrt(mean(x ** 2) + eps)``; None for no norm.
+        gate: "silu", "gelu", "gelu_tanh" or "relu" makes the result ``gate(y[..., :N/2]) * y[..., N/2:]``.
+
+    Returns:
+        y, [..., N] or [..., N/2], in x's dtype; everything is computed in float32 (float64 for float64) and rounded once.
+        The same inputs give the same bits every time.
+
+    Raises:
+        TypeError, ValueError: as the other ops, naming the argument.
+    """
+    return reference.sparse_linear(x, k, weight, bias, residual, eps, gate)
+
+
+@sparse_linear.register_fake
+def _(
+    x: Tensor,
+    k: int,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float | None = None,
+    gate: str = "",
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate)))

@@ -4,6 +4,7 @@ The argument checks live here too, so that every implementation refuses the same
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Floating types that can be ranked, each with the integer type of its width.
@@ -12,6 +13,14 @@ BITS = {
     torch.float16: torch.int16,
     torch.float32: torch.int32,
     torch.float64: torch.int64,
+}
+
+# What ``sparse_linear`` can put between the two halves of its product.
+GATES = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
 }
 
 # Above this many rows one dense product over all channels is cheaper than gathering each row's weights.
@@ -55,6 +64,43 @@ def check_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> None:
         )
 
 
+def check_linear(
+    x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str
+) -> int:
+    """Raise TypeError or ValueError unless ``sparse_linear`` is defined for these; the columns of its result."""
+    check_select(x, k)
+    if gate and gate not in GATES:
+        raise ValueError(f"sparse_linear: gate must be one of {', '.join(GATES)} or empty, got {gate!r}")
+    if weight.dim() != 2 or not weight.is_contiguous():
+        raise ValueError(
+            "sparse_linear: weight must be [K, N] or [K + D, N], contiguous (row-major), "
+            f"got shape {tuple(weight.shape)}, strides {weight.stride()}"
+        )
+    channels, (rows, columns) = x.shape[-1], weight.shape
+    adapted = 0 if residual is None else residual.shape[-1]
+    if rows not in (channels, channels + adapted):
+        raise ValueError(
+            f"sparse_linear: weight must have a row for each of the {channels} channels of x, and may have one for "
+            f"each of the {adapted} of residual, got {rows}"
+        )
+    if gate and columns % 2:
+        raise ValueError(f"sparse_linear: a gated product needs an even number of columns, got {columns}")
+    out = columns // 2 if gate else columns
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"sparse_linear: bias must be [{columns}], got {tuple(bias.shape)}")
+    if residual is not None and (residual.shape[:-1] != x.shape[:-1] or rows == channels and adapted != out):
+        raise ValueError(
+            f"sparse_linear: residual must be {(*x.shape[:-1], out)}, or [..., D] where weight has D more rows, "
+            f"got {tuple(residual.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"sparse_linear: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"sparse_linear: all tensors must be on one device, got {x.device} and {tensor.device}")
+    return out
+
+
 def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See :func:`larosa_fx.kernels.ops.topk_select`."""
     check_select(x, k)
@@ -75,16 +121,53 @@ def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """See :func:`larosa_fx.kernels.ops.sparse_gemv`."""
     check_gemv(values, indices, weight)
+    return _gemv(values, indices, weight).to(values.dtype)
+
+
+def sparse_linear(
+    x: Tensor,
+    k: int,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float | None = None,
+    gate: str = "",
+) -> Tensor:
+    """See :func:`larosa_fx.kernels.ops.sparse_linear`."""
+    check_linear(x, k, weight, bias, residual, eps, gate)
+    channels = x.shape[-1]
+    wide = _wide(x.dtype)
+    y = _gemv(*topk_select(x, k), weight[:channels]).to(wide)
+    if eps is not None:
+        y = y * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    if bias is not None:
+        y = y + bias
+    if gate:
+        half = y.shape[-1] // 2
+        y = GATES[gate](y[..., :half]) * y[..., half:]
+    if residual is not None:
+        adapter = weight[channels:]
+        y = y + (residual.to(wide) @ adapter.to(wide) if len(adapter) else residual)
+    return y.to(x.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are accumulated in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """``sparse_gemv`` before its rounding, except for many rows, which one dense product rounds itself."""
     k, (channels, columns) = values.shape[-1], weight.shape
     rows = values.shape[:-1].numel()
     v, i = values.reshape(rows, k), indices.reshape(rows, k).long()
     if rows > GATHER_ROWS:
         y = values.new_zeros(rows, channels).scatter_add_(1, i, v) @ weight
     else:
-        wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+        wide = _wide(values.dtype)
         y = torch.zeros(rows, 1, columns, dtype=wide, device=values.device)
         step = _CHUNK // max(rows, 1)
         for c in range(0, k, step):
             part = slice(c, c + step)
             y += v[:, None, part].to(wide) @ weight[i[:, part]].to(wide)
-    return y.to(values.dtype).reshape(*values.shape[:-1], columns)
+    return y.reshape(*values.shape[:-1], columns)
