@@ -88,7 +88,7 @@ def check_linear(
     out = columns // 2 if gate else columns
     if bias is not None and bias.shape != (columns,):
         raise ValueError(f"sparse_linear: bias must be [{columns}], got {tuple(bias.shape)}")
-    if residual is not None and (residual.shape[:-1] != x.shape[:-1] or rows == channels and adapted != out):
+    if residual is not None and (residual.shape[:-1] != x.shape[:-1] or (rows == channels and adapted != out)):
         raise ValueError(
             f"sparse_linear: residual must be {(*x.shape[:-1], out)}, or [..., D] where weight has D more rows, "
             f"got {tuple(residual.shape)}"
