@@ -112,6 +112,7 @@ def sparse_linear(
     residual: Tensor | None = None,
     eps: float | None = None,
     gate: str = "",
+    early: bool = False,
 ) -> Tensor:
     """A whole sparse site in one launch: norm, selection, product, and what follows it element by element.
 
@@ -128,6 +129,7 @@ def sparse_linear(
             ``residual @ weight[K:]``, every row of it read.
         eps: of the RMSNorm, ``rsqrt(mean(x ** 2) + eps)``; None for no norm.
         gate: "silu", "gelu", "gelu_tanh" or "relu" makes the result ``gate(y[..., :N/2]) * y[..., N/2:]``.
+        early: what produces x reads residual, too, so that an adapter may be applied before x is there.
 
     Returns:
         y, [..., N] or [..., N/2], in x's dtype; everything is computed in float32 (float64 for float64) and rounded once.
@@ -139,6 +141,26 @@ def sparse_linear(
     return reference.sparse_linear(x, k, weight, bias, residual, eps, gate)
 
 
+@sparse_linear.register_kernel("cuda")
+def _(
+    x: Tensor,
+    k: int,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float | None = None,
+    gate: str = "",
+    early: bool = False,
+) -> Tensor:
+    reference.check_linear(x, k, weight, bias, residual, eps, gate)
+    from larosa_fx.kernels import cuda_linear
+
+    if not cuda_linear.serves(x, weight.shape[1], weight.shape[0] - x.shape[-1], eps is not None, gate):
+        return reference.sparse_linear(x, k, weight, bias, residual, eps, gate)
+    with torch.cuda.device(x.device):
+        return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early)
+
+
 @sparse_linear.register_fake
 def _(
     x: Tensor,
@@ -148,5 +170,18 @@ def _(
     residual: Tensor | None = None,
     eps: float | None = None,
     gate: str = "",
+    early: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate)))
+
+
+def fuses(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:
+    """Whether ``sparse_linear`` is one launch for x, [..., K], a weight of [K + adapter, columns], and the rest as named.
+
+    x may be a fake tensor. Where it is not, separate ops leave more to the compiler.
+    """
+    if x.device.type == "cuda":
+        from larosa_fx.kernels import cuda_linear
+
+        return cuda_linear.serves(x, columns, adapter, norm, gate)
+    return False

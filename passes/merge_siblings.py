@@ -14,17 +14,24 @@ from larosa_fx.structure import Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
-    """Merge the linears of each site along out_features; biases are added to the pieces, as they were."""
+    """Merge the linears of each site along out_features, and their biases where all have one; else the pieces keep them."""
     result = PassResult("merge_siblings")
     graph = gm.graph
     for site in structure.sites:
         if len(site.linears) == 1:
             continue
+        biases = [linear.args[2] if len(linear.args) > 2 else None for linear in site.linears]
         with graph.inserting_after(site.input):
-            anchor = graph.call_function(torch.cat, ([linear.args[1] for linear in site.linears], 0))
-        _hoist_weights(graph, anchor)
+            weight = anchor = graph.call_function(torch.cat, ([linear.args[1] for linear in site.linears], 0))
+        _hoist_weights(graph, weight)
+        operands = (site.input, weight)
+        if None not in biases:
+            with graph.inserting_after(weight):
+                anchor = graph.call_function(torch.cat, (biases, 0))
+            _hoist_weights(graph, anchor)
+            operands, biases = (*operands, anchor), [None] * len(biases)
         with graph.inserting_after(anchor):
-            merged = graph.call_function(F.linear, (site.input, anchor))
+            merged = graph.call_function(F.linear, operands)
         with graph.inserting_after(merged):
             sizes = [g.linear_size(linear)[1] for linear in site.linears]
             pieces = graph.call_function(torch.split, (merged, sizes, -1))
@@ -32,8 +39,8 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
             with graph.inserting_after(pieces):
                 piece = graph.call_function(operator.getitem, (pieces, i))
             piece.meta = dict(linear.meta)
-            if len(linear.args) > 2 and linear.args[2] is not None:
-                linear.op, linear.target, linear.args = "call_function", operator.add, (piece, linear.args[2])
+            if biases[i] is not None:
+                linear.op, linear.target, linear.args = "call_function", operator.add, (piece, biases[i])
             else:
                 linear.replace_all_uses_with(piece)
                 graph.erase_node(linear)

@@ -19,6 +19,7 @@ from larosa_fx.passes import (
     fold_gain,
     fold_rotations,
     fold_weights,
+    fuse_sites,
     insert_adapters,
     lower_topk,
     merge_siblings,
@@ -172,9 +173,13 @@ class Rewritten:
 
 
 def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Mapping[str, int] | None = None,
-            sparsify: str = "all") -> Rewritten:
-    """Run the passes behind matching in their order, up to and including ``until``, with random rotations."""
-    matrices = rotations(p.structure, granularity)
+            sparsify: str = "all", fuses: fuse_sites.Fuses | None = None,
+            matrices: Mapping[str, torch.Tensor] | None = None) -> Rewritten:
+    """Run the passes behind matching in their order, up to and including ``until``, with random rotations.
+
+    fuses: what the device's kernel takes, where sites are to be fused.
+    """
+    matrices = rotations(p.structure, granularity) if matrices is None else matrices
     done = Rewritten({})
 
     def step(module, *args):
@@ -194,6 +199,7 @@ def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Map
         (online, rotate_online, p.gm, p.structure, matrices, granularity),
         (True, merge_siblings, p.gm, p.structure),
         (True, lower_topk, p.gm, p.structure, k, sparsify),
+        (fuses is not None, fuse_sites, p.gm, p.structure, fuses),
         (True, fold_weights, p.gm),
     ]
     for applies, module, *args in passes:

@@ -1,0 +1,101 @@
+"""``sparse_linear`` for one row on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
+
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from larosa_fx.kernels import nvrtc
+from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
+
+_SOURCE = Path(__file__).with_name("sparse_linear.cu")
+_GATES = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+_MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for."""
+
+    channels: int  # K
+    columns: int  # N of the weight
+    adapter: int  # rows of the residual adapter
+    half: bool
+    gate: str
+    norm: bool
+    bias: bool
+    residual: bool
+    early: bool
+
+
+class Config(NamedTuple):
+    tile: int  # columns of weight a block reads
+    threads: int
+    batch: int  # rows a thread has in flight
+
+
+def config(shape: Shape, sms: int) -> Config:
+    """One block for a multiprocessor, each with as many columns as it takes; 16 columns are 32 bytes, a sector."""
+    halves = 2 if shape.gate else 1
+    sectors = -(-shape.columns // halves // 16)
+    return Config(16 * halves * -(-sectors // sms), threads=1024, batch=4)
+
+
+def shared_bytes(shape: Shape, c: Config) -> int:
+    """Shared memory of a block, as sparse_linear.cu lays it out."""
+    groups, shares = c.threads // (c.tile // 8), max(c.threads // c.tile, 1)
+    work = max(2 * 8192 + 4 * shape.channels, 4 * c.tile * (groups + shares))
+    return -(-work // 16) * 16 + 2 * shape.adapter + 8 * (c.threads // 32) + 16
+
+
+def serves(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:
+    """Whether the kernel takes x, which may be a fake tensor, [..., K], a weight of [K + adapter, columns] and the rest."""
+    channels = x.shape[-1]
+    if x.dtype not in (torch.bfloat16, torch.float16) or not isinstance(channels, int) or x.shape[:-1].numel() != 1:
+        return False
+    if adapter and (gate or norm):
+        return False  # the adapter's rows are summed with the others, which the norm's scalar and the gate then meet
+    if channels % 4 or adapter % 8 or columns % (16 if gate else 8) or channels >= _MAX_CHANNELS:
+        return False
+    if x.device.type != "cuda" or not nvrtc.available() or _properties(x.device).major < 8:
+        return False
+    shape = Shape(channels, columns, adapter, x.dtype == torch.float16, gate, norm, False, False, False)
+    c = config(shape, _properties(x.device).multi_processor_count)
+    return c.tile <= 8 * c.threads and shared_bytes(shape, c) <= _properties(x.device).shared_memory_per_block_optin
+
+
+def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None,
+                  gate: str, early: bool = False, *, using: Config | None = None) -> Tensor:
+    """Launch on the tensors' device, which must be the current one, with arguments that ``serves`` has passed.
+
+    early: the kernel that produces x reads residual as well, so that the adapter's rows may be read before x is there.
+    """
+    adapter = weight.shape[0] - x.shape[-1]
+    shape = Shape(x.shape[-1], weight.shape[1], adapter, x.dtype == torch.float16, gate, eps is not None,
+                  bias is not None, residual is not None and not adapter, early and adapter > 0)
+    kernel, blocks = _kernel(shape, x.device, using)
+    y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
+    pointers = [t.contiguous().data_ptr() if t is not None else 0 for t in (x, weight, bias, residual)]
+    kernel.launch((blocks, 1, 1), *pointers, y.data_ptr(), k, 0.0 if eps is None else eps)
+    return y
+
+
+@cache
+def _properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
+
+
+@cache
+def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[nvrtc.Kernel, int]:
+    properties = _properties(device)
+    c = using or config(shape, properties.multi_processor_count)
+    shared = shared_bytes(shape, c)
+    constants = {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "TILE": c.tile,
+                 "THREADS": c.threads, "BATCH": c.batch, "HALF": int(shape.half), "GATE": _GATES[shape.gate],
+                 "NORM": int(shape.norm), "BIAS": int(shape.bias), "RESIDUAL": int(shape.residual),
+                 "EARLY": int(shape.early), "SHARED": shared}
+    cubin = nvrtc.compile(_SOURCE, constants, (properties.major, properties.minor))
+    signature = (POINTER, POINTER, POINTER, POINTER, POINTER, INT, FLOAT)
+    kernel = nvrtc.Kernel(cubin, "sparse_linear", signature, threads=c.threads, shared=shared)
+    return kernel, -(-shape.columns // c.tile)

@@ -1,0 +1,315 @@
+// ``sparse_linear`` for one row: a whole sparse site in one launch. See larosa_fx.kernels.ops for what it computes.
+//
+// A block owns a tile of output columns and every active row of it, so nothing is summed across blocks: no atomics on
+// results, no scratch, equal inputs give equal bits. Each block finds the Top-K itself (K is some thousands: cheaper than
+// a launch), compacts it to a list in shared memory, and streams the listed rows of its tile.
+//
+// Compiled at run time with these constants: CHANNELS (K), COLUMNS (N of the weight), ADAPTER (rows of the residual
+// adapter), TILE (columns of weight a block reads, a multiple of 16), THREADS, BATCH (rows a thread has in flight),
+// HALF (1 fp16, 0 bf16), GATE (0 none, 1 silu, 2 gelu, 3 gelu_tanh, 4 relu), SHARED (bytes of shared memory) and the
+// flags NORM, BIAS, RESIDUAL and EARLY.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int OUT_COLUMNS = GATE ? COLUMNS / 2 : COLUMNS;
+constexpr int OUT_TILE = GATE ? TILE / 2 : TILE;
+constexpr int WARPS = THREADS / 32;
+constexpr int EACH = (CHANNELS + 4 * THREADS - 1) / (4 * THREADS) * 4;  // consecutive channels a thread ranks
+constexpr int LANES = TILE / 8;                                         // threads that read a row, 16 bytes each
+constexpr int GROUPS = THREADS / LANES;                                 // rows read side by side
+constexpr int BINS = 8192;
+// A bin is one bit pattern of bf16 in [2^-40, 2^24), with the rest in the outer bins; or four patterns of fp16.
+constexpr int SHIFT = HALF ? 2 : 0, FIRST = HALF ? 0 : (127 - 40) << 7;
+constexpr u32 MAGNITUDE = 0x7fff;
+
+// Shared memory: histogram | list, both reused for partial sums | residual | scalars.
+constexpr int HISTOGRAM_BYTES = BINS * 2, LIST_BYTES = CHANNELS * 4;
+constexpr int PARTIAL_FLOATS = GROUPS * TILE, SHARES = THREADS / TILE > 0 ? THREADS / TILE : 1;
+constexpr int PARTIAL_BYTES = (PARTIAL_FLOATS + SHARES * TILE) * 4;
+constexpr int WORK_BYTES = (HISTOGRAM_BYTES + LIST_BYTES > PARTIAL_BYTES ? HISTOGRAM_BYTES + LIST_BYTES : PARTIAL_BYTES);
+constexpr int RESIDUAL_AT = (WORK_BYTES + 15) / 16 * 16;
+
+struct Scalars {
+  u32 warp[WARPS];
+  float squares[WARPS];
+  u32 low, high;  // keys between which the threshold lies
+  u32 above;      // channels with a key above ``high``
+  u32 counted;
+};
+static_assert(RESIDUAL_AT + ADAPTER * 2 + sizeof(Scalars) <= SHARED, "the host's layout is not this one");
+
+// Wait for the kernel before this one, then let the one behind it start: its blocks wait here in turn. Where the
+// hardware has no such launches, one kernel starts when the other has ended.
+__device__ __forceinline__ void wait_for_producer() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float widen(u32 bits) {
+  if (HALF) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)bits));
+    return f;
+  }
+  return __uint_as_float(bits << 16);
+}
+
+__device__ __forceinline__ u16 narrow(float f) {
+  u16 bits;
+  if (HALF)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+  else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+  return bits;
+}
+
+__device__ __forceinline__ float gated(float gate, float up) {
+  switch (GATE) {
+    case 1: return gate / (1.f + expf(-gate)) * up;
+    case 2: return .5f * gate * (1.f + erff(gate * .7071067811865476f)) * up;
+    case 3: return .5f * gate * (1.f + tanhf(.7978845608028654f * (gate + .044715f * gate * gate * gate))) * up;
+    default: return (gate > 0.f || gate != gate ? gate : 0.f) * up;
+  }
+}
+
+// 16 bytes of weight, read once: past L1, and first to leave L2.
+struct Pack {
+  u32 word[4];
+  __device__ __forceinline__ void load(const u16* address, bool wanted, u64 policy) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+        "@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6; }"
+        : "=&r"(word[0]), "=&r"(word[1]), "=&r"(word[2]), "=&r"(word[3])
+        : "l"(address), "r"((u32)wanted), "l"(policy));
+  }
+};
+
+// Adds up rows of this thread's 8 columns. LISTED: the ``count`` rows of the list, an entry being row << 16 | value;
+// else ``count`` rows from the first on, with a value each.
+template <bool LISTED>
+__device__ __forceinline__ void stream(const u16* weight, const void* rows, int count, bool reads, float (&sum)[8],
+                                       u64 policy) {
+  for (int first = threadIdx.x / LANES; first < count; first += GROUPS * BATCH) {
+    Pack pack[BATCH];
+    float value[BATCH];
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      const int at = first + b * GROUPS;
+      const bool wanted = reads && at < count;
+      u32 row = at, bits = 0;
+      if (wanted) {
+        if (LISTED) {
+          const u32 entry = static_cast<const u32*>(rows)[at];
+          row = entry >> 16, bits = entry & 0xffff;
+        } else {
+          bits = static_cast<const u16*>(rows)[at];
+        }
+      }
+      value[b] = widen(bits);
+      pack[b].load(weight + (u64)row * COLUMNS, wanted, policy);
+    }
+#pragma unroll
+    for (int b = 0; b < BATCH; b++)
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        sum[2 * q] = fmaf(value[b], widen(pack[b].word[q] & 0xffff), sum[2 * q]);
+        sum[2 * q + 1] = fmaf(value[b], widen(pack[b].word[q] >> 16), sum[2 * q + 1]);
+      }
+  }
+}
+
+// Sum of v over the warps before this one (of all with ``whole``), where each lane 31 holds its warp's inclusive sum.
+__device__ __forceinline__ u32 over_warps(u32 v, u32* scratch, bool whole = false) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  if (lane == 31) scratch[warp] = v;
+  __syncthreads();
+  return __reduce_add_sync(~0u, lane < (whole ? WARPS : warp) ? scratch[lane] : 0u);
+}
+
+__device__ __forceinline__ u32 warp_scan(u32 v) {  // inclusive
+#pragma unroll
+  for (int o = 1; o < 32; o <<= 1) {
+    const u32 other = __shfl_up_sync(~0u, v, o);
+    if ((threadIdx.x & 31) >= o) v += other;
+  }
+  return v;
+}
+
+// Lists the ``keep`` channels of largest magnitude, ascending; equal magnitudes from the lowest channel up. ``x``: this
+// thread's channels, two to a word, zero beyond the last. Returns the sum of squares of all channels.
+__device__ __forceinline__ float select(const u32 (&x)[EACH / 2], int keep, u32* histogram, u32* list, Scalars* s) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, mine = threadIdx.x * EACH;
+  float squares = 0.f;
+#pragma unroll
+  for (int e = 0; e < EACH; e++)
+    if (mine + e < CHANNELS) {
+      const u32 bits = (x[e >> 1] >> (e & 1) * 16) & 0xffff;
+      if (NORM) squares = fmaf(widen(bits), widen(bits), squares);
+      const int bin = min(max((int)((bits & MAGNITUDE) >> SHIFT) - FIRST, 0), BINS - 1);
+      atomicAdd(&histogram[bin >> 1], 1u << (bin & 1) * 16);
+    }
+  if (NORM)
+#pragma unroll
+    for (int o = 16; o; o >>= 1) squares += __shfl_xor_sync(~0u, squares, o);
+  __syncthreads();
+
+  // Thread 0 takes the topmost bins, so that a scan counts from the largest magnitude down.
+  constexpr int WORDS = BINS / THREADS / 2;
+  const int top = THREADS - 1 - threadIdx.x;
+  u32 pair[WORDS], both = 0;
+#pragma unroll
+  for (int i = 0; i < WORDS; i += 4) {
+    const uint4 v = reinterpret_cast<const uint4*>(histogram)[(top * WORDS + i) / 4];
+    pair[i] = v.x, pair[i + 1] = v.y, pair[i + 2] = v.z, pair[i + 3] = v.w;
+    both += v.x + v.y + v.z + v.w;  // no carry: all counts together are fewer than 2^16
+  }
+  const u32 own = (both & 0xffff) + (both >> 16), inclusive = warp_scan(own);
+  if (NORM && lane == 0) s->squares[warp] = squares;
+  const u32 reached = over_warps(inclusive, s->warp) + inclusive;
+  if (reached >= keep && reached - own < keep) {
+    u32 count = reached - own;
+    int bin = -1;
+    u32 over = 0;
+#pragma unroll
+    for (int i = 2 * WORDS - 1; i >= 0; i--) {
+      const u32 here = (pair[i >> 1] >> (i & 1) * 16) & 0xffff;
+      if (bin < 0 && count + here >= keep) bin = i, over = count;
+      count += here;
+    }
+    bin += top * 2 * WORDS;
+    s->above = over;
+    s->low = SHIFT == 0 && bin == 0 ? 0 : bin + FIRST << SHIFT;
+    s->high = SHIFT == 0 && bin == BINS - 1 ? MAGNITUDE : (bin + FIRST + 1 << SHIFT) - 1;
+  }
+  __syncthreads();
+  u32 low = s->low, high = s->high, above = s->above;
+  if (NORM) {
+    squares = lane < WARPS ? s->squares[lane] : 0.f;
+#pragma unroll
+    for (int o = 16; o; o >>= 1) squares += __shfl_xor_sync(~0u, squares, o);
+  }
+
+  while (low < high) {  // more than one pattern in the bin: halve it. Rare for bf16, twice for fp16.
+    const u32 middle = low + (high - low) / 2;
+    u32 count = 0;
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+      const u32 key = (x[e >> 1] >> (e & 1) * 16) & MAGNITUDE;
+      count += mine + e < CHANNELS && key > middle && key <= high;
+    }
+    count = warp_scan(count);
+    __syncthreads();
+    const u32 upper = over_warps(count, s->warp, true);
+    if (above + upper >= keep)
+      low = middle + 1;
+    else
+      high = middle, above += upper;
+  }
+
+  // The threshold is ``low``; of the channels at it as many as are missing, the lowest ones.
+  u32 counts = 0;  // above the threshold in the lower half, at it in the upper
+#pragma unroll
+  for (int e = 0; e < EACH; e++)
+    if (mine + e < CHANNELS) {
+      const u32 key = (x[e >> 1] >> (e & 1) * 16) & MAGNITUDE;
+      counts += key > low ? 1u : key == low ? 1u << 16 : 0u;
+    }
+  __syncthreads();
+  const u32 scanned = warp_scan(counts), before = over_warps(scanned, s->warp) + scanned - counts;
+  u32 over = before & 0xffff, at = before >> 16;
+  const u32 missing = keep - above;
+#pragma unroll
+  for (int e = 0; e < EACH; e++)
+    if (mine + e < CHANNELS) {
+      const u32 bits = (x[e >> 1] >> (e & 1) * 16) & 0xffff, key = bits & MAGNITUDE;
+      if (key > low || key == low && at < missing) list[over + min(at, missing)] = (u32)(mine + e) << 16 | bits;
+      over += key > low, at += key == low;
+    }
+  __syncthreads();
+  return squares;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u16* __restrict__ bias,
+              const u16* __restrict__ residual, u16* __restrict__ y, int keep, float eps) {
+  extern __shared__ __align__(16) char memory[];
+  u32* histogram = reinterpret_cast<u32*>(memory);
+  u32* list = reinterpret_cast<u32*>(memory + HISTOGRAM_BYTES);
+  float* partial = reinterpret_cast<float*>(memory);
+  u16* carried = reinterpret_cast<u16*>(memory + RESIDUAL_AT);
+  Scalars* scalars = reinterpret_cast<Scalars*>(memory + RESIDUAL_AT + ADAPTER * 2);
+  const int t = threadIdx.x, lane = t % LANES;
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+
+  // This thread's 8 columns. With a gate the second half of the lanes reads the columns to be gated.
+  const int column = GATE ? blockIdx.x * OUT_TILE + lane % (LANES / 2) * 8 : blockIdx.x * OUT_TILE + lane * 8;
+  const bool reads = column < OUT_COLUMNS && t < GROUPS * LANES;
+  const u16* mine = weight + column + (GATE && lane >= LANES / 2 ? OUT_COLUMNS : 0);
+  float sum[8] = {};
+  for (int i = t; i < BINS / 8; i += THREADS) reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
+
+  // EARLY: the kernel before this one read the residual too, so it is complete although that kernel may not be.
+  if (!EARLY) wait_for_producer();
+  if (ADAPTER) {
+    for (int i = t; i < ADAPTER / 8; i += THREADS)
+      reinterpret_cast<uint4*>(carried)[i] = __ldcg(reinterpret_cast<const uint4*>(residual) + i);
+    __syncthreads();
+    if (EARLY) stream<false>(mine + (u64)CHANNELS * COLUMNS, carried, ADAPTER, reads, sum, policy);
+  }
+  if (EARLY) wait_for_producer();
+
+  u32 channels[EACH / 2];
+#pragma unroll
+  for (int i = 0; i < EACH / 4; i++) {
+    const int q = t * (EACH / 4) + i;
+    const uint2 v = q < CHANNELS / 4 ? __ldcg(reinterpret_cast<const uint2*>(x) + q) : make_uint2(0, 0);
+    channels[2 * i] = v.x, channels[2 * i + 1] = v.y;
+  }
+  __syncthreads();
+  const float squares = select(channels, keep, histogram, list, scalars);
+  stream<true>(mine, list, keep, reads, sum, policy);
+  if (ADAPTER && !EARLY) stream<false>(mine + (u64)CHANNELS * COLUMNS, carried, ADAPTER, reads, sum, policy);
+
+  // Sum over the groups of rows: within a warp, within a share of the groups, over the shares.
+  constexpr bool IN_WARP = LANES < 32 && (LANES & LANES - 1) == 0;
+  constexpr int PARTS = IN_WARP ? WARPS : GROUPS;
+  if (IN_WARP)
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+      for (int o = 16; o >= LANES; o >>= 1) sum[i] += __shfl_xor_sync(~0u, sum[i], o);
+  __syncthreads();
+  if (IN_WARP ? (t & 31) < LANES : t < GROUPS * LANES) {
+    float4* to = reinterpret_cast<float4*>(partial + (IN_WARP ? t / 32 : t / LANES) * TILE + lane * 8);
+    to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+  }
+  __syncthreads();
+  float* shares = partial + PARTS * TILE;
+  for (int i = t; i < SHARES * TILE; i += THREADS) {
+    float total = 0.f;
+    for (int part = i / TILE; part < PARTS; part += SHARES) total += partial[part * TILE + i % TILE];
+    shares[i] = total;
+  }
+  __syncthreads();
+  for (int i = t; i < OUT_TILE; i += THREADS) {
+    const int to = blockIdx.x * OUT_TILE + i;
+    if (to >= OUT_COLUMNS) continue;
+    const float scale = NORM ? rsqrtf(squares / CHANNELS + eps) : 1.f;
+    float total[2] = {0.f, 0.f};
+#pragma unroll
+    for (int half = 0; half <= (GATE ? 1 : 0); half++) {
+#pragma unroll
+      for (int share = 0; share < SHARES; share++) total[half] += shares[share * TILE + half * OUT_TILE + i];
+      total[half] *= scale;
+      if (BIAS) total[half] += widen(__ldg(bias + to + half * OUT_COLUMNS));
+    }
+    if (GATE) total[0] = gated(total[0], total[1]);
+    if (RESIDUAL) total[0] += widen(__ldcg(residual + to));
+    y[to] = narrow(total[0]);
+  }
+}

@@ -1,0 +1,116 @@
+"""One op a site: the same model, the ops that are gone, and what is left alone because another reader needs it."""
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from larosa_fx import graph as g
+from larosa_fx.passes import fuse_sites
+from programs import CASES, assert_close, program, rewrite, rotations
+from tiny import SIZES
+
+LAYERS = SIZES["num_hidden_layers"]
+SELECT, GEMV, LINEAR = (getattr(torch.ops.larosa, name).default for name in ("topk_select", "sparse_gemv", "sparse_linear"))
+
+
+def everything(x, columns, adapter, norm, gate):
+    """A device whose kernel takes what the CUDA one does."""
+    return not (adapter and (norm or gate))
+
+
+def halved(p):
+    return {site.name: site.in_features // 2 for site in p.structure.sites}
+
+
+def fused(family, granularity, fuses=everything, tokens=1, edit=lambda p: None):
+    """(the sparse program without fusing, with, counts), on the same rotations."""
+    pair = [program(family, tokens=tokens) for _ in range(2)]
+    for p in pair:
+        edit(p)
+    matrices = rotations(pair[0].structure, granularity)
+    plain = rewrite(pair[0], granularity, k=halved(pair[0]), matrices=matrices)
+    done = rewrite(pair[1], granularity, k=halved(pair[1]), matrices=matrices, fuses=fuses)
+    expected, got = pair[0].run(plain.binding), pair[1].run(done.binding)
+    assert_close(got, expected)
+    assert (expected[0] - pair[0].expected[0]).abs().max() > 1e-3 * expected[0].abs().max()  # it is the sparse model
+    return pair[1], done.results["fuse_sites"]
+
+
+@pytest.mark.parametrize("family, granularity", CASES)
+def test_same_model(family, granularity):
+    p, result = fused(family, granularity)
+    assert p.calls(SELECT, GEMV) == 0 and p.calls(LINEAR) == len(p.structure.sites)
+    assert result.counts["sites"] == len(p.structure.sites)
+
+
+@pytest.mark.parametrize("granularity, adapters", [("layer", LAYERS - 1), ("block", LAYERS - 1), ("model", 0), ("none", 0)])
+@pytest.mark.parametrize("family", ["llama", "llama-biases", "phi3", "qwen2"])
+def test_a_layer_is_four_ops(family, granularity, adapters):
+    p, result = fused(family, granularity)
+    if granularity == "block":  # attention's adapter as well: its rows join o_proj's
+        adapters += LAYERS
+    if family == "qwen2" and granularity != "none":  # a tied table stays as it is: the last layer leaves the basis
+        adapters += 1
+    norms = {} if granularity == "none" else {"norms": 2 * LAYERS}  # a gain changes the ranking, and is folded with Q
+    assert result.counts == {"sites": 4 * LAYERS, **norms, "gates": LAYERS,
+                             **({"adapters": adapters} if adapters else {}),
+                             **({"residuals": 2 * LAYERS - adapters} if adapters < 2 * LAYERS else {})}
+    assert p.calls(F.silu) == 0 and p.calls(F.rms_norm) == 1 + 2 * LAYERS - norms.get("norms", 0)  # the last norm
+    assert p.calls(torch.matmul, operator.matmul) <= 1  # the inverse frequencies; no adapter on its own
+
+
+def test_what_the_kernel_does_not_take_stays_outside():
+    p, result = fused("llama", "layer", lambda x, columns, adapter, norm, gate: not (adapter or norm or gate))
+    assert result.counts == {"sites": 4 * LAYERS, "residuals": LAYERS + 1}
+    assert p.calls(F.silu) == LAYERS and p.calls(F.rms_norm) == 2 * LAYERS + 1
+    p, result = fused("llama", "layer", lambda *_: False)
+    assert result.counts == {} and len(result.skipped) == 4 * LAYERS and p.calls(LINEAR) == 0
+
+
+def test_adapters_that_may_run_early():
+    """Only behind a site that reads the same residual: then the residual is older than the activation."""
+    p, _ = fused("llama", "block")
+    early = [node for node in p.gm.graph.find_nodes(op="call_function", target=LINEAR) if node.args[7]]
+    assert len(early) == LAYERS - 1  # down_proj's; o_proj's come behind attention
+    for x, _, _, _, residual, *_ in (node.args for node in early):
+        assert g.calls(x, LINEAR) and x.args[0] is residual and x.args[6] == "silu"
+
+
+def second_reader(p, find):
+    """Makes one more output that reads the node which ``find`` picks."""
+    node = find(p)
+    with p.gm.graph.inserting_after(node):
+        extra = p.gm.graph.call_function(torch.abs, (node,))
+    (output,) = p.gm.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], extra),)
+
+
+@pytest.mark.parametrize("find, kept", [
+    (lambda p: next(iter(p.gm.graph.find_nodes(op="call_function", target=F.silu))), {"gates": LAYERS - 1}),
+    (lambda p: p.structure.sites[1].linears[0], {"residuals": 2 * LAYERS - 1}),
+], ids=["gate", "branch"])
+def test_a_second_reader_keeps_what_it_reads(find, kept):
+    _, result = fused("llama", "model", edit=lambda p: second_reader(p, find))
+    assert result.counts == {"sites": 4 * LAYERS, "norms": 2 * LAYERS, "gates": LAYERS, "residuals": 2 * LAYERS, **kept}
+
+
+def test_nothing_to_fuse_in_prefill():
+    p = program("llama", tokens=5)
+    done = rewrite(p, "layer", "fuse_sites", k=halved(p), fuses=everything)
+    assert done.results["fuse_sites"].counts == {} and p.calls(LINEAR) == 0
+
+
+@pytest.mark.parametrize("family, activation", [("gemma", "gelu_tanh"), ("llama", "silu")])
+def test_activation(family, activation):
+    p, _ = fused(family, "layer")
+    gates = {node.args[6] for node in p.gm.graph.find_nodes(op="call_function", target=LINEAR)}
+    assert gates == {"", activation}
+
+
+def test_default_asks_the_device():
+    p = program("llama", tokens=1)
+    assert fuse_sites.run.__defaults__ == (fuse_sites.ops.fuses,)
+    done = rewrite(p, "none", "fuse_sites", k=halved(p), fuses=fuse_sites.ops.fuses)
+    assert p.calls(LINEAR) == done.results["fuse_sites"].counts.get("sites", 0)
