@@ -89,9 +89,9 @@ def _gate(f: _Fused) -> _Fused | None:
     """act(y[..., :N/2]) * y[..., N/2:], however the halves are taken."""
     halves = _only_user(f.output)
     half = f.columns // 2
-    if not (g.calls(halves, torch.split, "split") and list(halves.args[1:]) in ([[half, half], -1], [half, -1])
-            or g.calls(halves, torch.chunk, "chunk") and g.argument(halves, 1, "chunks") == 2
-            and g.argument(halves, 2, "dim", 0) in (-1, len(g.shape(f.output)) - 1)):
+    if not ((g.calls(halves, torch.split, "split") and list(halves.args[1:]) in ([[half, half], -1], [half, -1]))
+            or (g.calls(halves, torch.chunk, "chunk") and g.argument(halves, 1, "chunks") == 2
+            and g.argument(halves, 2, "dim", 0) in (-1, len(g.shape(f.output)) - 1))):
         return None
     pieces = {user.args[1]: user for user in halves.users}
     if set(pieces) != {0, 1}:
