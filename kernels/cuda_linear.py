@@ -21,6 +21,7 @@ class Shape(NamedTuple):
     channels: int  # K
     columns: int  # N of the weight
     adapter: int  # rows of the residual adapter
+    full: bool  # k == K
     half: bool
     gate: str
     norm: bool
@@ -60,7 +61,7 @@ def serves(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool
         return False
     if x.device.type != "cuda" or not nvrtc.available() or _properties(x.device).major < 8:
         return False
-    shape = Shape(channels, columns, adapter, x.dtype == torch.float16, gate, norm, False, False, False)
+    shape = Shape(channels, columns, adapter, False, x.dtype == torch.float16, gate, norm, False, False, False)
     c = config(shape, _properties(x.device).multi_processor_count)
     return c.tile <= 8 * c.threads and shared_bytes(shape, c) <= _properties(x.device).shared_memory_per_block_optin
 
@@ -72,8 +73,8 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     early: the kernel that produces x reads residual as well, so that the adapter's rows may be read before x is there.
     """
     adapter = weight.shape[0] - x.shape[-1]
-    shape = Shape(x.shape[-1], weight.shape[1], adapter, x.dtype == torch.float16, gate, eps is not None,
-                  bias is not None, residual is not None and not adapter, early and adapter > 0)
+    shape = Shape(x.shape[-1], weight.shape[1], adapter, k == x.shape[-1], x.dtype == torch.float16, gate,
+                  eps is not None, bias is not None, residual is not None and not adapter, early and adapter > 0)
     kernel, blocks = _kernel(shape, x.device, using)
     y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
     pointers = [t.contiguous().data_ptr() if t is not None else 0 for t in (x, weight, bias, residual)]
@@ -92,7 +93,7 @@ def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[n
     c = using or config(shape, properties.multi_processor_count)
     shared = shared_bytes(shape, c)
     constants = {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "TILE": c.tile,
-                 "THREADS": c.threads, "BATCH": c.batch, "HALF": int(shape.half), "GATE": _GATES[shape.gate],
+                 "THREADS": c.threads, "BATCH": c.batch, "FULL": int(shape.full), "HALF": int(shape.half), "GATE": _GATES[shape.gate],
                  "NORM": int(shape.norm), "BIAS": int(shape.bias), "RESIDUAL": int(shape.residual),
                  "EARLY": int(shape.early), "SHARED": shared}
     cubin = nvrtc.compile(_SOURCE, constants, (properties.major, properties.minor))

@@ -44,7 +44,9 @@ def compile(source: Path, constants: Mapping[str, int], capability: tuple[int, i
             raise CompileError(f"{source.name} with {dict(constants)}: {error.name}")
         return values[0] if values else None
 
-    program = check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+    headers = sorted(source.parent.glob("*.cuh"))
+    program = check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), [
+        h.read_bytes() for h in headers], [h.name.encode() for h in headers]))
     options = ["--std=c++17", "--gpu-architecture=sm_{}{}".format(*capability)]
     options = [o.encode() for o in (*options, *(f"-D{name}={value}" for name, value in constants.items()))]
     try:

@@ -175,6 +175,82 @@ def _(
     return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate)))
 
 
+@torch.library.custom_op("larosa::decode_attention", mutates_args=("keys", "values"))
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    position: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    """Attention of one token a sequence over a static cache, with the cache's update and the rotary embedding.
+
+    Args:
+        q: [B, H, 1, d].
+        keys, values: the cache, [B, Hkv, S, d], H a multiple of Hkv: a head is shared by H / Hkv consecutive queries.
+        mask: bool, [B or 1, 1, 1, S], True where a position takes part; None for all.
+        scale: of the scores.
+        k, v: [B, Hkv, 1, d], written to the cache at ``position``, [1] int64, before the cache is read; None where that is
+            done already.
+        cos, sin: [1, 1, 1, d], the rotary embedding of q and k in halves (GPT-NeoX's order); None where that is done.
+
+    Returns:
+        [B, H, 1, d] in q's dtype, softmax and sums in float32.
+    """
+    return reference.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
+
+
+@decode_attention.register_kernel("cuda")
+def _(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    position: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    if not attends(q, keys, mask):
+        return reference.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
+    from larosa_fx.kernels import cuda_attention
+
+    with torch.cuda.device(q.device):
+        return cuda_attention.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
+
+
+@decode_attention.register_fake
+def _(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    position: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
+    """Whether ``decode_attention`` is one launch for these, which may be fake tensors; elsewhere torch's own is as good."""
+    if q.device.type == "cuda":
+        from larosa_fx.kernels import cuda_attention
+
+        return cuda_attention.serves(q, keys, mask)
+    return False
+
+
 def fuses(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:
     """Whether ``sparse_linear`` is one launch for x, [..., K], a weight of [K + adapter, columns], and the rest as named.
 

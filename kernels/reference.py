@@ -171,3 +171,25 @@ def _gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
             part = slice(c, c + step)
             y += v[:, None, part].to(wide) @ weight[i[:, part]].to(wide)
     return y.reshape(*values.shape[:-1], columns)
+
+
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    position: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    """See :func:`larosa_fx.kernels.ops.decode_attention`."""
+    if cos is not None:
+        q, k = (x * cos + torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1) * sin for x in (q, k))
+    if k is not None:
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+    grouped = q.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped).contiguous()

@@ -7,11 +7,9 @@
 // Compiled at run time with these constants: CHANNELS (K), COLUMNS (N of the weight), ADAPTER (rows of the residual
 // adapter), TILE (columns of weight a block reads, a multiple of 16), THREADS, BATCH (rows a thread has in flight),
 // HALF (1 fp16, 0 bf16), GATE (0 none, 1 silu, 2 gelu, 3 gelu_tanh, 4 relu), SHARED (bytes of shared memory) and the
-// flags NORM, BIAS, RESIDUAL and EARLY.
+// flags FULL (every channel is kept: nothing to select), NORM, BIAS, RESIDUAL and EARLY.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "common.cuh"
 
 constexpr int OUT_COLUMNS = GATE ? COLUMNS / 2 : COLUMNS;
 constexpr int OUT_TILE = GATE ? TILE / 2 : TILE;
@@ -40,31 +38,6 @@ struct Scalars {
 };
 static_assert(RESIDUAL_AT + ADAPTER * 2 + sizeof(Scalars) <= SHARED, "the host's layout is not this one");
 
-// Wait for the kernel before this one, then let the one behind it start: its blocks wait here in turn. Where the
-// hardware has no such launches, one kernel starts when the other has ended.
-__device__ __forceinline__ void wait_for_producer() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ float widen(u32 bits) {
-  if (HALF) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)bits));
-    return f;
-  }
-  return __uint_as_float(bits << 16);
-}
-
-__device__ __forceinline__ u16 narrow(float f) {
-  u16 bits;
-  if (HALF)
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-  else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-  return bits;
-}
 
 __device__ __forceinline__ float gated(float gate, float up) {
   switch (GATE) {
@@ -138,6 +111,12 @@ __device__ __forceinline__ u32 warp_scan(u32 v) {  // inclusive
   return v;
 }
 
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+
 // Lists the ``keep`` channels of largest magnitude, ascending; equal magnitudes from the lowest channel up. ``x``: this
 // thread's channels, two to a word, zero beyond the last. Returns the sum of squares of all channels.
 __device__ __forceinline__ float select(const u32 (&x)[EACH / 2], int keep, u32* histogram, u32* list, Scalars* s) {
@@ -151,9 +130,7 @@ __device__ __forceinline__ float select(const u32 (&x)[EACH / 2], int keep, u32*
       const int bin = min(max((int)((bits & MAGNITUDE) >> SHIFT) - FIRST, 0), BINS - 1);
       atomicAdd(&histogram[bin >> 1], 1u << (bin & 1) * 16);
     }
-  if (NORM)
-#pragma unroll
-    for (int o = 16; o; o >>= 1) squares += __shfl_xor_sync(~0u, squares, o);
+  if (NORM) squares = warp_sum(squares);
   __syncthreads();
 
   // Thread 0 takes the topmost bins, so that a scan counts from the largest magnitude down.
@@ -186,11 +163,7 @@ __device__ __forceinline__ float select(const u32 (&x)[EACH / 2], int keep, u32*
   }
   __syncthreads();
   u32 low = s->low, high = s->high, above = s->above;
-  if (NORM) {
-    squares = lane < WARPS ? s->squares[lane] : 0.f;
-#pragma unroll
-    for (int o = 16; o; o >>= 1) squares += __shfl_xor_sync(~0u, squares, o);
-  }
+  if (NORM) squares = warp_sum(lane < WARPS ? s->squares[lane] : 0.f);
 
   while (low < high) {  // more than one pattern in the bin: halve it. Rare for bf16, twice for fp16.
     const u32 middle = low + (high - low) / 2;
@@ -232,6 +205,23 @@ __device__ __forceinline__ float select(const u32 (&x)[EACH / 2], int keep, u32*
   return squares;
 }
 
+// Copies all channels to shared memory. Returns their sum of squares.
+__device__ __forceinline__ float copy(const u32 (&x)[EACH / 2], u16* to, Scalars* s) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, mine = threadIdx.x * EACH;
+  float squares = 0.f;
+#pragma unroll
+  for (int e = 0; e < EACH; e += 2)
+    if (mine + e < CHANNELS) {
+      const float a = widen(x[e >> 1] & 0xffff), b = widen(x[e >> 1] >> 16);
+      squares = fmaf(b, b, fmaf(a, a, squares));
+      *reinterpret_cast<u32*>(to + mine + e) = x[e >> 1];
+    }
+  squares = warp_sum(squares);
+  if (lane == 0) s->squares[warp] = squares;
+  __syncthreads();
+  return warp_sum(lane < WARPS ? s->squares[lane] : 0.f);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u16* __restrict__ bias,
               const u16* __restrict__ residual, u16* __restrict__ y, int keep, float eps) {
@@ -250,7 +240,7 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
   const bool reads = column < OUT_COLUMNS && t < GROUPS * LANES;
   const u16* mine = weight + column + (GATE && lane >= LANES / 2 ? OUT_COLUMNS : 0);
   float sum[8] = {};
-  for (int i = t; i < BINS / 8; i += THREADS) reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
+  for (int i = t; !FULL && i < BINS / 8; i += THREADS) reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
 
   // EARLY: the kernel before this one read the residual too, so it is complete although that kernel may not be.
   if (!EARLY) wait_for_producer();
@@ -270,8 +260,14 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
     channels[2 * i] = v.x, channels[2 * i + 1] = v.y;
   }
   __syncthreads();
-  const float squares = select(channels, keep, histogram, list, scalars);
-  stream<true>(mine, list, keep, reads, sum, policy);
+  float squares;
+  if (FULL) {
+    squares = copy(channels, reinterpret_cast<u16*>(list), scalars);
+    stream<false>(mine, list, CHANNELS, reads, sum, policy);
+  } else {
+    squares = select(channels, keep, histogram, list, scalars);
+    stream<true>(mine, list, keep, reads, sum, policy);
+  }
   if (ADAPTER && !EARLY) stream<false>(mine + (u64)CHANNELS * COLUMNS, carried, ADAPTER, reads, sum, policy);
 
   // Sum over the groups of rows: within a warp, within a share of the groups, over the shares.

@@ -15,6 +15,7 @@ from larosa_fx.passes import (
     fold_gain,
     fold_rotations,
     fold_weights,
+    fuse_attention,
     fuse_sites,
     insert_adapters,
     lower_topk,
@@ -100,6 +101,7 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     run(merge_siblings, gm, structure)
     forms = run(lower_topk, gm, structure, k, sparsify)
     run(fuse_sites, gm, structure)
+    run(fuse_attention, gm)
     for site in report.sites:
         site.form = forms[site.site]
     inputs = run(fold_weights, gm)

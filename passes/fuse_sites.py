@@ -19,7 +19,6 @@ from larosa_fx import graph as g
 from larosa_fx.report import PassResult
 from larosa_fx.structure import Site, Structure
 
-_SELECT = torch.ops.larosa.topk_select.default
 _GEMV = torch.ops.larosa.sparse_gemv.default
 _LINEAR = torch.ops.larosa.sparse_linear.default
 
@@ -44,7 +43,7 @@ class _Fused:
 
 
 def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> PassResult:
-    """Fuse each site that ``lower_topk`` made a sparse GEMV, with as much around it as the device's kernel takes."""
+    """Fuse each site that ``lower_topk`` made a GEMV, sparse or dense, with as much around it as the device's kernel takes."""
     result = PassResult("fuse_sites")
     for site in structure.sites:
         found = _gemv(site)
@@ -71,15 +70,17 @@ def _fits(f: _Fused, fuses: Fuses) -> bool:
 
 def _gemv(site: Site) -> _Fused | None:
     (linear,) = site.linears
-    gemv, bias = (linear, None) if g.calls(linear, _GEMV) else linear.args  # lower_topk adds the bias
-    if not g.calls(gemv, _GEMV):
-        return None
-    x, k = gemv.args[0].args[0].args
-    return _Fused(linear, x, k, gemv.args[2], site.out_features, bias)
+    gemv, bias = linear.args if g.calls(linear, torch.add) else (linear, None)  # lower_topk adds the bias
+    if g.calls(gemv, _GEMV):
+        x, k = gemv.args[0].args[0].args
+        return _Fused(linear, x, k, gemv.args[2], site.out_features, bias)
+    x, weight = gemv.args
+    dense = g.calls(gemv, torch.matmul) and g.shape(x)[:-1].numel() == 1
+    return _Fused(linear, x, site.in_features, weight, site.out_features, bias) if dense else None
 
 
 def _norm(f: _Fused) -> _Fused | None:
-    if not g.is_rms_norm(f.x) or f.x.args[2] is not None or any(not g.calls(user, _SELECT) for user in f.x.users):
+    if not g.is_rms_norm(f.x) or f.x.args[2] is not None or len(f.x.users) != 1:
         return None
     x, _, _, eps = f.x.args
     return replace(f, x=x, eps=torch.finfo(g.dtype(x)).eps if eps is None else eps)
