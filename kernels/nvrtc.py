@@ -47,7 +47,7 @@ def compile(source: Path, constants: Mapping[str, int], capability: tuple[int, i
     headers = sorted(source.parent.glob("*.cuh"))
     program = check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), [
         h.read_bytes() for h in headers], [h.name.encode() for h in headers]))
-    options = ["--std=c++17", "--gpu-architecture=sm_{}{}".format(*capability)]
+    options = ["--std=c++17", "-default-device", "--gpu-architecture=sm_{}{}".format(*capability)]
     options = [o.encode() for o in (*options, *(f"-D{name}={value}" for name, value in constants.items()))]
     try:
         check(nvrtc.nvrtcCompileProgram(program, len(options), options))

@@ -17,27 +17,26 @@ constexpr int WARPS = THREADS / 32;
 constexpr int EACH = (CHANNELS + 4 * THREADS - 1) / (4 * THREADS) * 4;  // consecutive channels a thread ranks
 constexpr int LANES = TILE / 8;                                         // threads that read a row, 16 bytes each
 constexpr int GROUPS = THREADS / LANES;                                 // rows read side by side
-constexpr int BINS = 8192;
-// A bin is one bit pattern of bf16 in [2^-40, 2^24), with the rest in the outer bins; or four patterns of fp16.
-constexpr int SHIFT = HALF ? 2 : 0, FIRST = HALF ? 0 : (127 - 40) << 7;
-constexpr u32 MAGNITUDE = 0x7fff;
+constexpr int fold(int threads) { return threads >= 32 ? 32 : threads < 2 ? 1 : 2 * fold(threads / 2); }
+constexpr int FOLD = fold(THREADS / OUT_TILE);  // neighbouring threads that add up an output, a power of two
+static_assert(!RESIDUAL || OUT_TILE * FOLD <= THREADS, "a thread adds one residual");
 
-// Shared memory: histogram | list, both reused for partial sums | residual | scalars.
-constexpr int HISTOGRAM_BYTES = BINS * 2, LIST_BYTES = CHANNELS * 4;
-constexpr int PARTIAL_FLOATS = GROUPS * TILE, SHARES = THREADS / TILE > 0 ? THREADS / TILE : 1;
-constexpr int PARTIAL_BYTES = (PARTIAL_FLOATS + SHARES * TILE) * 4;
-constexpr int WORK_BYTES = (HISTOGRAM_BYTES + LIST_BYTES > PARTIAL_BYTES ? HISTOGRAM_BYTES + LIST_BYTES : PARTIAL_BYTES);
-constexpr int RESIDUAL_AT = (WORK_BYTES + 15) / 16 * 16;
+// A bin is one bit pattern of bf16 in [2^-40, 2^24), with the rest in the outer bins; or four patterns of fp16.
+constexpr u32 MAGNITUDE = 0x7fff;
+constexpr int BINS = 8192, SHIFT = HALF ? 2 : 0, FIRST = HALF ? 0 : (127 - 40) << 7;
+
+// Shared memory: histogram | list | partial sums | residual | scalars.
+constexpr int PARTIAL_ROW = TILE + 4;  // lanes that add up a column meet other banks
+constexpr int HISTOGRAM_BYTES = BINS * 2, PARTIAL_AT = HISTOGRAM_BYTES + CHANNELS * 4;
+constexpr int RESIDUAL_AT = PARTIAL_AT + GROUPS * PARTIAL_ROW * 4;
 
 struct Scalars {
   u32 warp[WARPS];
   float squares[WARPS];
-  u32 low, high;  // keys between which the threshold lies
-  u32 above;      // channels with a key above ``high``
-  u32 counted;
+  u32 low, high;  // patterns between which the threshold lies
+  u32 above;      // channels with a pattern above ``high``
 };
 static_assert(RESIDUAL_AT + ADAPTER * 2 + sizeof(Scalars) <= SHARED, "the host's layout is not this one");
-
 
 __device__ __forceinline__ float gated(float gate, float up) {
   switch (GATE) {
@@ -228,7 +227,7 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
   extern __shared__ __align__(16) char memory[];
   u32* histogram = reinterpret_cast<u32*>(memory);
   u32* list = reinterpret_cast<u32*>(memory + HISTOGRAM_BYTES);
-  float* partial = reinterpret_cast<float*>(memory);
+  float* partial = reinterpret_cast<float*>(memory + PARTIAL_AT);
   u16* carried = reinterpret_cast<u16*>(memory + RESIDUAL_AT);
   Scalars* scalars = reinterpret_cast<Scalars*>(memory + RESIDUAL_AT + ADAPTER * 2);
   const int t = threadIdx.x, lane = t % LANES;
@@ -240,7 +239,8 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
   const bool reads = column < OUT_COLUMNS && t < GROUPS * LANES;
   const u16* mine = weight + column + (GATE && lane >= LANES / 2 ? OUT_COLUMNS : 0);
   float sum[8] = {};
-  for (int i = t; !FULL && i < BINS / 8; i += THREADS) reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
+  for (int i = t; !FULL && i < HISTOGRAM_BYTES / 16; i += THREADS)
+    reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
 
   // EARLY: the kernel before this one read the residual too, so it is complete although that kernel may not be.
   if (!EARLY) wait_for_producer();
@@ -252,6 +252,9 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
   }
   if (EARLY) wait_for_producer();
 
+  float added = 0.f;  // this thread's output; read now, so that it is there when it is needed
+  if (RESIDUAL && blockIdx.x * OUT_TILE + t / FOLD < OUT_COLUMNS && t / FOLD < OUT_TILE)
+    added = widen(__ldcg(residual + blockIdx.x * OUT_TILE + t / FOLD));
   u32 channels[EACH / 2];
 #pragma unroll
   for (int i = 0; i < EACH / 4; i++) {
@@ -270,7 +273,7 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
   }
   if (ADAPTER && !EARLY) stream<false>(mine + (u64)CHANNELS * COLUMNS, carried, ADAPTER, reads, sum, policy);
 
-  // Sum over the groups of rows: within a warp, within a share of the groups, over the shares.
+  // Sum over the groups of rows: within a warp, then FOLD neighbouring threads to an output.
   constexpr bool IN_WARP = LANES < 32 && (LANES & LANES - 1) == 0;
   constexpr int PARTS = IN_WARP ? WARPS : GROUPS;
   if (IN_WARP)
@@ -278,34 +281,32 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
     for (int i = 0; i < 8; i++)
 #pragma unroll
       for (int o = 16; o >= LANES; o >>= 1) sum[i] += __shfl_xor_sync(~0u, sum[i], o);
-  __syncthreads();
   if (IN_WARP ? (t & 31) < LANES : t < GROUPS * LANES) {
-    float4* to = reinterpret_cast<float4*>(partial + (IN_WARP ? t / 32 : t / LANES) * TILE + lane * 8);
+    float4* to = reinterpret_cast<float4*>(partial + (IN_WARP ? t / 32 : t / LANES) * PARTIAL_ROW + lane * 8);
     to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
     to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
   }
   __syncthreads();
-  float* shares = partial + PARTS * TILE;
-  for (int i = t; i < SHARES * TILE; i += THREADS) {
-    float total = 0.f;
-    for (int part = i / TILE; part < PARTS; part += SHARES) total += partial[part * TILE + i % TILE];
-    shares[i] = total;
-  }
-  __syncthreads();
-  for (int i = t; i < OUT_TILE; i += THREADS) {
-    const int to = blockIdx.x * OUT_TILE + i;
-    if (to >= OUT_COLUMNS) continue;
-    const float scale = NORM ? rsqrtf(squares / CHANNELS + eps) : 1.f;
+  for (int i = t / FOLD; i < (OUT_TILE + 31) / 32 * 32; i += THREADS / FOLD) {  // whole warps, for the shuffles
     float total[2] = {0.f, 0.f};
+    for (int part = t % FOLD; part < PARTS && i < OUT_TILE; part += FOLD) {
+      total[0] += partial[part * PARTIAL_ROW + i];
+      if (GATE) total[1] += partial[part * PARTIAL_ROW + OUT_TILE + i];
+    }
+#pragma unroll
+    for (int o = FOLD / 2; o; o >>= 1)
+#pragma unroll
+      for (int half = 0; half <= (GATE ? 1 : 0); half++) total[half] += __shfl_xor_sync(~0u, total[half], o);
+    const int to = blockIdx.x * OUT_TILE + i;
+    if (t % FOLD || i >= OUT_TILE || to >= OUT_COLUMNS) continue;
+    const float scale = NORM ? rsqrtf(squares / CHANNELS + eps) : 1.f;
 #pragma unroll
     for (int half = 0; half <= (GATE ? 1 : 0); half++) {
-#pragma unroll
-      for (int share = 0; share < SHARES; share++) total[half] += shares[share * TILE + half * OUT_TILE + i];
       total[half] *= scale;
       if (BIAS) total[half] += widen(__ldg(bias + to + half * OUT_COLUMNS));
     }
     if (GATE) total[0] = gated(total[0], total[1]);
-    if (RESIDUAL) total[0] += widen(__ldcg(residual + to));
+    if (RESIDUAL) total[0] += added;
     y[to] = narrow(total[0]);
   }
 }

@@ -42,6 +42,11 @@ def parameter_name(node: fx.Node) -> str:
                     for part in part if part and part not in ("self", "_modules", "_parameters", "_buffers"))
 
 
+def foreach_add(graph: fx.Graph, tensors: Sequence[fx.Node], by: int) -> fx.Node:
+    """A node that adds ``by`` to all tensors in place, in one kernel (2.11 to 2.13)."""
+    return graph.call_function(torch._foreach_add_, (list(tensors), by))
+
+
 def fake_tensors(example_inputs: Sequence[object], specs: Sequence[tuple[tuple[int, ...], torch.dtype, torch.device]]):
     """Fake tensors of the given (shape, dtype, device) in the fake mode that Dynamo traces with (2.11 to 2.13)."""
     from torch._guards import detect_fake_mode

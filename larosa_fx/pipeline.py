@@ -12,6 +12,7 @@ from types import ModuleType
 from torch import fx
 
 from larosa_fx.passes import (
+    defer_counters,
     fold_gain,
     fold_rotations,
     fold_weights,
@@ -102,6 +103,7 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     forms = run(lower_topk, gm, structure, k, sparsify)
     run(fuse_sites, gm, structure)
     run(fuse_attention, gm)
+    run(defer_counters, gm)
     for site in report.sites:
         site.form = forms[site.site]
     inputs = run(fold_weights, gm)

@@ -29,7 +29,7 @@ def test_same_model(family, granularity, tokens):
     ("llama", "block", 2 * LAYERS - 1 + 2),
     ("llama", "model", 2),
     ("llama-tied", "layer", LAYERS - 1 + 2),  # adapters; Q at the entry and Q^T at the exit
-    ("llama-biases", "layer", LAYERS - 1 + 2 + 2 * LAYERS),  # biases of o and down
+    ("llama-biases", "layer", LAYERS - 1 + 2 + 4 * LAYERS),  # rotated biases of o and down; merged ones of the others
     ("llama", "online", 2 * LAYERS),  # a Q for each inner site
     ("llama", "none", 0),
 ])
