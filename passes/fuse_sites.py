@@ -7,6 +7,7 @@ raw stream and the norm's scalar multiplies the product. An adapter becomes more
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -75,7 +76,7 @@ def _gemv(site: Site) -> _Fused | None:
         x, k = gemv.args[0].args[0].args
         return _Fused(linear, x, k, gemv.args[2], site.out_features, bias)
     x, weight = gemv.args
-    dense = g.calls(gemv, torch.matmul) and g.shape(x)[:-1].numel() == 1
+    dense = g.calls(gemv, torch.matmul) and math.prod(g.shape(x)[:-1]) == 1
     return _Fused(linear, x, site.in_features, weight, site.out_features, bias) if dense else None
 
 
