@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+import provenance
 from larosa_fx.calibrate import calibrate
 from larosa_fx.evaluate import sweep, windows
 from larosa_fx.loading import device_name, encode, load_model, read_text
@@ -59,18 +59,13 @@ def main() -> None:
                          f"{r['seconds']:.0f}"] for r in found], ["rotation", "bytes not read", "ppl", "ratio", "seconds"]),
               flush=True)
     if args.json:
-        provenance = {
+        about = {
             "command": " ".join(["python bench/perplexity.py", *(Path(a).name for a in sys.argv[1:])]),
             "device": device_name(args.device), "dtype": "float32",
             "model": type(model).__name__ if args.model else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)",
-            "commit": _commit(), "versions": library_versions(), "calibration_tokens": sum(c.numel() for c in calibration)}
-        Path(args.json).write_text(json.dumps({"rows": rows, "provenance": provenance}, indent=1) + "\n")
-
-
-def _commit() -> str:
-    """The checkout's commit; "unknown" outside one."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+            "commit": provenance.commit(), "versions": library_versions(),
+            "calibration_tokens": sum(c.numel() for c in calibration)}
+        Path(args.json).write_text(json.dumps({"rows": rows, "provenance": about}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
                 session.collect(())
         else:
             make = {"random": orthogonal.random, "hadamard": orthogonal.hadamard}.get(basis)
-            matrices = {name: make(_channels(structure), seed + i) for i, name in enumerate(members)}
+            matrices = {name: make(_channels(structure), seed + i, structure.device) for i, name in enumerate(members)}
     finally:
         model.train(training)
     weights = session.weights

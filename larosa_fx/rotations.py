@@ -29,25 +29,25 @@ def orthonormal(q: torch.Tensor) -> torch.Tensor:
     return 1.5 * q - 0.5 * q @ (q.T @ q)
 
 
-def random(size: int, seed: int) -> torch.Tensor:
+def random(size: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """A rotation drawn from the Haar measure, [size, size] fp32: QR of a Gaussian with R's diagonal made positive."""
     generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64).to(device))
     return (q * r.diagonal().sign()).float()
 
 
-def hadamard(size: int, seed: int) -> torch.Tensor:
+def hadamard(size: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """A randomised Hadamard rotation, [size, size] fp32: random signs times H(2^a) x C(m), size = m 2^a, m odd.
 
     H is Sylvester's matrix. Where size is no power of two its odd part takes the discrete Hartley matrix C, orthogonal
     and dense with entries of similar size, because Hadamard matrices of many even orders are unknown.
     """
     power = size & -size
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device=device)
     while len(matrix) < power:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     odd = size // power
-    angle = 2 * torch.pi * torch.outer(*[torch.arange(odd, dtype=torch.float64)] * 2) / odd
+    angle = 2 * torch.pi * torch.outer(*[torch.arange(odd, dtype=torch.float64, device=device)] * 2) / odd
     matrix = torch.kron(matrix, angle.cos() + angle.sin()) / size**0.5
     signs = torch.randint(0, 2, (size, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return (signs * matrix).float()
+    return (signs.to(device) * matrix).float()

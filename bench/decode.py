@@ -1,0 +1,316 @@
+"""Time of a decoding step at batch 1, dense and at several sparsities side by side, for models of real shapes.
+
+    python bench/decode.py --model llama-2-7b llama-3-8b --json bench/results/decode-DEVICE.json
+    python bench/decode.py --device cpu --model llama-3.2-1b --sparsity 0.25 0.4 0.5 --json bench/results/decode-cpu.json
+
+Weights are random: the time depends on shapes and on k, not on values. The compiled forward is called as transformers'
+``generate`` calls it, with a static cache, after an eager prefill; the next token never visits the host. A row holds:
+
+- model, layers, dtype, device, rotation, variant ("dense-eager", "dense-max-autotune", "larosa", ...), sparsity (asked
+  for), byte_sparsity (as compiled: share of the decoder layers' weight bytes not read);
+- ms_per_token (median), p20, p80, tokens_per_second, host_ms_per_token: what it takes to launch a step without waiting
+  for it; where that is not clearly below ms_per_token, the host sets the pace;
+- ratio_to_best_dense: how many times faster than the fastest dense variant of the same model in the file;
+- weight_bytes_touched a step, head and adapters included, achieved_gb_per_s, and share_of_byte_limit: against a plain
+  read of memory measured in the same run;
+- logit_error: largest difference to the eager dense logits of the first step over the largest of them; compile_seconds
+  (capture, folding and compilation); commit, torch.
+
+Rows are written after each variant and replace those of an earlier run of the same case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from tabulate import tabulate
+from transformers import StaticCache
+
+import provenance
+from larosa_fx import backend
+from larosa_fx.calibrate import calibrate
+from larosa_fx.loading import load_model
+from larosa_fx.plan import library_versions
+from larosa_fx.structure import BASES
+
+#: Model type and configuration, as published.
+MODELS = {
+    "llama-2-7b": ("llama", {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000}),
+    "llama-3-8b": ("llama", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256}),
+    "qwen2.5-7b": ("qwen2", {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064}),
+    "mistral-7b": ("mistral", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32768, "head_dim": 128, "sliding_window": None}),
+    "llama-3-70b": ("llama", {  # 20 of its 80 layers: what fits beside its folded copy
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 20, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 128256}),
+    "llama-3.2-1b": ("llama", {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True}),
+    "qwen2.5-1.5b": ("qwen2", {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}),
+}
+SMOLLM2 = "smollm2-135m"  # the only one with its real weights
+
+VARIANTS = {
+    "cuda": ("dense-eager", "dense-reduce-overhead", "dense-max-autotune", "larosa"),
+    "cpu": ("dense-eager", "dense-default", "dense-max-autotune", "larosa"),
+}
+TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3}  # of logit_error at sparsity 0
+WARMUP = 8  # steps; CUDA graphs are recorded within the first three
+LAUNCHES = 16  # steps launched without waiting: few enough that no queue is full
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all variants of a model share."""
+
+    prompt: int = 128
+    tokens: int = 128
+    cache: int = 1024
+    rotation: str = "layer"
+    mode: str | None = None  # Inductor's, for larosa
+
+
+class Decoding:
+    """A prompt in a static cache and the greedy loop behind it, with the inputs that ``generate`` passes."""
+
+    def __init__(self, model: torch.nn.Module, setting: Setting) -> None:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.vocab_size, (1, setting.prompt), generator=generator).to(model.device)
+        self.cache = StaticCache(config=model.config, max_cache_len=setting.cache)
+        self.position = torch.full((1, 1), setting.prompt, device=model.device)
+        self.mask = (torch.arange(setting.cache, device=model.device) <= setting.prompt)[None, None, None]
+        self.token = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+    def step(self, forward: Callable) -> torch.Tensor:
+        """Logits [1, 1, V] of one step; they may be overwritten by the next."""
+        logits = forward(input_ids=self.token, past_key_values=self.cache, position_ids=self.position,
+                         attention_mask=self.mask, logits_to_keep=1, use_cache=True, return_dict=True).logits
+        torch.argmax(logits, -1, out=self.token)
+        self.position += 1
+        self.mask.index_fill_(-1, self.position[0], True)
+        return logits
+
+
+def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequence[float], setting: Setting, *,
+            bandwidth: float) -> Iterator[Row]:
+    """Rows of one model, each as soon as it is measured, without what compares rows. ``bandwidth``: bytes a second."""
+    needed = setting.prompt + 1 + WARMUP + LAUNCHES + setting.tokens
+    if needed > setting.cache:
+        raise ValueError(f"{needed} positions do not fit into a cache of {setting.cache}")
+    cases = [(variant, sparsity) for variant in variants for sparsity in (sparsities if variant == "larosa" else [None])]
+    with torch.no_grad():
+        expected = Decoding(model, setting).step(model).float()
+        if "larosa" in variants:
+            # Other rotations would take the same time; these are made where the model is, without statistics.
+            ids = torch.randint(model.config.vocab_size, (1, 16), device=model.device)
+            calibrate(model, [ids], rotation=setting.rotation, basis="hadamard", progress=False)
+        for variant, sparsity in cases:
+            torch.compiler.reset()
+            gc.collect()
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            row: Row = {"variant": variant, "rotation": None, "sparsity": sparsity, "byte_sparsity": 0.0}
+            row |= _timed(model, _forward(model, variant, sparsity, setting.mode), setting, expected)
+            touched = _dense_bytes(model)
+            if variant == "larosa":
+                report = backend.last_report()
+                row |= {"rotation": setting.rotation, "byte_sparsity": report.byte_sparsity}
+                touched += (_rotations(report) * model.config.hidden_size ** 2 - _skipped(report)) * model.dtype.itemsize
+            rate = touched / row["ms_per_token"] * 1e3
+            yield row | {"weight_bytes_touched": touched, "achieved_gb_per_s": rate / 1e9,
+                         "share_of_byte_limit": rate / bandwidth}
+
+
+def _forward(model: torch.nn.Module, variant: str, sparsity: float | None, mode: str | None) -> Callable:
+    if variant == "dense-eager":
+        return model
+    if variant == "larosa":
+        options = {"sparsity": sparsity} | ({"mode": mode} if mode else {})
+        return torch.compile(model.__call__, backend="larosa", options=options, fullgraph=True)
+    return torch.compile(model.__call__, mode=variant.removeprefix("dense-"), fullgraph=True)
+
+
+def _timed(model: torch.nn.Module, forward: Callable, setting: Setting, expected: torch.Tensor) -> Row:
+    decoding = Decoding(model, setting)
+    cuda = model.device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    started = time.perf_counter()
+    logits = decoding.step(forward).float()
+    wait()
+    compile_seconds = time.perf_counter() - started
+    error = ((logits - expected).abs().max() / expected.abs().max()).item()
+    for _ in range(WARMUP - 1):
+        decoding.step(forward)
+    wait()
+    started = time.perf_counter()
+    for _ in range(LAUNCHES):
+        decoding.step(forward)
+    host = (time.perf_counter() - started) / LAUNCHES * 1e3
+    wait()
+    clock, between = _clock(cuda)
+    marks = [clock()]
+    for _ in range(setting.tokens):
+        decoding.step(forward)
+        marks.append(clock())
+    wait()
+    steps = [between(a, b) for a, b in itertools.pairwise(marks)]
+    quintiles = statistics.quantiles(steps, n=5)
+    median = statistics.median(steps)
+    return {"ms_per_token": median, "p20": quintiles[0], "p80": quintiles[-1], "tokens_per_second": 1e3 / median,
+            "host_ms_per_token": host, "logit_error": error, "compile_seconds": compile_seconds}
+
+
+def _clock(cuda: bool) -> tuple[Callable, Callable]:
+    """A function that takes the time in the device's order of work, and one from two of its values to milliseconds."""
+    if not cuda:
+        return time.perf_counter, lambda a, b: (b - a) * 1e3
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    return mark, lambda a, b: a.elapsed_time(b)
+
+
+def _dense_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all weights a dense step reads: of an embedding table that is not the head as well, one row."""
+    table = model.get_input_embeddings().weight
+    tied = table is model.get_output_embeddings().weight
+    return sum(p.nbytes for p in model.parameters()) - (0 if tied else table.nbytes - table[0].nbytes)
+
+
+def _skipped(report) -> int:
+    """Weight elements that a step leaves unread."""
+    return sum((s.channels - s.k) * s.outputs for s in report.sites if s.form != "dense")
+
+
+def _rotations(report) -> int:
+    """Matrices that the stream meets on its way: adapters, the ends of tied models, online rotations."""
+    return report.adapters + report.count("rotate_online", "rotations") + sum(
+        report.count("fold_rotations", f"{end} rotations") for end in ("entry", "exit"))
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes a second of a plain read: the best of ten sums over 4 GiB, 1 GiB on a CPU."""
+    cuda = torch.device(device).type == "cuda"
+    data = torch.ones(2**30 if cuda else 2**28, device=device)
+    clock, between = _clock(cuda)
+    marks = []
+    for _ in range(10):
+        begin = clock()
+        data.sum()
+        marks.append((begin, clock()))
+    if cuda:
+        torch.cuda.synchronize()
+    return data.nbytes / min(between(*pair) for pair in marks) * 1e3
+
+
+def build(name: str, layers: int | None, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """A model of the table with random weights, made on the device: linears and embeddings N(0, 0.02), gains 1."""
+    if name == SMOLLM2:
+        return load_model(None, dtype=dtype, device=device)[0]
+    kind, shape = MODELS[name]
+    config = transformers.AutoConfig.for_model(kind, **shape | ({"num_hidden_layers": layers} if layers else {}))
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def merge(rows: Sequence[Row], new: Row) -> list[Row]:
+    """``rows`` with ``new`` in place of the same case's, and ``ratio_to_best_dense`` of its model's rows renewed."""
+    def case(row: Row) -> tuple:
+        return *model(row), row["variant"], row["rotation"], row["sparsity"]
+
+    def model(row: Row) -> tuple:
+        return row["model"], row["layers"], row["dtype"], row["device"]
+
+    merged = [row for row in rows if case(row) != case(new)] + [new]
+    beside = [row for row in merged if model(row) == model(new)]
+    best = min((row["ms_per_token"] for row in beside if row["variant"].startswith("dense")), default=None)
+    for row in beside:
+        row["ratio_to_best_dense"] = best and best / row["ms_per_token"]
+    return merged
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One model's rows for people."""
+    return tabulate(
+        [[r["variant"], f"{r['byte_sparsity']:.1%}", f"{r['ms_per_token']:.3f}", f"{r['p20']:.3f}", f"{r['p80']:.3f}",
+          f"{r['host_ms_per_token']:.3f}", f"{r['tokens_per_second']:.1f}",
+          f"{r['ratio_to_best_dense']:.2f}" if r["ratio_to_best_dense"] else "-", f"{r['achieved_gb_per_s']:.0f}",
+          f"{r['share_of_byte_limit']:.0%}", f"{r['logit_error']:.1e}", f"{r['compile_seconds']:.0f}"] for r in rows],
+        ["variant", "not read", "ms", "p20", "p80", "host ms", "tokens/s", "x best dense", "GB/s", "of limit",
+         "logit error", "compile s"], disable_numparse=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", default=["llama-2-7b"], choices=[*MODELS, SMOLLM2], metavar="NAME",
+                        help=f"of {', '.join([*MODELS, SMOLLM2])}")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.75])
+    parser.add_argument("--variants", nargs="+", choices=sorted({v for names in VARIANTS.values() for v in names}))
+    parser.add_argument("--rotation", default="layer", choices=list(BASES))
+    parser.add_argument("--mode", help="Inductor's for larosa; max-autotune on a GPU, its default on a CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--layers", type=int, help="instead of the model's own number")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=128, help="steps measured")
+    parser.add_argument("--cache", type=int, default=1024)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+
+    kind, dtype = torch.device(args.device).type, getattr(torch, args.dtype)
+    setting = Setting(args.prompt, args.tokens, args.cache, args.rotation,
+                      args.mode or ("max-autotune" if kind == "cuda" else None))
+    bandwidth = read_bandwidth(args.device)
+    origin = {"device": provenance.device(args.device), "commit": provenance.commit(), "torch": torch.__version__}
+    header = {"command": " ".join(["python bench/decode.py", *sys.argv[1:]]), "versions": library_versions(),
+              "read_gb_per_s": bandwidth / 1e9, "prompt": args.prompt, "cache": args.cache, **origin}
+    print(f"{origin['device']}, {args.dtype}, plain read {bandwidth / 1e9:.0f} GB/s", flush=True)
+    rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    wrong = []
+    for name in args.model:
+        model = build(name, args.layers, dtype, args.device)
+        about = {"model": name, "layers": model.config.num_hidden_layers, "dtype": args.dtype}
+        measured: list[Row] = []
+        for row in measure(model, args.variants or VARIANTS[kind], args.sparsity, setting, bandwidth=bandwidth):
+            row = about | row | origin
+            rows, measured = merge(rows, row), [*measured, row]
+            print(f"{name} {row['variant']} {row['byte_sparsity']:.0%}: {row['ms_per_token']:.3f} ms", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps({"rows": rows, "provenance": header}, indent=1) + "\n")
+            if not row["logit_error"] < (TOLERANCE[dtype] if row["byte_sparsity"] == 0 else math.inf):
+                wrong.append(row)
+        print(f"\n{name}, {about['layers']} layers\n{table(measured)}\n", flush=True)
+        del model
+    for row in wrong:
+        print(f"WRONG: {row['model']} {row['variant']} at {row['byte_sparsity']:.0%}: logit error {row['logit_error']:.1e}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

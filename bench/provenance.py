@@ -1,0 +1,29 @@
+"""Where a figure comes from: the checkout, and the machine under its product's name."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import torch
+
+from larosa_fx.loading import device_name
+
+
+def commit() -> str:
+    """The checkout's commit; "unknown" outside one."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                           cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
+
+
+def device(name: str) -> str:
+    """Product name of a device; for a CPU with the number of threads that torch uses."""
+    if torch.device(name).type != "cpu":
+        return device_name(name)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    product = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{product}, {torch.get_num_threads()} threads"

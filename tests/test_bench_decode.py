@@ -1,0 +1,64 @@
+"""bench/decode.py on a tiny model: the rows it promises, and what it writes."""
+
+import pytest
+import torch
+
+import decode
+import tiny
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+SETTING = decode.Setting(prompt=8, tokens=4, cache=64, rotation="block")
+
+
+def rows(variants, sparsities=(0.5,), **sizes):
+    about = {"model": "tiny", "layers": 2, "dtype": "float32", "device": "cpu"}
+    return [about | row for row in decode.measure(tiny.llama(**sizes), variants, sparsities, SETTING, bandwidth=1e9)]
+
+
+def test_a_row_for_each_variant_and_sparsity():
+    dense, same, sparse = rows(["dense-eager", "larosa"], [0, 0.5])
+    assert [row["variant"] for row in (dense, same, sparse)] == ["dense-eager", "larosa", "larosa"]
+    assert dense.keys() == same.keys() == sparse.keys() > {
+        "ms_per_token", "p20", "p80", "tokens_per_second", "host_ms_per_token", "weight_bytes_touched", "achieved_gb_per_s",
+        "share_of_byte_limit", "byte_sparsity", "rotation", "logit_error", "compile_seconds"}
+    assert dense["logit_error"] == 0 and same["logit_error"] < 1e-4 < sparse["logit_error"]
+    assert (dense["byte_sparsity"], same["byte_sparsity"], sparse["byte_sparsity"]) == (0, 0, pytest.approx(0.5, abs=0.02))
+    assert dense["rotation"] is None and sparse["rotation"] == "block"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_touched(tied):
+    dense, sparse = rows(["dense-eager", "larosa"], tie_word_embeddings=tied)
+    s = tiny.SIZES
+    d, inner, layers, vocabulary = (s[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"))
+    blocks = layers * (d * d * 3 + 3 * d * inner)  # two of four heads are key and value heads
+    gains = (2 * layers + 1) * d
+    assert dense["weight_bytes_touched"] == 4 * (blocks + gains + vocabulary * d + (0 if tied else d))
+    rotations = 2 * layers - 1 + (2 if tied else 0)
+    skipped = round(sparse["byte_sparsity"] * blocks)
+    assert sparse["weight_bytes_touched"] == dense["weight_bytes_touched"] + 4 * (rotations * d * d - skipped)
+
+
+def test_a_new_row_replaces_the_same_case_and_renews_the_ratios():
+    case = {"model": "a", "layers": 2, "dtype": "float32", "device": "cpu", "rotation": None, "sparsity": None}
+    dense, other = case | {"variant": "dense-eager", "ms_per_token": 4.0}, case | {"variant": "x", "ms_per_token": 2.0}
+    alone = decode.merge([], case | {"variant": "x", "ms_per_token": 2.0})
+    assert alone[0]["ratio_to_best_dense"] is None
+    merged = decode.merge(decode.merge(decode.merge([], dense), other), dense | {"ms_per_token": 3.0})
+    assert [(row["variant"], row["ratio_to_best_dense"]) for row in merged] == [("x", 1.5), ("dense-eager", 1.0)]
+    assert "x" in decode.merge(merged, other)[-1]["variant"] and len(merged) == 2
+
+
+def test_too_many_positions_are_refused():
+    setting = decode.Setting(prompt=60, tokens=4, cache=64)
+    with pytest.raises(ValueError, match="do not fit into a cache of 64"):
+        next(decode.measure(tiny.llama(), ["dense-eager"], [], setting, bandwidth=1.0))
+
+
+def test_models_have_the_published_sizes():
+    billions = {"llama-2-7b": 6.74, "llama-3-8b": 8.03, "qwen2.5-7b": 7.62, "mistral-7b": 7.25, "llama-3.2-1b": 1.24,
+                "qwen2.5-1.5b": 1.54}
+    for name, expected in billions.items():
+        model = decode.build(name, None, torch.bfloat16, "meta")
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, abs=0.01), name
