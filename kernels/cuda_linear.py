@@ -95,9 +95,9 @@ def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[n
     c = using or config(shape, properties.multi_processor_count)
     shared = shared_bytes(shape, c)
     constants = {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "TILE": c.tile,
-                 "THREADS": c.threads, "BATCH": c.batch, "FULL": int(shape.full), "HALF": int(shape.half), "GATE": _GATES[shape.gate],
-                 "NORM": int(shape.norm), "BIAS": int(shape.bias), "RESIDUAL": int(shape.residual),
-                 "EARLY": int(shape.early), "SHARED": shared}
+                 "THREADS": c.threads, "BATCH": c.batch, "SHARED": shared, "GATE": _GATES[shape.gate],
+                 **{flag.upper(): int(getattr(shape, flag))
+                    for flag in ("full", "half", "norm", "bias", "residual", "early")}}
     cubin = nvrtc.compile(_SOURCE, constants, (properties.major, properties.minor))
     signature = (POINTER, POINTER, POINTER, POINTER, POINTER, INT, FLOAT)
     kernel = nvrtc.Kernel(cubin, "sparse_linear", signature, threads=c.threads, shared=shared)

@@ -17,7 +17,7 @@ from larosa_fx.report import PassResult
 
 
 def run(gm: fx.GraphModule) -> PassResult:
-    """Defer each counter, a scalar placeholder, that is read only as ``arange(1) + counter`` and written once by ``add_``."""
+    """Defer each counter: a scalar placeholder read only as ``arange(1) + counter`` and written once, by ``add_``."""
     result = PassResult("defer_counters")
     counters: dict[object, list[fx.Node]] = {}
     for counter in g.placeholders(gm.graph):

@@ -44,7 +44,7 @@ class _Fused:
 
 
 def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> PassResult:
-    """Fuse each site that ``lower_topk`` made a GEMV, sparse or dense, with as much around it as the device's kernel takes."""
+    """Fuse each site that ``lower_topk`` made a GEMV, sparse or dense, with what the device's kernel takes around it."""
     result = PassResult("fuse_sites")
     for site in structure.sites:
         found = _gemv(site)
