@@ -14,7 +14,7 @@ Weights are random: the time depends on shapes and on k, not on values. The comp
 - weight_bytes_touched a step, head and adapters included, achieved_gb_per_s, and share_of_byte_limit: against a plain
   read of memory measured in the same run;
 - logit_error: largest difference to the eager dense logits of the first step over the largest of them; compile_seconds
-  (capture, folding and compilation); commit, torch.
+  (capture, folding and compilation); commit, torch, command.
 
 Rows are written after each variant and replace those of an earlier run of the same case.
 """
@@ -75,7 +75,9 @@ VARIANTS = {
     "cuda": ("dense-eager", "dense-reduce-overhead", "dense-max-autotune", "larosa"),
     "cpu": ("dense-eager", "dense-default", "dense-max-autotune", "larosa"),
 }
-TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3}  # of logit_error at sparsity 0
+# Of logit_error at sparsity 0. Random layers hardly contract, so roundings add up: the dense model, compiled, is already
+# 5.6e-2 from the eager one in bfloat16 over 32 layers.
+TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 2e-2, torch.float32: 1e-3}
 WARMUP = 8  # steps; CUDA graphs are recorded within the first three
 LAUNCHES = 16  # steps launched without waiting: few enough that no queue is full
 
@@ -287,9 +289,10 @@ def main() -> int:
     setting = Setting(args.prompt, args.tokens, args.cache, args.rotation,
                       args.mode or ("max-autotune" if kind == "cuda" else None))
     bandwidth = read_bandwidth(args.device)
-    origin = {"device": provenance.device(args.device), "commit": provenance.commit(), "torch": torch.__version__}
-    header = {"command": " ".join(["python bench/decode.py", *sys.argv[1:]]), "versions": library_versions(),
-              "read_gb_per_s": bandwidth / 1e9, "prompt": args.prompt, "cache": args.cache, **origin}
+    origin = {"device": provenance.device(args.device), "commit": provenance.commit(), "torch": torch.__version__,
+              "command": " ".join(["python bench/decode.py", *sys.argv[1:]])}
+    header = {"device": origin["device"], "versions": library_versions(), "read_gb_per_s": bandwidth / 1e9,
+              "prompt": args.prompt, "cache": args.cache}
     print(f"{origin['device']}, {args.dtype}, plain read {bandwidth / 1e9:.0f} GB/s", flush=True)
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     wrong = []
