@@ -1,8 +1,8 @@
-"""Both ops on a CPU: C++ kernels, built at first use with the compiler that torch.compile itself needs there.
+"""The ops on a CPU: C++ kernels, built at first use with the compiler that torch.compile itself needs there.
 
-Either function answers None where it does not serve a case, and the caller then takes plain torch. The library is
-built once for a compiler and a CPU, into ``$XDG_CACHE_HOME/larosa_fx`` (``~/.cache/larosa_fx``). Without a compiler one
-warning says what that costs.
+Each function answers None where it does not serve a case, a wrong one included, and the caller then takes plain torch.
+The library is built once for a compiler and a CPU, into ``$XDG_CACHE_HOME/larosa_fx`` (``~/.cache/larosa_fx``). Without a
+compiler one warning says what that costs.
 
 The kernels run on torch's own OpenMP pool: they link with no OpenMP runtime but are handed the address of torch's
 ``GOMP_parallel``. ``-fopenmp`` would load a second runtime wherever torch's wheel brings its libgomp under another
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 MAX_ROWS = 8
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in the kernels' enum
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in the kernels' enums
+_GATES = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
 _UNTRIED = object()
 _library: object = _UNTRIED  # then a ctypes.CDLL, or None
@@ -109,6 +110,42 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor | Non
     return out
 
 
+def serves(x: Tensor, adapter: int, gate: str) -> bool:
+    """Whether ``sparse_linear`` takes x, which may be a fake tensor, with an adapter of so many rows and the gate."""
+    rows = x.shape[:-1].numel()
+    few = isinstance(rows, int) and rows <= MAX_ROWS  # how many a dynamic graph will see is not known
+    return few and x.is_cpu and x.dtype in _DTYPES and not (adapter and gate) and _load() is not None
+
+
+def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None,
+                  gate: str) -> Tensor | None:
+    """The op of the same name (see ``ops``), for checked arguments; None if this case, or this machine, is not served.
+
+    The same inputs on the same number of threads give the same bits. MemoryError where there is no room for the scratch.
+    """
+    *lead, channels = x.shape
+    rows, (listed, columns) = x.shape[:-1].numel(), weight.shape
+    adapter = listed - channels
+    if rows > MAX_ROWS or not x.is_cpu or x.dtype not in _DTYPES or (adapter and gate):
+        return None
+    library = _load() if _library is _UNTRIED else _library
+    if library is None:
+        return None
+    x = x.contiguous()
+    residual = residual if residual is None else residual.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    out = x.new_empty((*lead, columns // 2 if gate else columns))
+    error = library.larosa_linear(
+        x.data_ptr(), weight.data_ptr(), bias if bias is None else bias.data_ptr(),
+        residual if residual is None else residual.data_ptr(), out.data_ptr(),
+        rows, channels, adapter, columns, k, -1.0 if eps is None else eps, _GATES[gate], _DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if error:
+        raise MemoryError("sparse_linear: no memory for the partial sums")
+    return out
+
+
 def _load() -> ctypes.CDLL | None:
     """The library, from the cache or built now; None, after one warning, if this machine cannot build it."""
     global _library
@@ -171,6 +208,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.larosa_init.argtypes, library.larosa_init.restype = [p], None
     library.larosa_select.argtypes, library.larosa_select.restype = [p, p, p, n, n, n, n, n], None
     library.larosa_gemv.argtypes, library.larosa_gemv.restype = [p, p, p, p, n, n, n, n, n, n], ctypes.c_int
+    library.larosa_linear.argtypes = [p, p, p, p, p, n, n, n, n, n, ctypes.c_double, n, n, n]
+    library.larosa_linear.restype = ctypes.c_int
     # A symbol sought through a library is sought in what it was linked with, too: this finds the runtime that torch
     # itself uses, under whatever file name. Where there is none (macOS) the kernels run on one thread.
     gomp_parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)

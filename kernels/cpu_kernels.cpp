@@ -1,8 +1,10 @@
-// Exact top-k selection by magnitude and the gather GEMV that reads only the selected weight rows.
+// Exact top-k selection by magnitude, the gather GEMV that reads only the selected weight rows, and both as one call with
+// what stands before and behind them.
 //
 // Plain C entry points, no torch headers and no symbol of the C++ runtime: compiles in about a second with g++ or
 // clang++ and loads beside any libstdc++. Threads are torch's own OpenMP pool: the caller hands over the address of
 // GOMP_parallel (on Linux libgomp, libomp and libiomp5 all export it), so no second runtime enters the process.
+#include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -23,6 +25,7 @@ constexpr int VB = 16;
 #endif
 constexpr int LANES = VB / 4;
 typedef float vf __attribute__((vector_size(VB)));
+typedef int32_t vi __attribute__((vector_size(VB)));
 typedef uint32_t vu __attribute__((vector_size(VB)));
 typedef uint16_t vs __attribute__((vector_size(VB)));
 
@@ -51,10 +54,12 @@ INLINE uint32_t float_bits(float f) {
 
 // ------------------------------------------------------------------------------------------------------------- dtypes
 // Key: the integer whose order is the order of magnitudes (sign bit cleared). get and put move PAIR elements between
-// memory and two vectors of floats, in whatever order is cheapest: accumulators stay in that order until put.
+// memory and two vectors of floats, in whatever order is cheapest: accumulators stay in that order until put. Bits: the
+// type that selection works on, where only the bits count.
 constexpr int PAIR = 2 * LANES;
 
 struct Float {
+  typedef Float Bits;
   typedef float T;
   typedef uint32_t Key;
   typedef vu VKey;
@@ -70,6 +75,7 @@ struct Float {
 };
 
 struct BFloat {
+  typedef BFloat Bits;
   typedef uint16_t T;
   typedef uint16_t Key;
   typedef vs VKey;
@@ -97,6 +103,7 @@ struct BFloat {
 };
 
 struct Half {
+  typedef BFloat Bits;
   typedef uint16_t T;
   typedef uint16_t Key;
   typedef vs VKey;
@@ -287,6 +294,39 @@ struct Select {
   void item(int64_t row) { select_row<D>(x + row * channels, channels, k, values + row * k, indices + row * k); }
 };
 
+// --------------------------------------------------------------------------------------------------------------- gates
+enum Gate { NONE, SILU, GELU, GELU_TANH, RELU };
+
+INLINE vf select(vi where, vf a, vf b) { return (vf)(((vi)a & where) | ((vi)b & ~where)); }
+
+// e^x to 2 ulp; 0, Inf and NaN where they belong.
+INLINE vf exponential(vf x) {
+  x = select((vi)(x > 104), vf{} + 104, x), x = select((vi)(x < -104), vf{} - 104, x);
+  const vf round = vf{} + 0x1.8p23f;  // its last bit is worth 1: adding it rounds, and leaves the integer in the low bits
+  vf shifted = x * 1.44269504f + round, n = shifted - round;
+  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vf p = ((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+          1.6666665459e-1f) * r + 5.0000001201e-1f;
+  vi power = (vi)shifted - (vi)round, half = power >> 1;  // in two steps, since 2^150 is no float
+  return (p * r * r + r + 1) * (vf)((half + 127) << 23) * (vf)((power - half + 127) << 23);
+}
+
+INLINE vf activate(vf x, int64_t gate) {
+  switch (gate) {
+    case SILU:
+      return x / (1 + exponential(-x));
+    case GELU_TANH:  // (1 + tanh u) / 2 = 1 / (1 + e^-2u)
+      return x / (1 + exponential(x * (-1.59576912f - 0.0713548163f * x * x)));
+    case GELU: {
+      vf y;
+      for (int i = 0; i < LANES; i++) y[i] = 0.5f * x[i] * (1 + erff(x[i] * 0.707106781f));
+      return y;
+    }
+    default:
+      return select((vi)(x <= 0), vf{}, x);  // a NaN stays
+  }
+}
+
 // --------------------------------------------------------------------------------------------------------------- GEMV
 // acc[0..width) += sum over r in [0, R) of v[r] * w[index[r] * stride + (0..width)), one r after the other in every
 // column, so how rows are grouped leaves the bits alone. ahead: the rows of the next group, prefetched meanwhile: the
@@ -336,33 +376,39 @@ constexpr int64_t SERIAL = 65536;  // bytes: with less to read, waking a thread 
 template <class D>
 struct Gemv {
   typedef typename D::T T;
-  int64_t next, items;
   const float* v;         // [rows, k], widened
   const int32_t* index;   // [rows, k]
   const T* w;             // [channels, columns]
-  T* out;                 // [rows, columns]
+  T* out;                 // [rows, outs]: gate(half of the columns) * the other half, or all of them
+  int64_t rows, columns, k;
+  int64_t gate = NONE;
+  const T* bias = nullptr;      // [columns]
+  const T* residual = nullptr;  // [rows, outs]
+  int64_t next, items, halves, outs, slab, slabs, splits;
   float* partial;         // [splits, rows, columns] if splits > 1
   int* arrived;           // [slabs] if splits > 1
-  int64_t rows, channels, columns, k, slab, slabs, splits;
 
-  // Item = one slab of columns x one range of every row's list.
+  // Item = one slab of outputs x one range of every row's list.
   void item(int64_t i) {
-    int64_t s = i % slabs, split = i / slabs, c0 = s * slab, c1 = min(columns, c0 + slab);
+    int64_t s = i % slabs, split = i / slabs, c0 = s * slab, c1 = min(outs, c0 + slab);
     int64_t j0 = k * split / splits, j1 = k * (split + 1) / splits;
-    int64_t tile = ACC / rows / SLICE * SLICE;
+    int64_t tile = ACC / (rows * halves) / SLICE * SLICE;
     alignas(VB) float acc[ACC];
     for (int64_t c = c0; c < c1; c += tile) {
       int64_t width = min(tile, c1 - c);
-      memset(acc, 0, rows * tile * sizeof(float));
-      if (rows == 1)
-        run(acc, width, 0, j0, j1, c);
-      else
-        blocked(acc, tile, width, j0, j1, c);
-      for (int64_t m = 0; m < rows; m++) {
-        if (splits > 1)
-          memcpy(partial + (split * rows + m) * columns + c, acc + m * tile, width * sizeof(float));
+      memset(acc, 0, rows * halves * tile * sizeof(float));
+      for (int64_t h = 0; h < halves; h++)
+        if (rows == 1)
+          run(acc + h * tile, width, 0, j0, j1, c + h * outs);
         else
-          finish(out + m * columns + c, acc + m * tile, width);
+          blocked(acc + h * rows * tile, tile, width, j0, j1, c + h * outs);
+      for (int64_t m = 0; m < rows; m++) {
+        float* sum = acc + m * tile;
+        if (splits == 1)
+          finish(m, c, sum, sum + rows * tile, width);
+        else
+          for (int64_t h = 0; h < halves; h++)
+            memcpy(partial + (split * rows + m) * columns + h * outs + c, sum + h * rows * tile, width * sizeof(float));
       }
     }
     // The last to arrive adds up the splits, always in the same order.
@@ -371,9 +417,10 @@ struct Gemv {
         float* sum = partial + m * columns;
         for (int64_t p = 1; p < splits; p++) {
           const float* other = partial + (p * rows + m) * columns;
-          for (int64_t c = c0; c < c1; c++) sum[c] += other[c];
+          for (int64_t h = 0; h < columns; h += outs)
+            for (int64_t c = h + c0; c < h + c1; c++) sum[c] += other[c];
         }
-        finish(out + m * columns + c0, sum + c0, c1 - c0);
+        finish(m, c0, sum + c0, sum + outs + c0, c1 - c0);
       }
   }
 
@@ -408,10 +455,50 @@ struct Gemv {
     for (; j < end; j++) add_rows<D, 1>(acc, width, x + j, list + j, base, columns, list + j);
   }
 
-  static void finish(T* y, const float* acc, int64_t width) {
-    int64_t c = 0;
-    for (; c + PAIR <= width; c += PAIR) D::put(y + c, load<vf>(acc + c), load<vf>(acc + c + LANES));
-    for (; c < width; c++) y[c] = D::put1(acc[c]);
+  // out[m][c..) from the sums of its columns, a, and behind a gate those of the other half, b.
+  void finish(int64_t m, int64_t c, const float* a, const float* b, int64_t width) {
+    T* y = out + m * outs + c;
+    const T *add = bias ? bias + c : nullptr, *last = residual ? residual + m * outs + c : nullptr;
+    int64_t i = 0;
+    for (; i + PAIR <= width; i += PAIR) {
+      vf p = load<vf>(a + i), q = load<vf>(a + i + LANES), s, t;
+      if (add) D::get(add + i, s, t), p += s, q += t;
+      if (gate) {
+        vf u = load<vf>(b + i), v = load<vf>(b + i + LANES);
+        if (add) D::get(add + outs + i, s, t), u += s, v += t;
+        p = activate(p, gate) * u, q = activate(q, gate) * v;
+      }
+      if (last) D::get(last + i, s, t), p += s, q += t;
+      D::put(y + i, p, q);
+    }
+    for (; i < width; i++) {
+      float p = a[i] + (add ? D::get1(add[i]) : 0);
+      if (gate) p = activate(vf{} + p, gate)[0] * (b[i] + (add ? D::get1(add[outs + i]) : 0));
+      y[i] = D::put1(p + (last ? D::get1(last[i]) : 0));
+    }
+  }
+
+  // Deals out the work and does it. Returns whether there was memory for the partial sums.
+  bool multiply(int64_t threads) {
+    if (rows * k * columns * (int64_t)sizeof(T) < SERIAL) threads = 1;
+    halves = gate ? 2 : 1, outs = columns / halves;
+    // Whole rows stream better than narrow slabs, so a few threads share a slab and split the list. Only a few, unless
+    // the rows are short: adding up the splits is work, too.
+    splits = threads % 4 == 0 ? 4 : threads % 3 == 0 ? 3 : threads % 2 == 0 ? 2 : 1;
+    slabs = max(1, min(threads / splits, outs * (int64_t)sizeof(T) / NARROW));
+    slab = max(SLICE, ((outs + slabs - 1) / slabs + SLICE - 1) / SLICE * SLICE);
+    slabs = (outs + slab - 1) / slab;
+    splits = max(1, min(threads / slabs, k / 32));
+    items = slabs * splits;
+
+    int64_t sums = splits > 1 ? splits * rows * columns : 0;
+    partial = (float*)malloc(sums * sizeof(float) + slabs * sizeof(int));
+    if (!partial) return false;
+    arrived = (int*)(partial + sums);
+    memset(arrived, 0, slabs * sizeof(int));
+    parallel(*this, (int)threads);
+    free(partial);
+    return true;
   }
 };
 
@@ -424,26 +511,54 @@ static int gemv(const void* values, const int32_t* index, const void* weight, vo
   if (rows * k > 0 && top >= channels) return 1;
   if (rows * columns == 0) return 0;
 
-  if (rows * k * columns * (int64_t)sizeof(T) < SERIAL) threads = 1;
-  // Whole rows stream better than narrow slabs, so a few threads share a slab and split the list. Only a few, unless
-  // the rows are short: adding up the splits is work, too.
-  int64_t splits = threads % 4 == 0 ? 4 : threads % 3 == 0 ? 3 : threads % 2 == 0 ? 2 : 1;
-  int64_t slabs = max(1, min(threads / splits, columns * (int64_t)sizeof(T) / NARROW));
-  int64_t slab = max(SLICE, ((columns + slabs - 1) / slabs + SLICE - 1) / SLICE * SLICE);
-  slabs = (columns + slab - 1) / slab;
-  splits = max(1, min(threads / slabs, k / 32));
+  float* wide = (float*)malloc(rows * k * sizeof(float) + 1);
+  if (!wide) return 2;
+  for (int64_t j = 0; j < rows * k; j++) wide[j] = D::get1(((const T*)values)[j]);
+  Gemv<D> job = {wide, index, (const T*)weight, (T*)out, rows, columns, k};
+  bool done = job.multiply(threads);
+  free(wide);
+  return done ? 0 : 2;
+}
 
-  int64_t sums = splits > 1 ? splits * rows * columns : 0;
-  float* scratch = (float*)malloc((rows * k + sums) * sizeof(float) + slabs * sizeof(int));
-  if (!scratch) return 2;
-  for (int64_t j = 0; j < rows * k; j++) scratch[j] = D::get1(((const T*)values)[j]);
-  int* arrived = (int*)(scratch + rows * k + sums);
-  memset(arrived, 0, slabs * sizeof(int));
-  Gemv<D> job = {0, slabs * splits, scratch, index, (const T*)weight, (T*)out, scratch + rows * k, arrived,
-                 rows, channels, columns, k, slab, slabs, splits};
-  parallel(job, (int)threads);
-  free(scratch);
-  return 0;
+// -------------------------------------------------------------------------------------------------------------- linear
+template <class D>
+static float mean_square(const typename D::T* x, int64_t n) {
+  vf p = {}, q = {}, a, b;
+  int64_t i = 0;
+  for (; i + PAIR <= n; i += PAIR) D::get(x + i, a, b), p += a * a, q += b * b;
+  float sum = 0;
+  for (int l = 0; l < LANES; l++) sum += p[l] + q[l];
+  for (; i < n; i++) sum += D::get1(x[i]) * D::get1(x[i]);
+  return sum / n;
+}
+
+// The list of every row: its k largest channels, scaled by its norm, and behind them all of the adapter's rows.
+template <class D>
+static int linear(const void* x_, const void* weight, const void* bias, const void* residual_, void* out, int64_t rows,
+                  int64_t channels, int64_t adapter, int64_t columns, int64_t k, double eps, int64_t gate,
+                  int64_t threads) {
+  typedef typename D::T T;
+  if (rows * columns == 0) return 0;
+  const T *x = (const T*)x_, *residual = (const T*)residual_;
+  int64_t listed = k + adapter;
+  float* wide = (float*)malloc(rows * listed * (sizeof(float) + sizeof(int32_t)) + k * sizeof(T));
+  if (!wide) return 2;
+  int32_t* index = (int32_t*)(wide + rows * listed);
+  T* chosen = (T*)(index + rows * listed);
+  for (int64_t m = 0; m < rows; m++) {
+    float* v = wide + m * listed;
+    int32_t* list = index + m * listed;
+    select_row<typename D::Bits>(x + m * channels, channels, k, chosen, list);
+    float scale = eps < 0 ? 1 : 1 / sqrtf(mean_square<D>(x + m * channels, channels) + (float)eps);
+    for (int64_t j = 0; j < k; j++) v[j] = D::get1(chosen[j]) * scale;
+    for (int64_t j = 0; j < adapter; j++)
+      v[k + j] = D::get1(residual[m * adapter + j]), list[k + j] = (int32_t)(channels + j);
+  }
+  Gemv<D> job = {wide, index, (const T*)weight, (T*)out, rows, columns, listed, gate, (const T*)bias,
+                 adapter ? nullptr : residual};
+  bool done = job.multiply(threads);
+  free(wide);
+  return done ? 0 : 2;
 }
 
 // ---------------------------------------------------------------------------------------------------------------- API
@@ -473,4 +588,14 @@ extern "C" int larosa_gemv(const void* values, const int32_t* indices, const voi
                            int64_t channels, int64_t columns, int64_t k, int64_t dtype, int64_t threads) {
   auto f = dtype == FP32 ? gemv<Float> : dtype == FP16 ? gemv<Half> : gemv<BFloat>;
   return f(values, indices, weight, out, rows, channels, columns, k, threads);
+}
+
+// x [rows, channels], weight [channels + adapter, columns], bias [columns] or null, residual [rows, adapter], or if there
+// is no adapter like out, or null -> out [rows, columns], behind a gate [rows, columns / 2]. eps < 0: no norm; gate: see
+// Gate; no adapter behind a gate. rows <= ROWS / 2. Returns 0, or 2 if there is no memory for the scratch.
+extern "C" int larosa_linear(const void* x, const void* weight, const void* bias, const void* residual, void* out,
+                             int64_t rows, int64_t channels, int64_t adapter, int64_t columns, int64_t k, double eps,
+                             int64_t gate, int64_t dtype, int64_t threads) {
+  auto f = dtype == FP32 ? linear<Float> : dtype == FP16 ? linear<Half> : linear<BFloat>;
+  return f(x, weight, bias, residual, out, rows, channels, adapter, columns, k, eps, gate, threads);
 }

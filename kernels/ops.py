@@ -4,13 +4,28 @@ CPU and CUDA have their own kernels; every other device, and every case those ke
 None has a derivative: the ops are for inference.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from larosa_fx.kernels import cpu, reference
 
 
-@torch.library.custom_op("larosa::topk_select", mutates_args=())
+def _op(function: Callable) -> torch._ops.OpOverload:
+    """``torch.ops.larosa.NAME.default`` of a function that mutates nothing and serves every device that has no kernel.
+
+    ``torch.library.custom_op`` without its autograd wrapper, which takes as long as all the rest of a call on a CPU.
+    """
+    name = f"larosa::{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "CompositeExplicitAutograd")(function)
+    overload = getattr(torch.ops.larosa, function.__name__).default
+    overload.__doc__ = function.__doc__
+    return overload
+
+
+@_op
 def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k channels of every row with the largest magnitude (LaRoSA's Top-K activation, arXiv 2507.01299).
 
@@ -31,14 +46,13 @@ def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return reference.topk_select(x, k)
 
 
-@topk_select.register_kernel("cpu")
+@torch.library.impl("larosa::topk_select", "cpu")
 def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    reference.check_select(x, k)
     chosen = cpu.topk_select(x, k)
     return reference.topk_select(x, k) if chosen is None else chosen
 
 
-@topk_select.register_kernel("cuda")
+@torch.library.impl("larosa::topk_select", "cuda")
 def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     reference.check_select(x, k)
     from larosa_fx.kernels import triton_topk  # here, because Triton need not be installed where there is no GPU
@@ -49,14 +63,14 @@ def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return triton_topk.topk_select(x, k)
 
 
-@topk_select.register_fake
+@torch.library.register_fake("larosa::topk_select")
 def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     reference.check_select(x, k)
     shape = (*x.shape[:-1], k)
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
 
 
-@torch.library.custom_op("larosa::sparse_gemv", mutates_args=())
+@_op
 def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """``y[..., n] = sum_j values[..., j] * weight[indices[..., j], n]``: a product that reads the listed rows only.
 
@@ -79,14 +93,13 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return reference.sparse_gemv(values, indices, weight)
 
 
-@sparse_gemv.register_kernel("cpu")
+@torch.library.impl("larosa::sparse_gemv", "cpu")
 def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    reference.check_gemv(values, indices, weight)
-    y = cpu.sparse_gemv(values, indices, weight) if weight.shape[1] else None  # no columns, nothing to share out
+    y = cpu.sparse_gemv(values, indices, weight)
     return reference.sparse_gemv(values, indices, weight) if y is None else y
 
 
-@sparse_gemv.register_kernel("cuda")
+@torch.library.impl("larosa::sparse_gemv", "cuda")
 def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     reference.check_gemv(values, indices, weight)
     from larosa_fx.kernels import triton_gemv
@@ -97,13 +110,13 @@ def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         return triton_gemv.sparse_gemv(values, indices, weight)
 
 
-@sparse_gemv.register_fake
+@torch.library.register_fake("larosa::sparse_gemv")
 def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     reference.check_gemv(values, indices, weight)
     return values.new_empty((*values.shape[:-1], weight.shape[1]))
 
 
-@torch.library.custom_op("larosa::sparse_linear", mutates_args=())
+@_op
 def sparse_linear(
     x: Tensor,
     k: int,
@@ -141,7 +154,23 @@ def sparse_linear(
     return reference.sparse_linear(x, k, weight, bias, residual, eps, gate)
 
 
-@sparse_linear.register_kernel("cuda")
+@torch.library.impl("larosa::sparse_linear", "cpu")
+def _(
+    x: Tensor,
+    k: int,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float | None = None,
+    gate: str = "",
+    early: bool = False,
+) -> Tensor:
+    reference.check_linear(x, k, weight, bias, residual, eps, gate)
+    y = cpu.sparse_linear(x, k, weight, bias, residual, eps, gate)
+    return reference.sparse_linear(x, k, weight, bias, residual, eps, gate) if y is None else y
+
+
+@torch.library.impl("larosa::sparse_linear", "cuda")
 def _(
     x: Tensor,
     k: int,
@@ -161,7 +190,7 @@ def _(
         return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early)
 
 
-@sparse_linear.register_fake
+@torch.library.register_fake("larosa::sparse_linear")
 def _(
     x: Tensor,
     k: int,
@@ -260,4 +289,4 @@ def fuses(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:
         from larosa_fx.kernels import cuda_linear
 
         return cuda_linear.serves(x, columns, adapter, norm, gate)
-    return False
+    return x.device.type == "cpu" and cpu.serves(x, adapter, gate)

@@ -83,6 +83,8 @@ def check_linear(
             f"sparse_linear: weight must have a row for each of the {channels} channels of x, and may have one for "
             f"each of the {adapted} of residual, got {rows}"
         )
+    if gate and rows != channels:
+        raise ValueError("sparse_linear: there is no adapter behind a gate")
     if gate and columns % 2:
         raise ValueError(f"sparse_linear: a gated product needs an even number of columns, got {columns}")
     out = columns // 2 if gate else columns

@@ -162,3 +162,88 @@ def check_gemv():
         assert (error <= bound).all(), f"worst error is {(error / bound).max():.2f} of what rounding explains"
 
     return check
+
+
+_ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+}
+
+# What stands round the product of ``sparse_linear``: name -> eps, gate, bias, residual ("", "plain" or "adapter").
+AROUND = {
+    "alone": (None, "", False, ""),
+    "norm": (1e-5, "", False, ""),
+    "norm, bias": (1e-6, "", True, ""),
+    "residual": (None, "", False, "plain"),
+    "bias, residual": (None, "", True, "plain"),
+    "adapter": (None, "", False, "adapter"),
+    "bias, adapter": (None, "", True, "adapter"),
+    "silu": (None, "silu", False, ""),
+    "norm, silu": (1e-5, "silu", False, ""),
+    "norm, gelu, bias": (1e-2, "gelu", True, ""),
+    "norm, gelu_tanh, bias, residual": (1e-6, "gelu_tanh", True, "plain"),
+    "relu": (None, "relu", False, ""),
+}
+
+
+@pytest.fixture(params=AROUND)
+def around(request):
+    return AROUND[request.param]
+
+
+@pytest.fixture
+def make_linear():
+    """f(around, leading, K, k, N, adapter rows, dtype, generator) -> the op's arguments, on the CPU."""
+
+    def make(around, leading, channels, k, columns, adapter, dtype, g):
+        eps, gate, bias, residual = around
+        rows = channels + (adapter if residual == "adapter" else 0)
+        weight = (torch.randn(rows, columns, generator=g) / channels**0.5).to(dtype)
+        width = {"": None, "plain": columns // 2 if gate else columns, "adapter": adapter}[residual]
+        return (
+            _randn((*leading, channels), dtype, g), k, weight, _randn((columns,), dtype, g) if bias else None,
+            None if width is None else _randn((*leading, width), dtype, g), eps, gate,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def check_linear():
+    """f(arguments, y, ulp): within rounding of the same in fp64, on the channels that the oracle selects."""
+
+    def check(args, y, ulp=0.5):
+        x, k, weight, bias, residual, eps, gate = (a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in args)
+        channels, columns = x.shape[-1], weight.shape[1]
+        assert y.shape == (*x.shape[:-1], columns // 2 if gate else columns)
+        assert y.dtype == x.dtype and y.device == args[0].device and y.is_contiguous()
+        patterns = _bits(x).numpy().reshape(-1, channels).astype(np.int64) & np.iinfo(_bits(x).numpy().dtype).max
+        kept = torch.zeros(patterns.shape, dtype=torch.bool)
+        for row, pattern in enumerate(patterns):
+            kept[row, np.lexsort((np.arange(channels), -pattern))[:k].copy()] = True
+        wide = x.double()
+        z = torch.where(kept.reshape(x.shape), wide, 0.0)
+        if eps is not None:
+            z = z * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        w = weight[:channels].double()
+        exact, magnitude = z @ w, z.abs() @ w.abs()
+        if bias is not None:
+            exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+        if gate:
+            (a, b), (a_size, b_size) = exact.chunk(2, -1), magnitude.chunk(2, -1)
+            acted = _ACTIVATIONS[gate](a)
+            # No gate is steeper than 1.2; its own rounding is less than that of the sum it takes.
+            exact, magnitude = acted * b, acted.abs() * b_size + 1.2 * a_size * (b.abs() + 2.0**-19 * b_size)
+        if residual is not None:
+            adapter = weight[channels:].double() if len(weight) > channels else torch.eye(residual.shape[-1]).double()
+            exact = exact + residual.double() @ adapter
+            magnitude = magnitude + residual.double().abs() @ adapter.abs()
+        info = torch.finfo(y.dtype)
+        bound = 1.0001 * ulp * info.eps * exact.abs() + info.tiny * info.eps
+        bound += (2.0**-19 if y.dtype != torch.float64 else 2.0**-48) * magnitude
+        error = (y.detach().cpu().double() - exact).abs()
+        assert (error <= bound).all(), f"worst error is {(error / bound).max():.2f} of what rounding explains"
+
+    return check

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from larosa_fx.kernels import cpu
 
@@ -225,6 +226,50 @@ def test_gemv_empty(native, leading, k, columns):
     assert torch.equal(y, torch.zeros(*leading, columns))
 
 
+# ---- sparse_linear ----
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [2, 62, 64, 578, 4200])
+def test_linear(kernels, dtype, around, columns, gen, make_linear, check_linear):
+    for leading in ((), (3,)):
+        args = make_linear(around, leading, 300, 141, columns, 37, dtype, gen)
+        check_linear(args, kernels.sparse_linear(*args))
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("leading", [(1, 1), (8,)], ids=str)
+def test_linear_threads(native, threads, dtype, around, leading, n, gen, make_linear, check_linear):
+    threads(n)
+    args = make_linear(around, leading, 1200, 555, 1154, 300, dtype, gen)
+    y = native.sparse_linear(*args)
+    check_linear(args, y)
+    for _ in range(3):
+        assert torch.equal(native.sparse_linear(*args), y)
+
+
+@needs_compiler
+@pytest.mark.parametrize("gate", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("shift", [0, 5])
+def test_gates_everywhere(kernels, dtype, gate, shift):
+    """Every 16-bit pattern, denormals, Inf and NaN too, in the vector loop and in its tail."""
+    if dtype == torch.float32:
+        a = torch.arange(-(2**31), 2**31, 65521).int().view(dtype)[shift:]
+    else:
+        a = torch.arange(-(2**15), 2**15).short().view(dtype)[shift:]
+    one = torch.ones(1, dtype=dtype)
+    y = kernels.sparse_linear(one, 1, torch.cat([a, torch.ones_like(a)])[None], None, None, None, gate).double()
+    x = a.double()
+    exact = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}[gate](x)
+    limit = torch.finfo(dtype).max
+    assert torch.equal(y.isnan(), exact.isnan())
+    # Far down the negative side, where the gate's value is 2^-19 of its argument, only that remainder is exact.
+    bound = 0.51 * torch.finfo(dtype).eps * exact.abs() + 2.0**-21 * x.abs().clamp(max=10) + torch.finfo(dtype).tiny
+    assert ((y - exact).abs() <= bound)[(exact.abs() < limit) & x.isfinite()].all()
+    assert torch.equal(y.isposinf(), exact.to(dtype).isposinf())
+
+
 @needs_compiler
 def test_what_is_not_served(native):
     x = torch.randn(4, 10)
@@ -247,6 +292,15 @@ def test_what_is_not_served(native):
     most = torch.ones(cpu.MAX_ROWS + 1, 3)
     assert native.sparse_gemv(most[1:], most[1:].int(), weight) is not None
     assert native.sparse_gemv(most, most.int(), weight) is None
+
+    around = None, None, None, ""
+    assert native.sparse_linear(x[:, :6], 3, torch.ones(6, 4), *around) is not None
+    assert native.sparse_linear(x[:, :6].double(), 3, torch.ones(6, 4).double(), *around) is None
+    assert native.sparse_linear(x.to("meta"), 3, torch.ones(10, 4, device="meta"), *around) is None
+    assert native.sparse_linear(torch.ones(cpu.MAX_ROWS + 1, 3), 3, torch.ones(3, 4), *around) is None
+    assert native.serves(x, 0, "silu") and native.serves(x, 5, "")
+    assert not native.serves(x, 5, "silu") and not native.serves(x.double(), 0, "")
+    assert not native.serves(torch.ones(cpu.MAX_ROWS + 1, 3), 0, "") and not native.serves(x.to("meta"), 0, "")
 
 
 # ---- building and loading, each in a process of its own ----

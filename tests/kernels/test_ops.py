@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from larosa_fx.kernels import reference
-from larosa_fx.kernels.ops import sparse_gemv, topk_select
+from larosa_fx.kernels.ops import sparse_gemv, sparse_linear, topk_select
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = pytest.param("cuda", marks=needs_cuda)
@@ -28,6 +28,15 @@ def gemv(request):
 @pytest.fixture(params=["op", "reference"])
 def select(request):
     return {"op": topk_select, "reference": reference.topk_select}[request.param]
+
+
+@pytest.fixture(params=["op", "reference"])
+def linear(request):
+    return {"op": sparse_linear, "reference": reference.sparse_linear}[request.param]
+
+
+def _on(device, args):
+    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
 
 
 # ---- topk_select ----
@@ -213,6 +222,88 @@ def test_gemv_refuses(device):
             sparse_gemv(*args)
 
 
+# ---- sparse_linear ----
+
+
+@pytest.mark.parametrize(
+    ("leading", "channels", "k", "columns", "adapter"),
+    [
+        ((), 3, 2, 2, 1),
+        ((1, 1), 577, 300, 130, 7),
+        ((1, 1), 512, 200, 768, 256),
+        ((1,), 4096, 2048, 256, 128),
+        ((1,), 1536, 1536, 1024, 96),
+        ((1, 1), 11008, 5504, 48, 48),
+        ((2, 3), 300, 77, 134, 33),
+        ((8, 1), 300, 77, 64, 64),
+    ],
+    ids=str,
+)
+def test_linear(linear, device, dtype, around, leading, channels, k, columns, adapter, gen, make_linear, check_linear):
+    args = _on(device, make_linear(around, leading, channels, k, columns, adapter, dtype, gen))
+    check_linear(args, linear(*args))
+
+
+def test_linear_float64(linear, device, around, gen, make_linear, check_linear):
+    args = _on(device, make_linear(around, (2,), 577, 300, 66, 5, torch.float64, gen))
+    check_linear(args, linear(*args))
+
+
+def test_linear_many_rows(linear, device, dtype, gen, make_linear, check_linear):
+    """More than are gathered: one dense product, which rounds before the norm is applied."""
+    args = _on(device, make_linear((1e-5, "", False, ""), (12,), 300, 77, 66, 0, dtype, gen))
+    check_linear(args, linear(*args), ulp=2.5)
+
+
+def test_linear_selects_from_the_raw_row(linear, device, dtype, make_rows, gen, make_linear, check_linear):
+    args = list(_on(device, make_linear((1e-5, "", False, ""), (1, 1), 576, 100, 64, 0, dtype, gen)))
+    args[0] = make_rows((1, 1, 576), dtype, gen).nan_to_num(1, 2, 3).clamp(-1e4, 1e4).to(device)
+    check_linear(args, linear(*args))
+
+
+def test_linear_reads_the_listed_rows_and_the_adapter(linear, device, dtype, gen, make_linear):
+    x, k, weight, *rest = _on(device, make_linear((None, "", False, "adapter"), (1, 1), 128, 40, 64, 16, dtype, gen))
+    listed = [*topk_select(x, k)[1].flatten().tolist(), *range(128, 144)]
+    poisoned = torch.full_like(weight, float("nan"))
+    poisoned[listed] = weight[listed]
+    expected = linear(x, k, weight, *rest)
+    assert torch.equal(linear(x, k, poisoned, *rest), expected)
+    poisoned[-1] = float("nan")
+    assert linear(x, k, poisoned, *rest).isnan().all()
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_linear_repeats_its_bits(device, dtype, around, early, gen, make_linear):
+    args = _on(device, make_linear(around, (1, 1), 4096, 2048, 512, 512, dtype, gen))
+    first = sparse_linear(*args, early)
+    assert all(torch.equal(sparse_linear(*args, early), first) for _ in range(20))
+
+
+def test_linear_strided(linear, device, dtype, gen, make_linear, check_linear):
+    args = list(_on(device, make_linear((1e-5, "", True, "plain"), (4, 6), 96, 30, 64, 0, dtype, gen)))
+    args[0], args[4] = args[0][:, -1:], args[4][:, -1:]
+    args[3] = args[3].repeat_interleave(2)[::2]
+    check_linear(args, linear(*args))
+
+
+def test_linear_refuses(device):
+    x, w, b = torch.ones(1, 8, device=device), torch.ones(8, 6, device=device), torch.ones(6, device=device)
+    for error, match, args in [
+        (ValueError, "k=9 for K=8", (x, 9, w)),
+        (ValueError, "gate must be one of silu, .* got 'swish'", (x, 4, w, None, None, None, "swish")),
+        (ValueError, r"weight must be \[K, N\].*strides \(1, 8\)", (x, 4, torch.ones(6, 8, device=device).t())),
+        (ValueError, "8 channels of x.* 3 of residual, got 10", (x, 4, w.new_ones(10, 6), None, x[:, :3])),
+        (ValueError, "even number of columns, got 5", (x, 4, w.new_ones(8, 5), None, None, None, "silu")),
+        (ValueError, "no adapter behind a gate", (x, 4, w.new_ones(10, 6), None, x[:, :2], None, "silu")),
+        (ValueError, r"bias must be \[6\], got \(5,\)", (x, 4, w, b[:5])),
+        (ValueError, r"residual must be \(1, 6\).* got \(1, 5\)", (x, 4, w, None, x[:, :5])),
+        (TypeError, "bias must have x's dtype torch.float32, got torch.float16", (x, 4, w, b.half())),
+        (ValueError, "one device", (x, 4, w.to("meta"))),
+    ]:
+        with pytest.raises(error, match=match):
+            sparse_linear(*args)
+
+
 # ---- registration, compilation ----
 
 
@@ -226,6 +317,11 @@ def test_opcheck(device, dtype, gen, make_gemv):
     torch.library.opcheck(topk_select, (torch.randn(6, 40, device=device).t(), 3))
 
 
+def test_opcheck_linear(device, dtype, around, gen, make_linear):
+    for leading in [(1, 1), (3,)]:
+        torch.library.opcheck(sparse_linear, _on(device, make_linear(around, leading, 40, 17, 16, 8, dtype, gen)))
+
+
 def test_ops_are_where_graphs_look_for_them():
     assert str(torch.ops.larosa.topk_select.default._schema) == (
         "larosa::topk_select(Tensor x, SymInt k) -> (Tensor, Tensor)"
@@ -233,9 +329,13 @@ def test_ops_are_where_graphs_look_for_them():
     assert str(torch.ops.larosa.sparse_gemv.default._schema) == (
         "larosa::sparse_gemv(Tensor values, Tensor indices, Tensor weight) -> Tensor"
     )
+    assert str(torch.ops.larosa.sparse_linear.default._schema) == (
+        "larosa::sparse_linear(Tensor x, SymInt k, Tensor weight, Tensor? bias=None, Tensor? residual=None, "
+        'float? eps=None, str gate="", bool early=False) -> Tensor'
+    )
 
 
-def _sparse_linear(x, weight, k):
+def _pair(x, weight, k):
     values, indices = torch.ops.larosa.topk_select(x * 2, k)
     return torch.ops.larosa.sparse_gemv(values, indices, weight) + 1
 
@@ -246,10 +346,10 @@ def test_compile(device, dtype, backend, gen):
         pytest.skip("Inductor needs a C++ compiler for the CPU")
     torch.compiler.reset()
     weight = torch.randn(96, 50, generator=gen).to(dtype).to(device)
-    compiled = torch.compile(_sparse_linear, fullgraph=True, backend=backend)
+    compiled = torch.compile(_pair, fullgraph=True, backend=backend)
     for shape in [(1, 96), (2, 5, 96)]:
         x = torch.randn(shape, generator=gen).to(dtype).to(device)
-        assert torch.equal(compiled(x, weight, 30), _sparse_linear(x, weight, 30))
+        assert torch.equal(compiled(x, weight, 30), _pair(x, weight, 30))
 
 
 def test_compile_once_for_every_leading_size(device, gen):
@@ -262,18 +362,18 @@ def test_compile_once_for_every_leading_size(device, gen):
 
     torch.compiler.reset()
     weight = torch.randn(96, 50, generator=gen).to(device)
-    compiled = torch.compile(_sparse_linear, fullgraph=True, backend=count)
+    compiled = torch.compile(_pair, fullgraph=True, backend=count)
     for rows in (3, 2, 8, 9, 300):
         x = torch.randn(rows, 1, 96, generator=gen).to(device)
         torch._dynamo.mark_dynamic(x, 0)
-        assert torch.equal(compiled(x, weight, 30), _sparse_linear(x, weight, 30))
+        assert torch.equal(compiled(x, weight, 30), _pair(x, weight, 30))
     assert len(graphs) == 1
 
 
 def test_compile_reports_a_bad_k(device):
     torch.compiler.reset()
     with pytest.raises(Exception, match="k=97 for K=96"):
-        torch.compile(_sparse_linear, fullgraph=True, backend="aot_eager")(
+        torch.compile(_pair, fullgraph=True, backend="aot_eager")(
             torch.randn(1, 96, device=device), torch.randn(96, 4, device=device), 97
         )
 
@@ -328,12 +428,12 @@ def test_cuda_graph_replays(dtype, rows, channels, k, columns, gen):
 def test_cuda_graphs_of_inductor(dtype, gen):
     torch.compiler.reset()
     weight = torch.randn(4096, 512, generator=gen).to(dtype).cuda()
-    compiled = torch.compile(_sparse_linear, fullgraph=True, mode="reduce-overhead")
+    compiled = torch.compile(_pair, fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
         for _ in range(10):
             x = torch.randn(1, 4096, generator=gen).to(dtype).cuda()
             torch.compiler.cudagraph_mark_step_begin()
-            assert torch.equal(compiled(x, weight, 2048), _sparse_linear(x, weight, 2048))
+            assert torch.equal(compiled(x, weight, 2048), _pair(x, weight, 2048))
 
 
 @needs_cuda
