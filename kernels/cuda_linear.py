@@ -89,16 +89,18 @@ def _properties(device: torch.device):
     return torch.cuda.get_device_properties(device)
 
 
+def constants(shape: Shape, c: Config) -> dict[str, int]:
+    """The macros that sparse_linear.cu is compiled with."""
+    return {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "TILE": c.tile,
+            "THREADS": c.threads, "BATCH": c.batch, "SHARED": shared_bytes(shape, c), "GATE": _GATES[shape.gate],
+            **{flag.upper(): int(getattr(shape, flag)) for flag in ("full", "half", "norm", "bias", "residual", "early")}}
+
+
 @cache
 def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[nvrtc.Kernel, int]:
     properties = _properties(device)
     c = using or config(shape, properties.multi_processor_count)
-    shared = shared_bytes(shape, c)
-    constants = {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "TILE": c.tile,
-                 "THREADS": c.threads, "BATCH": c.batch, "SHARED": shared, "GATE": _GATES[shape.gate],
-                 **{flag.upper(): int(getattr(shape, flag))
-                    for flag in ("full", "half", "norm", "bias", "residual", "early")}}
-    cubin = nvrtc.compile(_SOURCE, constants, (properties.major, properties.minor))
+    cubin = nvrtc.compile(_SOURCE, constants(shape, c), (properties.major, properties.minor))
     signature = (POINTER, POINTER, POINTER, POINTER, POINTER, INT, FLOAT)
-    kernel = nvrtc.Kernel(cubin, "sparse_linear", signature, threads=c.threads, shared=shared)
+    kernel = nvrtc.Kernel(cubin, "sparse_linear", signature, threads=c.threads, shared=shared_bytes(shape, c))
     return kernel, -(-shape.columns // c.tile)

@@ -1,0 +1,111 @@
+"""What only CUDA C++ kernels can get wrong: their build, launches that overlap, the shapes they decline."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from larosa_fx.kernels import cuda_linear, nvrtc, reference
+
+linear = torch.ops.larosa.sparse_linear.default
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def shapes():
+    base = {"channels": 4096, "columns": 4096, "adapter": 0, "full": False, "half": False, "gate": "", "norm": False,
+            "bias": False, "residual": False, "early": False}
+    more = [{}, {"norm": True, "bias": True}, {"norm": True, "gate": "silu", "columns": 22016}, {"residual": True},
+            {"adapter": 4096, "early": True, "channels": 11008}, {"full": True, "norm": True}, {"channels": 64, "columns": 32},
+            {"channels": 28672, "columns": 8192, "adapter": 8192}]
+    return [cuda_linear.Shape(**base | extra | {"half": half}) for extra in more for half in (False, True)]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_kernels_compile(capability):
+    """NVRTC needs no GPU."""
+    try:
+        from cuda.bindings import nvrtc as bindings
+
+        bindings.nvrtcVersion()
+    except (ImportError, RuntimeError):
+        pytest.skip("needs cuda-bindings and NVRTC")
+    for shape in shapes():
+        c = cuda_linear.config(shape, 132)
+        assert nvrtc.compile(cuda_linear._SOURCE, cuda_linear.constants(shape, c), capability)
+
+
+def test_configs_are_valid():
+    for shape, sms in itertools.product(shapes(), (1, 20, 108, 132, 200)):
+        c = cuda_linear.config(shape, sms)
+        halves = 2 if shape.gate else 1
+        assert c.tile % (16 * halves) == 0
+        blocks = -(-shape.columns // c.tile)
+        assert blocks <= sms and blocks * c.tile >= shape.columns
+
+
+@needs_gpu
+def test_compile_errors_show_the_log(tmp_path):
+    source = Path(tmp_path, "broken.cu")
+    source.write_text("extern \"C\" __global__ void f() { undeclared(); }")
+    with pytest.raises(nvrtc.CompileError, match="undeclared"):
+        nvrtc.compile(source, {"X": 1}, torch.cuda.get_device_capability())
+
+
+@needs_gpu
+@pytest.mark.parametrize("channels, columns, adapter, norm, gate", [
+    (4094, 64, 0, False, ""), (64, 60, 0, False, ""), (64, 40, 0, True, "silu"), (64, 64, 36, False, ""),
+    (64, 64, 64, True, ""), (70000, 64, 0, False, "")])
+def test_declined_shapes_are_served_by_others(channels, columns, adapter, norm, gate):
+    x = torch.randn(1, channels, device="cuda", dtype=torch.bfloat16)
+    assert not cuda_linear.serves(x, columns, adapter, norm, gate)
+    weight = torch.randn(channels + adapter, columns, device="cuda", dtype=torch.bfloat16)
+    residual = torch.randn(1, adapter, device="cuda", dtype=torch.bfloat16) if adapter else None
+    arguments = (x, channels // 2, weight, None, residual, 1e-5 if norm else None, gate)
+    torch.testing.assert_close(linear(*arguments), reference.sparse_linear(*arguments))
+
+
+@needs_gpu
+@pytest.mark.parametrize("tile, threads, batch", [(16, 1024, 4), (32, 512, 8), (48, 256, 8), (160, 1024, 8), (512, 512, 4)])
+def test_other_configurations(tile, threads, batch, gen, make_linear, check_linear):
+    case = make_linear((1e-5, "", True, ""), (1,), 1500, 700, 1008, 0, torch.bfloat16, gen)
+    case = [t.cuda() if isinstance(t, torch.Tensor) else t for t in case]
+    check_linear(case, cuda_linear.sparse_linear(*case, using=cuda_linear.Config(tile, threads, batch)))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_overlapping_launches_in_a_graph(dtype, gen):
+    """Twelve layers of a chain, adapters read early, replayed 200 times among other work: the same bits every time."""
+    hidden, inner = 512, 1408
+
+    def draw(*size):
+        return torch.randn(*size, generator=gen).div(size[0] ** 0.5).to(dtype).cuda()
+
+    layers = [(draw(hidden, 3 * hidden), draw(hidden, hidden), draw(hidden, 2 * inner), draw(inner + hidden, hidden))
+              for _ in range(12)]
+    stream = torch.randn(1, hidden, generator=gen).to(dtype).cuda()
+
+    def chain(compute):
+        x = stream
+        for qkv, o, gate_up, down in layers:
+            heads = compute(x, hidden // 2, qkv, eps=1e-5)[:, :hidden].contiguous()
+            middle = compute(heads, hidden // 3, o, residual=x)
+            gated = compute(middle, hidden // 2, gate_up, eps=1e-5, gate="silu")
+            x = compute(gated, inner // 2, down, residual=middle, early=True)
+        return x
+
+    chain(linear)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(linear)
+    seen = []
+    for i in range(200):
+        if i % 20 == 0:
+            stream.copy_(torch.randn(1, hidden, generator=gen))
+            seen.append(chain(linear).clone())  # launched one by one
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, seen[-1])
+    assert len({t.sum().item() for t in seen}) == len(seen)

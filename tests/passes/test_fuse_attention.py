@@ -1,0 +1,137 @@
+"""A decoding step over a static cache: attention with its update and rotary embedding, and the counters behind it."""
+
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import StaticCache
+
+from larosa_fx import graph as g
+from larosa_fx.capture import capture
+from larosa_fx.passes import defer_counters, fuse_attention
+from larosa_fx.pipeline import Runner
+from programs import assert_close, tiny_model
+from tiny import SIZES, ids
+
+ATTENTION = torch.ops.larosa.decode_attention.default
+LAYERS = SIZES["num_hidden_layers"]
+
+
+def yes(*_):
+    return True
+
+
+@cache
+def step(family, **changes):
+    """(graph, inputs) of the decoding step behind a prompt of five tokens."""
+    model, calls = tiny_model(family, **changes), []
+
+    def backend(gm, _):
+        def call(*args):
+            calls.append((gm, fresh(args)))
+            return gm(*args)
+        return call
+
+    past = StaticCache(config=model.config, max_cache_len=12)
+    torch.compiler.reset()
+    with torch.no_grad():
+        model(ids(1, 5), past_key_values=past, use_cache=True)
+        mask = (torch.arange(12) <= 5)[None, None, None]
+        torch.compile(model, backend=backend, fullgraph=True)(
+            ids(1, 1), past_key_values=past, position_ids=torch.tensor([[5]]), attention_mask=mask, use_cache=True)
+    (call,) = calls
+    return call
+
+
+def fresh(args):
+    """Copies of what a step may write to."""
+    return [x.clone() if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter) else x for x in args]
+
+
+def check(gm, family, **changes):
+    """The edited step returns and leaves in its caches what the original does."""
+    original, args = step(family, **changes)
+    expected_args, got_args = fresh(args), fresh(args)
+    gm.graph.lint()
+    gm.recompile()
+    with torch.no_grad():
+        assert_close(gm(*got_args), original(*expected_args))
+    written = 0
+    for before, expected, got in zip(args, expected_args, got_args, strict=True):
+        if isinstance(before, torch.Tensor):
+            torch.testing.assert_close(got, expected)
+            written += not torch.equal(before, expected)
+    assert written >= 3 * LAYERS  # keys, values and counter of each layer
+
+
+def clone(family, **changes):
+    original, args = step(family, **changes)
+    return capture(original, g.parameter_mask(args), Runner()).gm
+
+
+@pytest.mark.parametrize("family, counts", [
+    ("llama", {"attentions": LAYERS, "cache updates": LAYERS, "rotary embeddings": LAYERS}),
+    ("qwen3", {"attentions": LAYERS, "cache updates": LAYERS, "rotary embeddings": LAYERS}),
+    ("gemma", {"attentions": LAYERS, "cache updates": LAYERS, "rotary embeddings": LAYERS}),
+    ("gpt-neox", {"attentions": LAYERS, "cache updates": LAYERS}),  # part of a head is rotated
+])
+def test_same_step(family, counts):
+    gm = clone(family)
+    result = fuse_attention.run(gm, yes)
+    assert {what: n for what, n in result.counts.items() if n} == counts
+    assert not gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    assert not gm.graph.find_nodes(op="call_method", target="index_copy_")
+    check(gm, family)
+
+
+def test_grouped_queries_read_the_cache_itself():
+    gm = clone("llama")
+    fuse_attention.run(gm, yes)
+    for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
+        assert g.shape(node.args[1])[1] == SIZES["num_key_value_heads"] < g.shape(node.args[0])[1]
+        assert node.args[1].op == node.args[2].op == "placeholder"
+
+
+def test_the_device_decides():
+    gm = clone("llama")
+    result = fuse_attention.run(gm, lambda q, keys, mask: False)
+    assert not result.counts and len(result.skipped) == LAYERS
+    check(gm, "llama")
+    asked = []
+    fuse_attention.run(gm, lambda q, keys, mask: asked.append((q.shape, keys.shape, mask.shape, mask.dtype)) or False)
+    heads, dim = SIZES["num_attention_heads"], SIZES["hidden_size"] // SIZES["num_attention_heads"]
+    assert set(asked) == {((1, heads, 1, dim), (1, SIZES["num_key_value_heads"], 12, dim), (1, 1, 1, 12), torch.bool)}
+
+
+def test_another_reader_of_the_cache_keeps_the_update_where_it_is():
+    gm = clone("llama")
+    keys = next(n for n in gm.graph.nodes if n.op == "call_method" and n.target == "index_copy_").args[0]
+    (output,) = gm.graph.find_nodes(op="output")
+    with gm.graph.inserting_before(output):
+        extra = gm.graph.call_method("sum", (keys,))
+    output.args = ((*output.args[0], extra),)
+    result = fuse_attention.run(gm, yes)
+    assert result.counts == {"attentions": LAYERS, "cache updates": LAYERS - 1, "rotary embeddings": LAYERS - 1}
+    output.args = (output.args[0][:-1],)
+    check(gm, "llama")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_counters_move_once(fused):
+    gm = clone("llama")
+    if fused:
+        fuse_attention.run(gm, yes)
+    assert defer_counters.run(gm).counts == {"counters": LAYERS}
+    assert not gm.graph.find_nodes(op="call_method", target="add_")
+    check(gm, "llama")
+
+
+def test_a_counter_that_something_else_reads_stays():
+    gm = clone("llama")
+    counter = next(n for n in gm.graph.nodes if n.op == "call_method" and n.target == "add_").args[0]
+    (output,) = gm.graph.find_nodes(op="output")
+    with gm.graph.inserting_before(output):
+        extra = gm.graph.call_method("float", (counter,))
+    output.args = ((*output.args[0], extra),)
+    assert defer_counters.run(gm).counts == {"counters": LAYERS - 1}
