@@ -197,6 +197,25 @@ def weight_call(graph: fx.Graph, function: Callable, *args: object) -> fx.Node:
     return graph.call_function(function, args)
 
 
+def hoist_weights(graph: fx.Graph, node: fx.Node) -> None:
+    """Move the weight expressions that ``node`` depends on in front of it: they depend on placeholders alone."""
+    needed = [n for n in upstream(node, lambda n: False) if n.op not in ("placeholder", "get_attr") and n is not node]
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for n in sorted(needed, key=order.__getitem__):
+        node.prepend(n)
+
+
+def only_user(node: object) -> fx.Node | None:
+    """The node that reads ``node``, if it is one."""
+    users = list(node.users) if isinstance(node, fx.Node) else []
+    return users[0] if len(users) == 1 else None
+
+
+def other_operand(node: fx.Node, operand: fx.Node) -> object:
+    """What a binary call combines ``operand`` with."""
+    return node.args[1] if node.args[0] is operand else node.args[0]
+
+
 def upstream(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
     """All nodes that ``node`` depends on, itself included, not looking past nodes where ``stop`` holds."""
     seen, stack = set(), [node]

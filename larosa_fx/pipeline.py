@@ -21,6 +21,7 @@ from larosa_fx.passes import (
     insert_adapters,
     lower_topk,
     merge_siblings,
+    pack_adapters,
     rotate_online,
 )
 from larosa_fx.report import PassResult, Report, SiteReport
@@ -101,6 +102,7 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
         k[site.name], "") for site in structure.sites]
     run(merge_siblings, gm, structure)
     forms = run(lower_topk, gm, structure, k, sparsify)
+    run(pack_adapters, gm, structure)
     run(fuse_sites, gm, structure)
     run(fuse_attention, gm)
     run(defer_counters, gm)

@@ -1,8 +1,8 @@
 """A sparse site becomes one op: the norm before it, and bias, gate, residual and adapter behind it, join its GEMV.
 
 RMSNorm without its gain scales all channels alike, so it does not change which are the k largest: the selection reads the
-raw stream and the norm's scalar multiplies the product. An adapter becomes more rows of the weight that writes the stream,
-[r, h4] . [A; W_down'], always active.
+raw stream and the norm's scalar multiplies the product. An adapter packed with a site's weight (``pack_adapters``) is read
+with it, every row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Fused:
     columns: int
     bias: fx.Node | None = None
     residual: fx.Node | None = None
-    adapter: fx.Node | None = None
+    adapter: int = 0  # rows of it, behind the weight's own
     eps: float | None = None
     gate: str = ""
 
@@ -57,7 +57,7 @@ def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> P
             more = absorb(found)
             if more is not None and _fits(more, fuses):
                 found = more
-                result.count("adapters" if found.adapter is not None and what == "residuals" else what)
+                result.count("adapters" if found.adapter and what == "residuals" else what)
         site.linears = [_emit(gm.graph, found)]
         result.count("sites")
     g.remove_dead_code(gm.graph)
@@ -65,8 +65,7 @@ def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> P
 
 
 def _fits(f: _Fused, fuses: Fuses) -> bool:
-    adapter = 0 if f.adapter is None else g.shape(f.residual)[-1]
-    return g.value(f.x) is not None and fuses(g.value(f.x), f.columns, adapter, f.eps is not None, f.gate)
+    return g.value(f.x) is not None and fuses(g.value(f.x), f.columns, f.adapter, f.eps is not None, f.gate)
 
 
 def _gemv(site: Site) -> _Fused | None:
@@ -89,7 +88,7 @@ def _norm(f: _Fused) -> _Fused | None:
 
 def _gate(f: _Fused) -> _Fused | None:
     """act(y[..., :N/2]) * y[..., N/2:], however the halves are taken."""
-    halves = _only_user(f.output)
+    halves = g.only_user(f.output)
     half = f.columns // 2
     if not ((g.calls(halves, torch.split, "split") and list(halves.args[1:]) in ([[half, half], -1], [half, -1]))
             or (g.calls(halves, torch.chunk, "chunk") and g.argument(halves, 1, "chunks") == 2
@@ -98,36 +97,39 @@ def _gate(f: _Fused) -> _Fused | None:
     pieces = {user.args[1]: user for user in halves.users}
     if set(pieces) != {0, 1}:
         return None
-    act, product = _only_user(pieces[0]), _only_user(pieces[1])
+    act, product = g.only_user(pieces[0]), g.only_user(pieces[1])
     gate = _activation(act)
-    if gate is None or not g.is_binary(product, g.MULS) or _only_user(act) is not product:
+    if gate is None or not g.is_binary(product, g.MULS) or g.only_user(act) is not product:
         return None
     return replace(f, output=product, gate=gate)
 
 
 def _residual(f: _Fused) -> _Fused | None:
-    add = _only_user(f.output)
+    add = g.only_user(f.output)
     if not g.is_binary(add, g.ADDS):
         return None
-    other = _other(add, f.output)
+    other = g.other_operand(add, f.output)
     if not isinstance(other, fx.Node) or g.is_weight(other) or g.dtype(add) != g.dtype(f.x):
         return None
-    if g.calls(other, torch.matmul) and g.is_weight(other.args[1]) and len(other.users) == 1:
-        return replace(f, output=add, residual=other.args[0], adapter=other.args[1])
+    if g.calls(other, torch.matmul) and _packed(f.weight) is not None and _packed(other.args[1]) is _packed(f.weight):
+        residual = other.args[0]
+        return replace(f, output=add, weight=_packed(f.weight), residual=residual, adapter=g.shape(residual)[-1])
     return replace(f, output=add, residual=other) if g.shape(other) == g.shape(add) else None
 
 
 def _emit(graph: fx.Graph, f: _Fused) -> fx.Node:
     with graph.inserting_before(f.output):
-        weight = f.weight
-        if f.adapter is not None:
-            weight = g.weight_call(graph, torch.cat, [weight, f.adapter], 0)
         # What made x read the residual itself, so that is complete before x is.
-        early = f.adapter is not None and g.calls(f.x, _LINEAR) and f.x.args[0] is f.residual
-        fused = graph.call_function(_LINEAR, (f.x, f.k, weight, f.bias, f.residual, f.eps, f.gate, early))
+        early = f.adapter > 0 and g.calls(f.x, _LINEAR) and f.x.args[0] is f.residual
+        fused = graph.call_function(_LINEAR, (f.x, f.k, f.weight, f.bias, f.residual, f.eps, f.gate, early))
     fused.meta = dict(f.output.meta)
     f.output.replace_all_uses_with(fused)
     return fused
+
+
+def _packed(weight: fx.Node) -> fx.Node | None:
+    """The tensor that ``weight`` is some rows of."""
+    return weight.args[0] if g.calls(weight, torch.narrow) else None
 
 
 def _activation(node: object) -> str | None:
@@ -140,12 +142,3 @@ def _activation(node: object) -> str | None:
     if g.calls(node, F.gelu):
         return {"none": "gelu", "tanh": "gelu_tanh"}[node.kwargs.get("approximate", "none")]
     return None
-
-
-def _only_user(node: fx.Node | None) -> fx.Node | None:
-    users = list(node.users) if isinstance(node, fx.Node) else []
-    return users[0] if len(users) == 1 else None
-
-
-def _other(node: fx.Node, operand: fx.Node) -> object:
-    return node.args[1] if node.args[0] is operand else node.args[0]

@@ -25,11 +25,11 @@ def test_same_model(family, granularity, tokens):
 
 
 @pytest.mark.parametrize("family, granularity, extra", [
-    ("llama", "layer", LAYERS - 1 + 2),  # adapters, table and head
-    ("llama", "block", 2 * LAYERS - 1 + 2),
+    ("llama", "layer", 2),  # table and head; adapters lie with the weights beside them
+    ("llama", "block", 2),
     ("llama", "model", 2),
-    ("llama-tied", "layer", LAYERS - 1 + 2),  # adapters; Q at the entry and Q^T at the exit
-    ("llama-biases", "layer", LAYERS - 1 + 2 + 4 * LAYERS),  # rotated biases of o and down; merged ones of the others
+    ("llama-tied", "layer", 1),  # Q at the entry; Q^T at the exit lies with the last layer's
+    ("llama-biases", "layer", 2 + 4 * LAYERS),  # rotated biases of o and down; merged ones of the others
     ("llama", "online", 2 * LAYERS),  # a Q for each inner site
     ("llama", "none", 0),
 ])

@@ -23,6 +23,7 @@ from larosa_fx.passes import (
     insert_adapters,
     lower_topk,
     merge_siblings,
+    pack_adapters,
     rotate_online,
 )
 from larosa_fx.pipeline import Runner
@@ -199,6 +200,7 @@ def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Map
         (online, rotate_online, p.gm, p.structure, matrices, granularity),
         (True, merge_siblings, p.gm, p.structure),
         (True, lower_topk, p.gm, p.structure, k, sparsify),
+        (True, pack_adapters, p.gm, p.structure),
         (fuses is not None, fuse_sites, p.gm, p.structure, fuses),
         (True, fold_weights, p.gm),
     ]
