@@ -14,6 +14,12 @@ from larosa_fx import compat
 PARAMETER = "larosa_parameter"  # meta key of placeholders that hold a module's parameter
 ROTATION = "larosa_rotation"  # meta key of get_attr nodes that hold a rotation: the name of its basis
 
+
+def centred(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x less its mean over ``dim``: multiplied by I - 11^T/D on that side."""
+    return x - x.mean(dim, keepdim=True)
+
+
 #: Functions allowed in a weight expression: linear algebra on parameters and rotations, folded in fp64.
 WEIGHT_FUNCTIONS: dict[object, Callable] = {
     torch.matmul: torch.matmul,
@@ -23,6 +29,7 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
     operator.add: torch.add,
     torch.cat: torch.cat,
     torch.t: torch.t,
+    centred: centred,
     "t": torch.t,
     "float": lambda x: x,  # casts are the identity in fp64
     "to": lambda x, *_, **__: x,
@@ -95,9 +102,31 @@ def linear_size(node: fx.Node) -> tuple[int, int]:
     return shape(node.args[0])[-1], shape(node)[-1]
 
 
-def is_rms_norm(node: object) -> bool:
-    """Whether node is a canonical RMSNorm over the channels, the last dimension alone."""
-    return calls(node, F.rms_norm) and len(node.args[1]) == 1
+def is_norm(node: object) -> bool:
+    """Whether node is a canonical RMSNorm or LayerNorm over the channels, the last dimension alone, with weights (or
+    nothing) for gain and bias."""
+    return (calls(node, F.rms_norm, F.layer_norm) and not node.kwargs and len(node.args[1]) == 1
+            and all(x is None or is_weight(x) for x in affine(node)))
+
+
+def is_layer_norm(node: object) -> bool:
+    return is_norm(node) and node.target is F.layer_norm
+
+
+def affine(norm: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """(gain, bias) of a canonical norm; an RMSNorm has no bias."""
+    _, _, gain, *bias, _ = norm.args
+    return gain, bias[0] if bias else None
+
+
+def bare(norm: fx.Node) -> tuple:
+    """The arguments of a canonical norm without gain and bias."""
+    x, dims, *parameters, eps = norm.args
+    return (x, dims, *[None] * len(parameters), eps)
+
+
+def bias_of(linear: fx.Node) -> fx.Node | None:
+    return argument(linear, 2, "bias")
 
 
 def is_weight(node: object) -> bool:
@@ -128,17 +157,28 @@ def is_no_op(node: object) -> bool:
     return is_cast(node) and dtype(node) == dtype(node.args[0])
 
 
-def is_position_slice(node: object) -> bool:
-    """Whether node picks positions of its argument and leaves the channels, the last dimension, whole."""
-    if not calls(node, operator.getitem) or not shape(node) or len(shape(node)) != len(shape(node.args[0])):
+def is_position_map(node: object) -> bool:
+    """Whether node picks, repeats or rearranges positions of its first argument and leaves the channels, the last
+    dimension, whole and in order: ``x[:, -1:]``, ``x[rows]``, ``x.view(-1, D)``."""
+    if not isinstance(node, fx.Node) or not node.args or not shape(node) or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = shape(node.args[0]), shape(node)
+    if len(before) < 2 or len(after) < 2 or before[-1] != after[-1]:
+        return False
+    if calls(node, "view", "reshape", "contiguous", "flatten", torch.reshape, torch.flatten):
+        return True
+    if not calls(node, operator.getitem):
         return False
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    return Ellipsis not in index and (len(index) < len(shape(node)) or index[-1] == slice(None))
+    if len(index) == 1 and isinstance(index[0], fx.Node):  # rows, by a tensor of their numbers
+        return dtype(index[0]) in (torch.int32, torch.int64)
+    return (len(before) == len(after) and not any(isinstance(i, fx.Node) and shape(i) for i in index)
+            and Ellipsis not in index and None not in index and (len(index) < len(after) or index[-1] == slice(None)))
 
 
 def only_read_by(node: fx.Node, readers: Sequence[fx.Node]) -> bool:
-    """Whether nothing but ``readers`` reads node, directly or through a choice of positions."""
-    return all(user in readers or (is_position_slice(user) and only_read_by(user, readers)) for user in node.users)
+    """Whether nothing but ``readers`` reads node, directly or through a map of positions."""
+    return all(user in readers or (is_position_map(user) and only_read_by(user, readers)) for user in node.users)
 
 
 def peel(node: fx.Node, predicate: Callable[[object], bool]) -> fx.Node:

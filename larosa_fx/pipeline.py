@@ -12,6 +12,7 @@ from types import ModuleType
 from torch import fx
 
 from larosa_fx.passes import (
+    centre_layer_norms,
     fold_gain,
     fold_rotations,
     fold_weights,
@@ -87,6 +88,8 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     report.treatment = treatment(structure, rotation)
     if report.treatment == "fold":
         run(fold_gain, gm, structure, [norm for value in structure.stream for norm in list(value.norms)])
+        if structure.has_layer_norms:
+            run(centre_layer_norms, gm, structure)
         run(fold_rotations, gm, structure, rotations, rotation)
         run(insert_adapters, gm)
     elif report.treatment == "online":

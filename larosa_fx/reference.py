@@ -40,23 +40,36 @@ def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _rotated(model: torch.nn.Module, plan: Plan, site: PlanSite, linears: list[torch.nn.Module], k: int) -> list:
-    """z = x_hat Q, Top-K, back: the linears read (top_k(z) Q^T) * gain in place of the norm's output."""
-    norm = _owner(model, site.gain)
+    """z = x_hat Q, Top-K, back: the linears read (top_k(z) Q^T) * gain + bias in place of the norm's output."""
     rotation = orthonormal(plan.rotations[site.basis])
+    if site.gain is None:  # what the linears read is x_hat
+        def rotate(module: torch.nn.Module, args: tuple) -> tuple:
+            q = rotation.to(args[0])
+            return keep_top_k(args[0] @ q, k) @ q.T, *args[1:]
+
+        return [linear.register_forward_pre_hook(rotate) for linear in linears]
+    norm = _owner(model, site.gain)
     sparse: dict[str, torch.Tensor] = {}
 
     def observe(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-        x = args[0]
-        q = rotation.to(x)
-        eps = torch.finfo(x.dtype).eps if site.eps is None else site.eps  # F.rms_norm's default
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        x_hat = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-        ones = torch.ones_like(x[..., :1, :])
-        gain = module.forward(ones) * (1 + eps) ** 0.5  # whatever the module makes of its weight
-        sparse["h"] = (keep_top_k(x_hat @ q, k) @ q.T) * gain
+        q = rotation.to(args[0])
+        probe = torch.ones_like(args[0][..., :1, :])
+        probe[..., ::2] = -1
+        bias = module.forward(torch.zeros_like(probe))  # whatever the module makes of its parameters
+        gain = (module.forward(probe) - bias) / _normalised(probe, site)
+        sparse["h"] = (keep_top_k(_normalised(args[0], site) @ q, k) @ q.T) * gain + bias
 
-    return [norm.register_forward_hook(observe),
-            *(linear.register_forward_pre_hook(lambda module, args: (sparse["h"], *args[1:])) for linear in linears)]
+    return [norm.register_forward_hook(observe), *(linear.register_forward_pre_hook(
+        lambda module, args: (sparse["h"].view_as(args[0]), *args[1:])) for linear in linears)]
+
+
+def _normalised(x: torch.Tensor, site: PlanSite) -> torch.Tensor:
+    """x_hat: the norm without gain and bias."""
+    eps = torch.finfo(x.dtype).eps if site.eps is None else site.eps  # F.rms_norm's default
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if site.centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _owner(model: torch.nn.Module, parameter: str) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """Find what the method works on in a canonical graph: the residual stream, its norms, their readers, the sites.
 
 Nothing is rewritten, and dataflow alone decides. A site is the input of linears with parameter weights. It is an *inner*
-site (h1, h3) where an RMSNorm of the residual stream makes it, and an *outer* one (h2, h4) where the linears of an inner
+site (h1, h3) where a norm of the residual stream makes it, and an *outer* one (h2, h4) where the linears of an inner
 site lead to it. The block is attention where positions mix on the way from one to the other.
 """
 
@@ -21,13 +21,14 @@ from larosa_fx.structure import Site, StreamNode, Structure
 def run(graph: fx.Graph) -> tuple[Structure, PassResult]:
     """The structure of a canonical graph, and the pass's counts; ``skipped`` names linears that belong to no site."""
     result = PassResult("match")
-    readers = {n: _readers(n) for n in graph.nodes if g.is_rms_norm(n) and not _is_linear_output(n.args[0])}
+    readers = {n: _readers(n) for n in graph.nodes if g.is_norm(n) and not _is_linear_output(n.args[0])}
     readers = {norm: linears for norm, linears in readers.items() if linears}
     sites, head_norms = _sites(graph, readers, result)
     stream, obstacles = _stream(list(readers))
     structure = Structure(sites, stream, readers, obstacles, result.skipped)
     _ends(structure, head_norms)
     written = g.written_in_place(graph)
+    structure.obstacles += _centring_obstacles(structure)
     structure.obstacles += [(str(value.node), "something writes in place to the residual stream here")
                             for value in stream if value.node in written]
     structure.written = [str(site.input) for site in sites if site.input in written or site.norm in written]
@@ -43,12 +44,12 @@ def _is_weight_linear(node: object) -> bool:
 
 
 def _readers(norm: fx.Node) -> list[fx.Node]:
-    """The linears that read norm, directly or through a choice of positions (the head often reads the last alone)."""
+    """The linears that read norm, directly or through a map of positions (the head often reads the last alone)."""
     found = []
     for user in norm.users:
         if _is_weight_linear(user) and user.args[0] is norm:
             found.append(user)
-        elif g.is_position_slice(user):
+        elif g.is_position_map(user):
             found += _readers(user)
     return found
 
@@ -70,6 +71,7 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], result: PassR
             groups.setdefault(node.args[0], []).append(node)
     norm_of = {linear: norm for norm, linears in readers.items() for linear in linears}
     outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, norm of its inner site, whether attention)
+    used: set[fx.Node] = set()  # linears behind a norm that an outer site depends on
     for tensor, linears in groups.items():
         if linears[0] in norm_of:
             continue
@@ -77,9 +79,10 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], result: PassR
         norms = {norm_of[n] for n in branch if n in norm_of}
         if len(norms) == 1:
             outer.append((tensor, norms.pop(), any(map(_mixes_positions, branch))))
+            used.update(n for n in branch if n in norm_of)
         else:
             for linear in linears:
-                result.skip(linear, "its input is not a branch of one RMSNorm of the residual stream")
+                result.skip(linear, "its input is not a branch of one norm of the residual stream")
     attention = {norm for _, norm, mixes in outer if mixes}
     followed = {norm for _, norm, _ in outer}
     sites, layer_of, kinds = [], {}, set()
@@ -91,8 +94,13 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], result: PassR
         kinds.add(kind)
         layer_of[norm] = layer
         for tensor, linears in groups.items():
-            if norm_of.get(linears[0]) is norm:
-                sites.append(Site(layer, kind, tensor, linears, norm))
+            if norm_of.get(linears[0]) is not norm:
+                continue
+            if followed_up := [linear for linear in linears if linear in used]:
+                sites.append(Site(layer, kind, tensor, followed_up, norm))
+            for linear in linears:
+                if linear not in used:
+                    result.skip(linear, "no linear of its branch follows it: a router, or a gate on the branch's output")
     for tensor, norm, mixes in outer:
         sites.append(Site(layer_of[norm], "h2" if mixes else "h4", tensor, groups[tensor]))
     names = [site.name for site in sites]
@@ -146,7 +154,7 @@ def _residual_add(node: fx.Node) -> StreamNode:
         of_a, of_b = _writers(a, node), _writers(b, node)
         if (of_a is None) != (of_b is None) and isinstance(a, fx.Node) and isinstance(b, fx.Node):
             return StreamNode(node, a, of_b) if of_a is None else StreamNode(node, b, of_a)
-    return StreamNode(node)
+    return StreamNode(node, node.args[0]) if g.is_position_map(node) else StreamNode(node)
 
 
 def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
@@ -155,12 +163,21 @@ def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
         return None
     if _is_weight_linear(node):
         return [node]
-    if g.calls(node, *g.MULS, operator.truediv) and g.is_scalar(node.args[1]):
+    if g.is_position_map(node) or (g.calls(node, *g.MULS, operator.truediv) and g.is_scalar(node.args[1])):
         return _writers(node.args[0], node)
     if g.is_binary(node, g.ADDS):
         a, b = (_writers(arg, node) for arg in node.args)
         return None if a is None or b is None else a + b
     return None
+
+
+def _centring_obstacles(structure: Structure) -> list[tuple[str, str]]:
+    """What forbids to centre a stream that LayerNorms read: whatever is not one can tell the difference."""
+    if not structure.has_layer_norms:
+        return []
+    values = {value.node for value in structure.stream}
+    return [(str(user), "this reads the residual stream, which cannot be centred for its LayerNorms then")
+            for value in structure.stream for user in value.node.users if user not in values and not g.is_layer_norm(user)]
 
 
 def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:

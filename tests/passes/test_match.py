@@ -72,12 +72,6 @@ def test_experts_leave_attention_its_sites():
     assert structure.obstacles
 
 
-def test_layer_norm_models_have_no_sites():
-    p = program("gpt-neox")
-    assert not p.structure.sites and "no linears behind an RMSNorm" in p.refusal
-    assert p.structure.skipped
-
-
 def test_decode_graph_knows_that_it_has_one_token():
     assert program("llama", tokens=1).structure.tokens_per_sequence == 1
 
