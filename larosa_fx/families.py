@@ -7,22 +7,25 @@ across the threshold.
 
 from __future__ import annotations
 
+import copy
 import logging
 import multiprocessing
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 from tqdm.auto import tqdm
 
 from larosa_fx import backend
 from larosa_fx.calibrate import calibrate
-from larosa_fx.plan import Plan
+from larosa_fx.plan import Plan, library_versions
 from larosa_fx.reference import simulated
 
 TOLERANCE = 1e-4  # of the largest logit; a wrong fold or another selection shows as 1e-2 and more
@@ -38,7 +41,7 @@ _SIZES = {
     96: ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size",
          "dim_ff", "dff"),
     16: ("head_dim", "v_head_dim", "dim_head", "d_kv", "kv_lora_rank"),
-    8: ("qk_rope_head_dim", "qk_nope_head_dim"),
+    8: ("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"),
     24: ("q_lora_rank",),
     32: ("moe_intermediate_size", "shared_expert_intermediate_size"),
     1: ("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "bos_token_id"),
@@ -48,16 +51,16 @@ _SIZES = {
 SIZES = {name: size for size, names in _SIZES.items() for name in names}
 
 #: Attributes that some configurations want to derive from others: left out where the first try fails.
-_DERIVED = ({}, {"head_dim"}, {"num_heads", "head_dim"}, {"num_hidden_layers"}, {"num_experts_per_tok"},
-            {"head_dim", "num_attention_heads", "hidden_size"})
+_DERIVED = ((), ("head_dim",), ("num_heads", "head_dim"), ("num_hidden_layers",), ("num_experts_per_tok",),
+            ("pad_token_id",), ("num_key_value_heads",), ("head_dim", "num_attention_heads", "hidden_size"))
 
 
 @dataclass(frozen=True)
 class Row:
     """One class. ``treatment``: "fold", "online", "unrotated", "dense" or "-"; ``reason``: why not more.
 
-    verdict: "accelerated", "left alone" (compiled dense, unharmed), "not built" or "not run" (transformers cannot), "no
-    answer" (out of time) or "wrong".
+    verdict: "accelerated", "left alone" (compiled dense, unharmed), "not built" (no tiny model runs on input_ids alone),
+    "not traced" (torch.compile cannot, whatever the backend), "no answer" (out of time) or "wrong".
     sites: kinds of sites lowered to Top-K, each with its count. dense: linears of the layers that stay dense.
     """
 
@@ -91,21 +94,21 @@ def classes() -> dict[str, tuple[type, type]]:
 def tiny_model(name: str, seed: int = 0) -> torch.nn.Module:
     """A random model of the class in evaluation mode; gains lie off 1 and biases off 0, so that wrong folds show.
 
-    The last exception where no configuration works.
+    Whatever the first configuration raises, where none makes a model that runs on input_ids.
     """
     config_class, model_class = classes()[name]
-    failure: Exception | None = None
+    failures = []
     for left_out in _DERIVED:
-        try:
-            config = tiny_config(config_class, left_out)
-            for candidate in (config, config.get_text_config(decoder=True)):
-                try:
-                    return _randomize(model_class(candidate).eval(), seed + zlib.crc32(name.encode()))
-                except Exception as error:  # whatever a model raises for a configuration it cannot take
-                    failure = failure or error
-        except Exception as error:
-            failure = failure or error
-    raise failure
+        for part in (lambda config: config, lambda config: config.get_text_config(decoder=True)):
+            try:
+                model = model_class(part(tiny_config(config_class, left_out))).eval()
+                logits = _logits(_randomize(model, seed + zlib.crc32(name.encode())), _ids())
+                if not logits.isfinite().all():
+                    raise ValueError("a random model returns NaN or Inf")
+                return model
+            except Exception as error:  # a configuration that does not suit: whatever a model makes of it
+                failures.append(error)
+    raise failures[0]
 
 
 def tiny_config(config_class: type, left_out: Iterable[str] = ()):
@@ -136,14 +139,9 @@ def check(name: str, directory: str) -> Row:
     try:
         model = tiny_model(name)
     except Exception as error:
-        return Row(name, reason=f"transformers cannot build it from a tiny configuration: {_brief(error)}")
-    ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
-    try:
-        expected = _logits(model, ids)
-    except Exception as error:
-        return Row(name, verdict="not run", reason=f"transformers cannot run it on input_ids alone: {_brief(error)}")
-    if not expected.isfinite().all():
-        return Row(name, verdict="not run", reason="the random model returns NaN or Inf")
+        return Row(name, reason=f"no tiny configuration makes a model that runs on input_ids: {_brief(error)}")
+    ids = _ids()
+    expected = _logits(model, ids)
     path = str(Path(directory) / f"{name}.larosa")
     try:
         plan = calibrate(model, [ids], basis="random", progress=False)
@@ -151,22 +149,41 @@ def check(name: str, directory: str) -> Row:
     except Exception as error:
         reason = str(error).partition("calibrate this model: ")[2] or f"Dynamo cannot trace it whole: {_brief(error)}"
         torch.compiler.reset()
+        try:
+            _logits(torch.compile(model, backend="eager"), ids)
+        except Exception:
+            return Row(name, verdict="not traced", reason=f"torch.compile fails with any backend: {_brief(error)}")
+        torch.compiler.reset()
         error_p0 = _error(_logits(_compiled(model, None, fullgraph=False), ids), expected)
         return Row(name, "dense", "left alone" if error_p0 <= TOLERANCE else "wrong", error_p0=error_p0, reason=reason)
     torch.compiler.reset()
     error_p0 = _error(_logits(_compiled(model, path, sparsity=0.0), ids), expected)
     report = backend.last_report()
-    torch.compiler.reset()
-    model = model.double()
-    got = _logits(_compiled(model, path, sparsity=0.5), ids)
-    with simulated(model, Plan.load(path), 0.5):
-        error_p50 = _error(got, _logits(model, ids))
+    error_p50 = _error_at_half(model, path, ids)
     kinds = [site.site.rpartition(".")[2] for site in report.sites]
     reasons = [report.reason, *dict.fromkeys(reason for what, reason in report.skipped if not reason.startswith("k is"))]
     return Row(name, report.treatment, "accelerated" if error_p0 <= TOLERANCE and error_p50 <= TOLERANCE else "wrong",
                " ".join(f"{kinds.count(kind)}x{kind}" for kind in sorted(set(kinds))),
                sum(1 for r in report.passes if r.name == "match" for _ in r.skipped), error_p0, error_p50,
                "; ".join(filter(None, reasons)))
+
+
+def _error_at_half(model: torch.nn.Module, path: str, ids: torch.Tensor) -> float:
+    """In float64, or in the model's own dtype where it cannot run in float64."""
+    wide = copy.deepcopy(model).double()
+    try:
+        _logits(wide, ids)
+        model = wide
+    except RuntimeError:
+        pass
+    torch.compiler.reset()
+    got = _logits(_compiled(model, path, sparsity=0.5), ids)
+    with simulated(model, Plan.load(path), 0.5):
+        return _error(got, _logits(model, ids))
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def _logits(model, ids: torch.Tensor) -> torch.Tensor:
@@ -190,10 +207,58 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
+# ---- for people and scripts ----------------------------------------------------------------------------------------
+
+HEADERS = ("class", "treatment", "sites", "dense", "error at 0 %", "error at 50 %", "why not more")
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    """How many classes have each verdict, and each treatment among the accelerated."""
+    found = Counter(row.verdict for row in rows)
+    found.update(row.treatment for row in rows if row.verdict == "accelerated")
+    return {name: found[name] for name in ("accelerated", "fold", "online", "unrotated", "left alone", "not built",
+                                           "not traced", "no answer", "wrong")}
+
+
+def to_dict(rows: Sequence[Row]) -> dict[str, object]:
+    return {"rows": [row.to_dict() for row in rows], "counts": counts(rows), "versions": library_versions()}
+
+
+def text(rows: Sequence[Row]) -> str:
+    return (tabulate([_cells(row) for row in rows], HEADERS, maxcolwidths=[None] * (len(HEADERS) - 1) + [90]) + "\n\n"
+            + ", ".join(f"{n} {what}" for what, n in counts(rows).items()))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The support matrix."""
+    versions, total = library_versions(), counts(rows)
+    return f"""# Models
+
+What `larosa families --markdown docs/families.md` found: every causal-LM class of transformers {versions["transformers"]}
+(torch {versions["torch"]}), as a tiny random model.
+
+{tabulate(total.items(), ("verdict", "classes"), tablefmt="github")}
+
+"fold", "online" and "unrotated" are the treatments of those accelerated: rotations folded into weights, applied at run time,
+or none. Sites: h1 (QKV input), h2 (o_proj), h3 (gate, up), h4 (down_proj), each times its layers; dense: linears that no site
+covers (routers, experts, latent projections). Errors are the largest difference of the logits over the largest logit: at
+sparsity 0 in float32 against the eager model, at 50 % in float64 (float32 where a model cannot run in float64) against hooks on
+the eager model.
+
+{tabulate([_cells(row) for row in rows], HEADERS, tablefmt="github")}
+"""
+
+
+def _cells(row: Row) -> list[object]:
+    errors = ["" if error is None else f"{error:.0e}" for error in (row.error_p0, row.error_p50)]
+    treatment = row.treatment if row.verdict == "accelerated" else row.verdict
+    return [row.name, treatment, row.sites, row.dense or "", *errors, row.reason.replace("|", "/")]
+
+
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-def table(names: Sequence[str], *, timeout: float = 180, jobs: int = 1, progress: bool = True) -> list[Row]:
+def table(names: Sequence[str], *, timeout: float = 180, jobs: int = 1, progress: bool = True) -> Iterator[Row]:
     """One row a class, each from a process that is killed after ``timeout`` seconds; ``jobs`` run at a time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["larosa_fx.families", "transformers"])
@@ -204,7 +269,7 @@ def table(names: Sequence[str], *, timeout: float = 180, jobs: int = 1, progress
             bar.update()
             return row
 
-        return list(pool.map(one, names))
+        yield from pool.map(one, names)
 
 
 def _isolated(context, name: str, timeout: float) -> Row:

@@ -29,6 +29,8 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
     operator.add: torch.add,
     torch.cat: torch.cat,
     torch.t: torch.t,
+    torch.transpose: torch.transpose,
+    "transpose": torch.transpose,
     centred: centred,
     "t": torch.t,
     "float": lambda x: x,  # casts are the identity in fp64
@@ -125,8 +127,43 @@ def bare(norm: fx.Node) -> tuple:
     return (x, dims, *[None] * len(parameters), eps)
 
 
+def is_expert_linear(node: object) -> bool:
+    """Whether node multiplies each row of an activation, [T, K], by its expert's matrix among weights, [E, K, N]: torch's
+    grouped product or one that stands in for it."""
+    return (isinstance(node, fx.Node) and node.op == "call_function" and "grouped_mm" in getattr(node.target, "__name__", "")
+            and is_weight(node.args[1]) and len(shape(node.args[0])) == 2 and len(shape(node.args[1])) == 3
+            and shape(node.args[0])[-1] == shape(node.args[1])[1] and shape(node)[-1:] == shape(node.args[1])[2:])
+
+
+def is_weight_linear(node: object) -> bool:
+    """Whether node is a linear, or one linear of each expert, of nothing but parameters."""
+    if is_linear(node):
+        return is_weight(node.args[1]) and (bias_of(node) is None or is_weight(bias_of(node)))
+    return is_expert_linear(node)
+
+
 def bias_of(linear: fx.Node) -> fx.Node | None:
-    return argument(linear, 2, "bias")
+    return argument(linear, 2, "bias") if is_linear(linear) else None
+
+
+def edit_weight(linear: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
+    """Replace a linear's weight by ``edit`` of it, in the layout [N, K], or [E, N, K] of experts."""
+    graph, weight = linear.graph, linear.args[1]
+    with graph.inserting_before(linear):
+        if is_linear(linear):
+            weight = edit(weight)
+        else:
+            turned = edit(weight_call(graph, torch.transpose, weight, -2, -1))
+            weight = weight_call(graph, torch.transpose, turned, -2, -1)
+    linear.update_arg(1, weight)
+
+
+def edit_bias(linear: fx.Node, edit: Callable[[fx.Node | None], fx.Node | None]) -> None:
+    """Replace a linear's bias by ``edit`` of it."""
+    with linear.graph.inserting_before(linear):
+        bias = edit(bias_of(linear))
+    if bias is not None:
+        linear.args, linear.kwargs = (*linear.args[:2], bias), {}
 
 
 def is_weight(node: object) -> bool:
@@ -174,6 +211,14 @@ def is_position_map(node: object) -> bool:
         return dtype(index[0]) in (torch.int32, torch.int64)
     return (len(before) == len(after) and not any(isinstance(i, fx.Node) and shape(i) for i in index)
             and Ellipsis not in index and None not in index and (len(index) < len(after) or index[-1] == slice(None)))
+
+
+def is_sum_of_positions(node: object) -> bool:
+    """Whether node adds up positions of its argument, channel by channel: ``x.sum(dim=1)``, [T, k, D] to [T, D]."""
+    if not calls(node, torch.sum, "sum") or not shape(node):
+        return False
+    dim, before = argument(node, 1, "dim"), shape(node.args[0])
+    return isinstance(dim, int) and dim % len(before) != len(before) - 1 and shape(node)[-1] == before[-1]
 
 
 def only_read_by(node: fx.Node, readers: Sequence[fx.Node]) -> bool:

@@ -59,6 +59,9 @@ def run(graph: fx.Graph) -> PassResult:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             result.count("no-ops")
+    for node in graph.find_nodes(op="call_function", target=getattr):
+        if g.is_weight(node.args[0]) and len(g.shape(node.args[0])) == 2 and node.args[1] in ("T", "mT"):
+            node.target, node.args = torch.t, node.args[:1]
     for node in list(graph.nodes):
         if _rewrite_linear(graph, node):
             result.count("linears")

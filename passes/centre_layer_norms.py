@@ -45,9 +45,5 @@ def _start(graph: fx.Graph, structure: Structure, value: StreamNode) -> None:
 
 
 def _writer(graph: fx.Graph, linear: fx.Node) -> None:
-    x, weight, bias = linear.args[0], linear.args[1], g.bias_of(linear)
-    with graph.inserting_before(linear):
-        weight = g.weight_call(graph, g.centred, weight, 0)
-        if bias is not None:
-            bias = g.weight_call(graph, g.centred, bias, 0)
-    linear.args, linear.kwargs = (x, weight, bias), {}
+    g.edit_weight(linear, lambda weight: g.weight_call(graph, g.centred, weight, -2))
+    g.edit_bias(linear, lambda bias: bias and g.weight_call(graph, g.centred, bias, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -27,20 +28,22 @@ def run(gm: fx.GraphModule, structure: Structure, norms: Iterable[fx.Node]) -> P
         else:
             norm.args = g.bare(norm)
         for linear in linears:
-            weight, own = linear.args[1], g.bias_of(linear)
-            with gm.graph.inserting_before(linear):
-                if bias is not None:
-                    carried = g.weight_call(gm.graph, torch.matmul, weight, bias)
-                    own = carried if own is None else g.weight_call(gm.graph, torch.add, own, carried)
-                if gain is not None:
-                    weight = g.weight_call(gm.graph, torch.mul, weight, gain)
-            linear.args, linear.kwargs = (linear.args[0], weight, own), {}
+            if bias is not None:
+                g.edit_bias(linear, functools.partial(_carry, gm.graph, linear.args[1], bias))
+            if gain is not None:
+                g.edit_weight(linear, lambda weight, gain=gain: g.weight_call(gm.graph, torch.mul, weight, gain))
         for what, parameter in (("gains", gain), ("biases", bias)):
             if parameter is not None:
                 result.count(what)
         if gain is not None or bias is not None:
             result.count("linears", len(linears))
     return result
+
+
+def _carry(graph: fx.Graph, weight: fx.Node, bias: fx.Node, own: fx.Node | None) -> fx.Node:
+    """What a linear adds: its own bias, and the norm's through its weight."""
+    carried = g.weight_call(graph, torch.matmul, weight, bias)
+    return carried if own is None else g.weight_call(graph, torch.add, own, carried)
 
 
 def _split(graph: fx.Graph, structure: Structure, norm: fx.Node) -> None:

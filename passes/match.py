@@ -38,19 +38,19 @@ def run(graph: fx.Graph) -> tuple[Structure, PassResult]:
     return structure, result
 
 
-def _is_weight_linear(node: object) -> bool:
-    return g.is_linear(node) and g.is_weight(node.args[1]) and (len(node.args) < 3 or node.args[2] is None
-                                                                or g.is_weight(node.args[2]))
-
-
 def _readers(norm: fx.Node) -> list[fx.Node]:
-    """The linears that read norm, directly or through a map of positions (the head often reads the last alone)."""
-    found = []
-    for user in norm.users:
-        if _is_weight_linear(user) and user.args[0] is norm:
-            found.append(user)
-        elif g.is_position_map(user):
-            found += _readers(user)
+    """The linears that read norm, directly or through a map of positions (the head often reads the last alone).
+
+    Experts' linears have no place for the bias that a norm would leave to them.
+    """
+    found, values = [], [norm]
+    while values:
+        value = values.pop(0)
+        for user in value.users:
+            if g.is_weight_linear(user) and user.args[0] is value and (g.is_linear(user) or g.affine(norm)[1] is None):
+                found.append(user)
+            elif g.is_position_map(user):
+                values.append(user)
     return found
 
 
@@ -67,22 +67,31 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], result: PassR
     """All sites in (layer, kind) order, and the norms that no outer site follows: the head's."""
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if _is_weight_linear(node):
+        if g.is_linear(node) and g.is_weight_linear(node):
             groups.setdefault(node.args[0], []).append(node)
     norm_of = {linear: norm for norm, linears in readers.items() for linear in linears}
     outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, norm of its inner site, whether attention)
+    branches: dict[fx.Node, set[fx.Node]] = {}  # site tensor -> what it depends on, as far as the linears behind a norm
     used: set[fx.Node] = set()  # linears behind a norm that an outer site depends on
     for tensor, linears in groups.items():
         if linears[0] in norm_of:
             continue
-        branch = list(g.upstream(tensor, lambda n: _is_weight_linear(n) or n in readers))
+        branch = branches[tensor] = set(g.upstream(tensor, lambda n: n in norm_of or n in readers))
         norms = {norm_of[n] for n in branch if n in norm_of}
         if len(norms) == 1:
             outer.append((tensor, norms.pop(), any(map(_mixes_positions, branch))))
-            used.update(n for n in branch if n in norm_of)
         else:
             for linear in linears:
                 result.skip(linear, "its input is not a branch of one norm of the residual stream")
+    for tensor, *_ in list(outer):
+        if any(linear in branch for linear in groups[tensor] for branch in branches.values()):
+            outer = [entry for entry in outer if entry[0] is not tensor]
+            for linear in groups[tensor]:
+                result.skip(linear, "it lies between the linears of a branch (latent attention, a gate of its own)")
+        else:
+            used.update(n for n in branches[tensor] if n in norm_of)
+    for experts in filter(g.is_expert_linear, graph.nodes):
+        result.skip(experts, "experts' linears stay dense")
     attention = {norm for _, norm, mixes in outer if mixes}
     followed = {norm for _, norm, _ in outer}
     sites, layer_of, kinds = [], {}, set()
@@ -161,14 +170,24 @@ def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
     """The linears whose sum, up to constant factors, node is, where ``reader`` alone reads it; None where it is not."""
     if not isinstance(node, fx.Node) or list(node.users) != [reader]:
         return None
-    if _is_weight_linear(node):
+    if g.is_weight_linear(node):
         return [node]
-    if g.is_position_map(node) or (g.calls(node, *g.MULS, operator.truediv) and g.is_scalar(node.args[1])):
+    if g.is_position_map(node) or g.is_sum_of_positions(node):
         return _writers(node.args[0], node)
+    if g.is_binary(node, (*g.MULS, operator.truediv, torch.div, "div")):
+        value, factor = node.args
+        if node.target in g.MULS and _is_factor(value):
+            value, factor = factor, value
+        return _writers(value, node) if _is_factor(factor) and not _is_factor(value) else None
     if g.is_binary(node, g.ADDS):
         a, b = (_writers(arg, node) for arg in node.args)
         return None if a is None or b is None else a + b
     return None
+
+
+def _is_factor(x: object) -> bool:
+    """Whether x scales all channels of a position alike: a number, or a router's weight or a gate, [..., 1]."""
+    return g.is_scalar(x) or (isinstance(x, fx.Node) and g.shape(x)[-1:] == (1,))
 
 
 def _centring_obstacles(structure: Structure) -> list[tuple[str, str]]:
@@ -193,7 +212,8 @@ def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:
         for norm in [n for n in stream_node.norms if n in head_norms]:
             linears = structure.readers[norm]
             exclusive = all(set(linear.args[1].users) == {linear} for linear in linears)
-            if exclusive and g.only_read_by(norm, linears) and stream_node is structure.stream[-1]:
+            last = stream_node is structure.stream[-1]
+            if last and exclusive and g.only_read_by(norm, linears):
                 structure.head = norm
-            else:
+            elif last or not exclusive:
                 stream_node.norms.remove(norm)
