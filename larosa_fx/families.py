@@ -169,10 +169,11 @@ def check(name: str, directory: str) -> Row:
 
 
 def _error_at_half(model: torch.nn.Module, path: str, ids: torch.Tensor) -> float:
-    """In float64, or in the model's own dtype where it cannot run in float64."""
-    wide = copy.deepcopy(model).double()
+    """In float64, or in the model's own dtype where torch cannot run or trace it in float64."""
+    torch.compiler.reset()
     try:
-        _logits(wide, ids)
+        wide = copy.deepcopy(model).double()
+        _logits(torch.compile(wide, backend="eager"), ids)
         model = wide
     except RuntimeError:
         pass
@@ -239,11 +240,11 @@ What `larosa families --markdown docs/families.md` found: every causal-LM class 
 
 {tabulate(total.items(), ("verdict", "classes"), tablefmt="github")}
 
-"fold", "online" and "unrotated" are the treatments of those accelerated: rotations folded into weights, applied at run time,
-or none. Sites: h1 (QKV input), h2 (o_proj), h3 (gate, up), h4 (down_proj), each times its layers; dense: linears that no site
-covers (routers, experts, latent projections). Errors are the largest difference of the logits over the largest logit: at
-sparsity 0 in float32 against the eager model, at 50 % in float64 (float32 where a model cannot run in float64) against hooks on
-the eager model.
+"fold", "online" and "unrotated" are the treatments of those accelerated: rotations folded into weights, applied at run
+time, or none. Sites: h1 (QKV input), h2 (o_proj), h3 (gate, up), h4 (down_proj), each times its layers; dense: linears that
+no site covers (routers, experts, latent projections). Errors are the largest difference of the logits over the largest
+logit: at sparsity 0 in float32 against the eager model, at 50 % in float64 (float32 where a model cannot run in float64)
+against hooks on the eager model.
 
 {tabulate([_cells(row) for row in rows], HEADERS, tablefmt="github")}
 """

@@ -93,17 +93,17 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
         run(fold_rotations, gm, structure, rotations, rotation)
         run(insert_adapters, gm)
     elif report.treatment == "online":
-        run(fold_gain, gm, structure, [site.norm for site in structure.inner_sites()])
+        run(fold_gain, gm, structure, [site.norm for site in structure.inner_sites() if site.norm is not None])
         run(rotate_online, gm, structure, rotations, rotation)
     report.sites = [SiteReport(
         site.name, site.in_features, site.out_features, len(site.linears),
-        f"{report.treatment} {BASES[rotation](site)}" if site.norm is not None and rotation != "none" else "none",
+        f"{report.treatment} {BASES[rotation](site)}" if site.inner and rotation != "none" else "none",
         k[site.name], "") for site in structure.sites]
     run(merge_siblings, gm, structure)
     forms = run(lower_topk, gm, structure, k, sparsify)
     for site in report.sites:
         site.form = forms[site.site]
-    inputs = run(fold_weights, gm)
+    inputs = run(fold_weights, gm, structure.dtype)
     report.passes, report.layers, report.rotation = run.results, structure.layers, rotation
     report.nodes_before, report.nodes_after = run.nodes_before, len(gm.graph.nodes)
     gm.recompile()

@@ -48,7 +48,8 @@ class PlanSite:
     @classmethod
     def of(cls, site: Site, rotation: str) -> PlanSite:
         if site.norm is None:
-            return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters)
+            return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
+                       basis=BASES[rotation](site) if site.inner else None)
         owned = [node for x in affine(site.norm) if x is not None for node in upstream(x, lambda n: False)
                  if PARAMETER in node.meta]
         return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,

@@ -16,7 +16,7 @@ class Site:
     """One activation that is sparsified, and the linears that read it.
 
     kind: "h1" (QKV input), "h2" (o_proj input), "h3" (gate/up input) or "h4" (down_proj input).
-    norm: the RMSNorm or LayerNorm whose output the site is; None at h2 and h4.
+    norm: the RMSNorm or LayerNorm whose output the site is; None at h2 and h4, and where linears read the stream itself.
     """
 
     layer: int
@@ -33,6 +33,11 @@ class Site:
     @property
     def name(self) -> str:
         return f"layers.{self.layer}.{self.kind}"
+
+    @property
+    def inner(self) -> bool:
+        """Whether linears read the stream here, and a rotation may be applied."""
+        return self.kind in ("h1", "h3")
 
 
 #: Rotation granularities: granularity -> the basis an inner site lives in.
@@ -92,8 +97,8 @@ class Structure:
         return any(g.is_layer_norm(norm) for value in self.stream for norm in value.norms)
 
     def inner_sites(self) -> list[Site]:
-        """The sites behind a norm, h1 and h3: those that are rotated."""
-        return [site for site in self.sites if site.norm is not None]
+        """The sites that are rotated, h1 and h3."""
+        return [site for site in self.sites if site.inner]
 
     def bases(self, rotation: str) -> dict[str, list[Site]]:
         """The bases of a rotation granularity, each with the inner sites that live in it."""

@@ -12,11 +12,13 @@ from larosa_fx.structure import Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure, observe: Callable[[str, object], None]) -> PassResult:
-    """Call ``observe(site name, tensor)`` at every inner site with x_hat, [..., D]: the norm without gain and bias."""
+    """Call ``observe(site name, tensor)`` at every inner site with x_hat, [..., D]: the norm less gain and bias."""
     result = PassResult("insert_taps")
     for site in structure.inner_sites():
-        with gm.graph.inserting_after(site.norm):
-            x_hat = gm.graph.call_function(site.norm.target, g.bare(site.norm))
+        x_hat = site.input
+        if site.norm is not None:
+            with gm.graph.inserting_after(site.norm):
+                x_hat = gm.graph.call_function(site.norm.target, g.bare(site.norm))
         with gm.graph.inserting_after(x_hat):
             gm.graph.call_function(observe, (site.name, x_hat))
         result.count("taps")

@@ -1,13 +1,15 @@
 """Find what the method works on in a canonical graph: the residual stream, its norms, their readers, the sites.
 
 Nothing is rewritten, and dataflow alone decides. A site is the input of linears with parameter weights. It is an *inner*
-site (h1, h3) where a norm of the residual stream makes it, and an *outer* one (h2, h4) where the linears of an inner
-site lead to it. The block is attention where positions mix on the way from one to the other.
+site (h1, h3) where a norm of the residual stream makes it, or where it is the stream itself (OLMo 2), and an *outer* one
+(h2, h4) where the linears of an inner site lead to it. The block is attention where positions mix on the way from one to
+the other.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +23,16 @@ from larosa_fx.structure import Site, StreamNode, Structure
 def run(graph: fx.Graph) -> tuple[Structure, PassResult]:
     """The structure of a canonical graph, and the pass's counts; ``skipped`` names linears that belong to no site."""
     result = PassResult("match")
-    readers = {n: _readers(n) for n in graph.nodes if g.is_norm(n) and not _is_linear_output(n.args[0])}
-    readers = {norm: linears for norm, linears in readers.items() if linears}
-    sites, head_norms = _sites(graph, readers, result)
+    readers = {norm: linears for norm in filter(g.is_norm, graph.nodes) if (linears := _readers(norm))}
+    stream_like = _stream_like(graph, readers)
+    readers = {norm: linears for norm, linears in readers.items() if norm.args[0] in stream_like}
+    sites, head_norms = _sites(graph, readers, stream_like, result)
     stream, obstacles = _stream(list(readers))
     structure = Structure(sites, stream, readers, obstacles, result.skipped)
     _ends(structure, head_norms)
     written = g.written_in_place(graph)
+    structure.obstacles += [(str(site.input), "linears read the residual stream without a norm here")
+                            for site in structure.inner_sites() if site.norm is None]
     structure.obstacles += _centring_obstacles(structure)
     structure.obstacles += [(str(value.node), "something writes in place to the residual stream here")
                             for value in stream if value.node in written]
@@ -54,64 +59,77 @@ def _readers(norm: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _is_linear_output(node: fx.Node) -> bool:
-    """Whether node is (a piece of) a linear's output: norms inside a branch (q/k-norm, latent attention) read such."""
-    return g.is_linear(g.peel(node, lambda n: g.calls(n, operator.getitem, "view", "reshape", "split", "chunk",
-                                                      "transpose", torch.split, torch.chunk)))
+def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node]) -> set[fx.Node]:
+    """What may be a value of the residual stream: what a path without linears and attention joins, channel by channel, to
+    something in front of both. Norms inside a branch (q/k-norm, latent attention, sub-norms) read nothing of the kind."""
+    behind, found = set(norms), set()
+    for node in graph.nodes:
+        mixes = _mixes_positions(node)
+        if not mixes and node not in behind and not any(n in behind for n in node.all_input_nodes):
+            found.add(node)
+            continue
+        behind.add(node)
+        channels = [n for n in node.all_input_nodes if not g.is_weight(n) and g.shape(n)[-1:] == g.shape(node)[-1:] != ()]
+        if not mixes and not g.is_weight_linear(node) and any(n in found for n in channels):
+            found.add(node)
+    return found
 
 
 # ---- sites ---------------------------------------------------------------------------------------------------------
 
 
-def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], result: PassResult) -> tuple[list[Site], set[fx.Node]]:
+def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: set[fx.Node],
+           result: PassResult) -> tuple[list[Site], set[fx.Node]]:
     """All sites in (layer, kind) order, and the norms that no outer site follows: the head's."""
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if g.is_linear(node) and g.is_weight_linear(node):
             groups.setdefault(node.args[0], []).append(node)
-    norm_of = {linear: norm for norm, linears in readers.items() for linear in linears}
-    outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, norm of its inner site, whether attention)
-    branches: dict[fx.Node, set[fx.Node]] = {}  # site tensor -> what it depends on, as far as the linears behind a norm
-    used: set[fx.Node] = set()  # linears behind a norm that an outer site depends on
+    root_of = {linear: norm for norm, linears in readers.items() for linear in linears}  # linear -> norm, or the stream
+    root_of |= {linear: tensor for tensor, linears in groups.items() if tensor in stream_like
+                for linear in linears if linear not in root_of}
+    outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, root of its inner site, whether attention)
+    branches: dict[fx.Node, set[fx.Node]] = {}  # site tensor -> what it depends on, as far as the linears behind a root
+    used: set[fx.Node] = set()  # linears behind a root that an outer site depends on
     for tensor, linears in groups.items():
-        if linears[0] in norm_of:
+        if linears[0] in root_of:
             continue
-        branch = branches[tensor] = set(g.upstream(tensor, lambda n: n in norm_of or n in readers))
-        norms = {norm_of[n] for n in branch if n in norm_of}
-        if len(norms) == 1:
-            outer.append((tensor, norms.pop(), any(map(_mixes_positions, branch))))
+        branch = branches[tensor] = set(g.upstream(tensor, lambda n: n in root_of or n in readers))
+        roots = {root_of[n] for n in branch if n in root_of}
+        if len(roots) == 1:
+            outer.append((tensor, roots.pop(), any(map(_mixes_positions, branch))))
         else:
             for linear in linears:
-                result.skip(linear, "its input is not a branch of one norm of the residual stream")
+                result.skip(linear, "its input is not a branch of one value of the residual stream")
     for tensor, *_ in list(outer):
         if any(linear in branch for linear in groups[tensor] for branch in branches.values()):
             outer = [entry for entry in outer if entry[0] is not tensor]
             for linear in groups[tensor]:
                 result.skip(linear, "it lies between the linears of a branch (latent attention, a gate of its own)")
         else:
-            used.update(n for n in branches[tensor] if n in norm_of)
+            used.update(n for n in branches[tensor] if n in root_of)
     for experts in filter(g.is_expert_linear, graph.nodes):
         result.skip(experts, "experts' linears stay dense")
-    attention = {norm for _, norm, mixes in outer if mixes}
-    followed = {norm for _, norm, _ in outer}
+    attention = {root for _, root, mixes in outer if mixes}
+    followed = {root for _, root, _ in outer}
     sites, layer_of, kinds = [], {}, set()
     layer = -1
-    for norm in (n for n in readers if n in followed):
-        kind = "h1" if norm in attention else "h3"
+    for root in (n for n in graph.nodes if n in followed):
+        kind = "h1" if root in attention else "h3"
         if kind == "h1" or kind in kinds or layer < 0:
             layer, kinds = layer + 1, set()
         kinds.add(kind)
-        layer_of[norm] = layer
+        layer_of[root] = layer
         for tensor, linears in groups.items():
-            if norm_of.get(linears[0]) is not norm:
+            if root_of.get(linears[0]) is not root:
                 continue
             if followed_up := [linear for linear in linears if linear in used]:
-                sites.append(Site(layer, kind, tensor, followed_up, norm))
+                sites.append(Site(layer, kind, tensor, followed_up, root if root in readers else None))
             for linear in linears:
                 if linear not in used:
                     result.skip(linear, "no linear of its branch follows it: a router, or a gate on the branch's output")
-    for tensor, norm, mixes in outer:
-        sites.append(Site(layer_of[norm], "h2" if mixes else "h4", tensor, groups[tensor]))
+    for tensor, root, mixes in outer:
+        sites.append(Site(layer_of[root], "h2" if mixes else "h4", tensor, groups[tensor]))
     names = [site.name for site in sites]
     for site in [s for s in sites if names.count(s.name) > 1]:
         sites.remove(site)

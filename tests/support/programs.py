@@ -200,7 +200,7 @@ def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Map
         (online, rotate_online, p.gm, p.structure, matrices, granularity),
         (True, merge_siblings, p.gm, p.structure),
         (True, lower_topk, p.gm, p.structure, k, sparsify),
-        (True, fold_weights, p.gm),
+        (True, fold_weights, p.gm, p.structure.dtype),
     ]
     for applies, module, *args in passes:
         value = step(module, *args) if applies else None
