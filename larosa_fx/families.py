@@ -169,18 +169,17 @@ def check(name: str, directory: str) -> Row:
 
 
 def _error_at_half(model: torch.nn.Module, path: str, ids: torch.Tensor) -> float:
-    """In float64, or in the model's own dtype where torch cannot run or trace it in float64."""
-    torch.compiler.reset()
+    """In float64, or in the model's own dtype where torch cannot run it in float64."""
+    def measure(model: torch.nn.Module) -> float:
+        torch.compiler.reset()
+        with simulated(model, Plan.load(path), 0.5):
+            expected = _logits(model, ids)
+        return _error(_logits(_compiled(model, path, sparsity=0.5), ids), expected)
+
     try:
-        wide = copy.deepcopy(model).double()
-        _logits(torch.compile(wide, backend="eager"), ids)
-        model = wide
+        return measure(copy.deepcopy(model).double())
     except RuntimeError:
-        pass
-    torch.compiler.reset()
-    got = _logits(_compiled(model, path, sparsity=0.5), ids)
-    with simulated(model, Plan.load(path), 0.5):
-        return _error(got, _logits(model, ids))
+        return measure(model)
 
 
 def _ids() -> torch.Tensor:

@@ -66,10 +66,15 @@ def test_post_norms_are_obstacles():
     assert structure.obstacles and all("cannot be carried past" in reason for _, reason in structure.obstacles)
 
 
-def test_experts_leave_attention_its_sites():
+def test_experts_read_and_write_the_stream():
+    """They stay dense, the router too, and a rotation folds into all of them."""
     structure = program("mixtral").structure
     assert [s.name for s in structure.sites] == [f"layers.{i}.{kind}" for i in range(LAYERS) for kind in ("h1", "h2")]
-    assert structure.obstacles
+    assert not structure.obstacles
+    writers = [writer for value in structure.stream for writer in value.writers]
+    assert [g.is_expert_linear(writer) for writer in writers] == [False, True] * LAYERS
+    assert [g.is_expert_linear(n) for n in structure.readers[structure.stream[2].norms[0]]] == [False] * 3
+    assert sorted(g.is_expert_linear(n) for n in structure.readers[structure.stream[1].norms[0]]) == [False, True]
 
 
 def test_decode_graph_knows_that_it_has_one_token():

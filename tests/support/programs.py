@@ -53,10 +53,10 @@ FAMILIES = {
 }
 FOLDABLE = ("llama", "llama-tied", "llama-biases", "qwen2", "qwen3", "phi3", "gemma", "granite")
 LAYER_NORMS = ("gpt-neox", "gpt2", "cohere")  # foldable once the stream is centred
-SITES = (*FOLDABLE, *LAYER_NORMS, "gemma2", "mixtral")  # post-norms, experts: no rotation folds into the stream
+SITES = (*FOLDABLE, *LAYER_NORMS, "gemma2", "mixtral")  # post-norms: no rotation folds into the stream; dense experts
 FOLDED = ("layer", "block", "model")
 CASES = [(family, granularity) for family in SITES for granularity in (*FOLDED, "online", "none")
-         if family in (*FOLDABLE, *LAYER_NORMS) or granularity not in FOLDED]
+         if family in (*FOLDABLE, *LAYER_NORMS, "mixtral") or granularity not in FOLDED]
 
 
 @dataclass
