@@ -41,6 +41,7 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
 ADDS = (operator.add, torch.add, "add")
 IN_PLACE = frozenset({operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
                       operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul})
+TRANSPOSES = (torch.t, torch.transpose, "t", "transpose")
 MULS = (operator.mul, torch.mul, "mul")
 
 
@@ -127,9 +128,16 @@ def bare(norm: fx.Node) -> tuple:
     return (x, dims, *[None] * len(parameters), eps)
 
 
+def expert_linear(x: torch.Tensor, weight: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """y_t = W[experts_t] x_t: the canonical form of a linear with an expert's matrix for each row. x [T, K], W [E, N, K]."""
+    return torch.bmm(weight[experts], x.unsqueeze(-1)).squeeze(-1)
+
+
 def is_expert_linear(node: object) -> bool:
-    """Whether node multiplies each row of an activation, [T, K], by its expert's matrix among weights, [E, K, N]: torch's
-    grouped product or one that stands in for it."""
+    """Whether node multiplies each row of an activation, [T, K], by its expert's matrix: ``expert_linear``, or a grouped
+    product, torch's own or one that stands in for it, with weights [E, K, N]."""
+    if calls(node, expert_linear):
+        return is_weight(node.args[1])
     return (isinstance(node, fx.Node) and node.op == "call_function" and "grouped_mm" in getattr(node.target, "__name__", "")
             and is_weight(node.args[1]) and len(shape(node.args[0])) == 2 and len(shape(node.args[1])) == 3
             and shape(node.args[0])[-1] == shape(node.args[1])[1] and shape(node)[-1:] == shape(node.args[1])[2:])
@@ -150,7 +158,7 @@ def edit_weight(linear: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
     """Replace a linear's weight by ``edit`` of it, in the layout [N, K], or [E, N, K] of experts."""
     graph, weight = linear.graph, linear.args[1]
     with graph.inserting_before(linear):
-        if is_linear(linear):
+        if calls(linear, F.linear, expert_linear):
             weight = edit(weight)
         else:
             turned = edit(weight_call(graph, torch.transpose, weight, -2, -1))
@@ -202,7 +210,8 @@ def is_position_map(node: object) -> bool:
     before, after = shape(node.args[0]), shape(node)
     if len(before) < 2 or len(after) < 2 or before[-1] != after[-1]:
         return False
-    if calls(node, "view", "reshape", "contiguous", "flatten", torch.reshape, torch.flatten):
+    if calls(node, "view", "reshape", "contiguous", "flatten", "repeat_interleave", torch.reshape, torch.flatten,
+             torch.repeat_interleave):
         return True
     if not calls(node, operator.getitem):
         return False

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from torch import fx
 
+from larosa_fx.graph import PARAMETER, placeholders
 from larosa_fx.passes import (
     centre_layer_norms,
     fold_gain,
@@ -85,6 +86,7 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     ``rotations``: basis -> Q. ``rotation``: granularity. ``k``: channels kept at each site.
     """
     report.structure = structure.rows()
+    names = [node.meta.get(PARAMETER, str(node)) for node in placeholders(gm.graph)]
     report.treatment = treatment(structure, rotation)
     if report.treatment == "fold":
         run(fold_gain, gm, structure, [norm for value in structure.stream for norm in list(value.norms)])
@@ -107,4 +109,4 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     report.passes, report.layers, report.rotation = run.results, structure.layers, rotation
     report.nodes_before, report.nodes_after = run.nodes_before, len(gm.graph.nodes)
     gm.recompile()
-    return Binding(inputs, structure.dtype, structure.device, rotations)
+    return Binding(inputs, structure.dtype, structure.device, rotations, names=names)

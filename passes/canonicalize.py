@@ -63,7 +63,7 @@ def run(graph: fx.Graph) -> PassResult:
         if g.is_weight(node.args[0]) and len(g.shape(node.args[0])) == 2 and node.args[1] in ("T", "mT"):
             node.target, node.args = torch.t, node.args[:1]
     for node in list(graph.nodes):
-        if _rewrite_linear(graph, node):
+        if _rewrite_linear(graph, node) or _rewrite_expert_linear(node):
             result.count("linears")
     for node in list(graph.nodes):
         norm = match_norm(node)
@@ -224,4 +224,17 @@ def _rewrite_linear(graph: fx.Graph, node: fx.Node) -> bool:
     with graph.inserting_before(node):
         transposed = g.weight_call(graph, torch.t, weight)
     node.op, node.target, node.args, node.kwargs = "call_function", F.linear, (x, transposed, bias), {}
+    return True
+
+
+def _rewrite_expert_linear(node: fx.Node) -> bool:
+    """``torch.bmm(W[experts], x.unsqueeze(-1)).squeeze(-1)`` becomes g.expert_linear."""
+    if not g.calls(node, "squeeze") or node.args[1:] != (-1,) or not g.calls(node.args[0], torch.bmm):
+        return False
+    chosen, x = node.args[0].args
+    if not (g.calls(chosen, operator.getitem) and g.is_weight(chosen.args[0]) and len(g.shape(chosen.args[0])) == 3
+            and isinstance(chosen.args[1], fx.Node) and len(g.shape(chosen.args[1])) == 1
+            and g.calls(x, "unsqueeze") and x.args[1:] == (-1,)):
+        return False
+    node.op, node.target, node.args = "call_function", g.expert_linear, (x.args[0], *chosen.args)
     return True

@@ -20,7 +20,8 @@ from larosa_fx.weights import Recipe
 def run(gm: fx.GraphModule, dtype: torch.dtype) -> tuple[list[int | Recipe], PassResult]:
     """Returns, for each placeholder of the rewritten graph, the position of the original input or a recipe.
 
-    ``dtype`` is what folded tensors have. The model's own casts to another (``A_log.float()``) stay where they are.
+    ``dtype`` is what folded tensors have. The model's own casts to another (``A_log.float()``), and its
+    own transposed views, stay where they are.
     """
     result = PassResult("fold_weights")
     graph = gm.graph
@@ -30,7 +31,7 @@ def run(gm: fx.GraphModule, dtype: torch.dtype) -> tuple[list[int | Recipe], Pas
     for node in list(graph.nodes):
         if node.op == "placeholder" or not g.is_weight(node) or all(map(g.is_weight, node.users)):
             continue
-        if g.dtype(node) not in (None, dtype):
+        if g.dtype(node) not in (None, dtype) or (g.value(node) is not None and g.calls(node, *g.TRANSPOSES)):
             continue
         expression = _expression(node, position)
         if expression not in folded:

@@ -9,7 +9,7 @@ the other.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -101,13 +101,15 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
         else:
             for linear in linears:
                 result.skip(linear, "its input is not a branch of one value of the residual stream")
-    for tensor, *_ in list(outer):
-        if any(linear in branch for linear in groups[tensor] for branch in branches.values()):
-            outer = [entry for entry in outer if entry[0] is not tensor]
-            for linear in groups[tensor]:
-                result.skip(linear, "it lies between the linears of a branch (latent attention, a gate of its own)")
-        else:
-            used.update(n for n in branches[tensor] if n in root_of)
+    between = set().union(*branches.values())
+    outer, inside = _split(outer, lambda tensor: not between.issuperset(groups[tensor]))
+    last = {linear for tensor, *_ in outer for linear in groups[tensor]}
+    outer, behind = _split(outer, lambda tensor: last.isdisjoint(branches[tensor]))
+    for tensor, *_ in inside + behind:
+        for linear in groups[tensor]:
+            result.skip(linear, "another linear of the branch follows it or stands before it (latent attention, LoRA)")
+    for tensor, *_ in outer:
+        used.update(n for n in branches[tensor] if n in root_of)
     for experts in filter(g.is_expert_linear, graph.nodes):
         result.skip(experts, "experts' linears stay dense")
     attention = {root for _, root, mixes in outer if mixes}
@@ -135,6 +137,11 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
         sites.remove(site)
         result.skip(site.linears[0], f"more than one {site.name}")
     return sorted(sites, key=lambda s: (s.layer, s.kind)), set(readers) - followed
+
+
+def _split(outer: list[tuple], keep: Callable[[fx.Node], bool]) -> tuple[list[tuple], list[tuple]]:
+    """Those whose tensor is to be kept, and the others."""
+    return [entry for entry in outer if keep(entry[0])], [entry for entry in outer if not keep(entry[0])]
 
 
 def _mixes_positions(node: fx.Node) -> bool:
