@@ -101,6 +101,11 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
         else:
             for linear in linears:
                 result.skip(linear, "its input is not a branch of one value of the residual stream")
+    leads = _leading_back(graph, stream_like)
+    outer, head = _split(outer, lambda tensor: leads.issuperset(groups[tensor]))
+    for tensor, *_ in head:
+        for linear in groups[tensor]:
+            result.skip(linear, "nothing leads from it back to the residual stream: a head")
     between = set().union(*branches.values())
     outer, inside = _split(outer, lambda tensor: not between.issuperset(groups[tensor]))
     last = {linear for tensor, *_ in outer for linear in groups[tensor]}
@@ -137,6 +142,15 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
         sites.remove(site)
         result.skip(site.linears[0], f"more than one {site.name}")
     return sorted(sites, key=lambda s: (s.layer, s.kind)), set(readers) - followed
+
+
+def _leading_back(graph: fx.Graph, stream_like: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that a later value of the residual stream depends on."""
+    leads: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if any(user in stream_like or user in leads for user in node.users):
+            leads.add(node)
+    return leads
 
 
 def _split(outer: list[tuple], keep: Callable[[fx.Node], bool]) -> tuple[list[tuple], list[tuple]]:
