@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -78,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity without a plan")
     inspect.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
     inspect.add_argument("--dump-dir", metavar="DIR", help="write numbered graphs before and after every pass")
+    inspect.add_argument("--html", metavar="FILE", help="draw one layer before and after: sites, rotations, adapters")
+    inspect.add_argument("--layer", type=int, default=0, help="the layer that is drawn")
     inspect.add_argument("--json", action="store_true", help='print {"structure": [...], "report": {...}}')
 
     generate = command("generate", _generate, "Generate text with sparse decoding, streamed.")
@@ -158,7 +161,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from larosa_fx import backend
+    from larosa_fx import backend, figure
     from larosa_fx.calibrate import calibrate
 
     model, _ = _load(args)
@@ -172,6 +175,8 @@ def _inspect(args: argparse.Namespace) -> None:
     with torch.no_grad():
         compiled(ids[:, :1])
     report = backend.last_report()
+    if args.html:
+        Path(args.html).write_text(figure.html(report, args.layer), encoding="utf-8")
     if args.json:
         print(json.dumps({"structure": report.structure, "report": report.to_dict()}, indent=1))
     else:
@@ -201,8 +206,6 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _families(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from larosa_fx import families
 
     known = list(families.classes())

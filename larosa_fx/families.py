@@ -117,11 +117,15 @@ def tiny_config(config_class: type, left_out: Iterable[str] = ()):
 
     default = config_class()
     changes: dict[str, object] = {}
-    for name in default.to_dict():
-        if isinstance(part := getattr(default, name, None), PreTrainedConfig):
+    known = default.to_dict()
+    for name, value in known.items():
+        if isinstance(value, dict) and isinstance(part := getattr(default, name, None), PreTrainedConfig):
             changes[name] = tiny_config(type(part), left_out)
         elif name in SIZES and name not in left_out:
             changes[name] = SIZES[name]
+    if "kv_lora_rank" in known:  # latent attention: no groups, and head_dim is a part of a head
+        changes = {name: value for name, value in changes.items() if name != "head_dim"}
+        changes["num_key_value_heads"] = SIZES["num_attention_heads"]
     return config_class(**changes)
 
 

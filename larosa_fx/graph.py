@@ -291,6 +291,37 @@ def weight_call(graph: fx.Graph, function: Callable, *args: object) -> fx.Node:
     return graph.call_function(function, args)
 
 
+def formula(node: object) -> str:
+    """A weight expression as algebra, for people: ``(q_proj diag(input_layernorm)) Q[layers.0]``."""
+    if not isinstance(node, fx.Node):
+        return str(node)
+    if node.op == "placeholder":
+        parts = node.meta.get(PARAMETER, str(node)).split(".")
+        return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else ".".join(parts[-2:])
+    if node.op == "get_attr":
+        return f"Q[{node.meta[ROTATION]}]"
+    first, *rest = node.args
+    if calls(node, torch.cat):
+        return f"[{'; '.join(map(formula, first))}]"
+    if calls(node, *TRANSPOSES):
+        return f"{_factor(first)}ᵀ"
+    if calls(node, centred):
+        return f"{_factor(first)} M" if rest[0] == -1 else f"M {_factor(first)}"
+    if calls(node, torch.matmul):
+        return f"{_factor(first)} {_factor(rest[0])}"
+    if calls(node, *MULS) and len(shape(rest[0])) == 1:
+        return f"{_factor(first)} diag({formula(rest[0])})"
+    if is_binary(node, (*ADDS, *MULS)):
+        return f" {'+' if calls(node, *ADDS) else '·'} ".join(map(_factor, node.args))
+    return formula(first)  # a cast
+
+
+def _factor(node: object) -> str:
+    """A formula that may stand in a product."""
+    text = formula(node)
+    return f"({text})" if " " in text and text[0] not in "([" else text
+
+
 def upstream(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
     """All nodes that ``node`` depends on, itself included, not looking past nodes where ``stop`` holds."""
     seen, stack = set(), [node]

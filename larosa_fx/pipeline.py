@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import fx
 
-from larosa_fx.graph import PARAMETER, placeholders
+from larosa_fx.graph import PARAMETER, calls, formula, is_weight, placeholders
 from larosa_fx.passes import (
     centre_layer_norms,
     fold_gain,
@@ -23,7 +24,7 @@ from larosa_fx.passes import (
     rotate_online,
 )
 from larosa_fx.report import PassResult, Report, SiteReport
-from larosa_fx.structure import BASES, Structure
+from larosa_fx.structure import BASES, Site, Structure
 from larosa_fx.weights import Binding
 
 log = logging.getLogger("larosa_fx")
@@ -79,6 +80,15 @@ def treatment(structure: Structure, rotation: str) -> str:
     return "online" if rotation == "online" or structure.obstacles else "fold"
 
 
+def _residual_edge(structure: Structure, site: Site) -> str | None:
+    """The adapter where the site's linears write the stream; "" without one, None where they write something else."""
+    for value in structure.stream:
+        if not set(value.writers).isdisjoint(site.linears):
+            edges = [x for x in value.node.all_input_nodes if calls(x, torch.matmul) and is_weight(x.args[1])]
+            return "".join(formula(edge.args[1]) for edge in edges)
+    return None
+
+
 def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rotation: str, k: Mapping[str, int],
               sparsify: str, run: Runner, report: Report) -> Binding:
     """All passes after matching. Rewrites ``gm`` in place and fills ``report``; returns how to call the result.
@@ -100,8 +110,10 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     report.sites = [SiteReport(
         site.name, site.in_features, site.out_features, len(site.linears),
         f"{report.treatment} {BASES[rotation](site)}" if site.inner and rotation != "none" else "none",
-        k[site.name], "") for site in structure.sites]
+        k[site.name], "", writes=_residual_edge(structure, site)) for site in structure.sites]
     run(merge_siblings, gm, structure)
+    for row, site in zip(report.sites, structure.sites, strict=True):
+        row.weight = formula(site.linears[0].args[1])
     forms = run(lower_topk, gm, structure, k, sparsify)
     for site in report.sites:
         site.form = forms[site.site]

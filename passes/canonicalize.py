@@ -51,7 +51,7 @@ class Norm(NamedTuple):
 
 def run(graph: fx.Graph) -> PassResult:
     """Rewrite ``graph`` in place; counts are ``norms`` and ``linears`` that were
-    not canonical before, and ``no-ops`` (casts to the same dtype, inactive dropout) removed."""
+    not canonical before, ``no-ops`` (casts to the same dtype, inactive dropout) removed, and ``sums out of place``."""
     result = PassResult("canonicalize")
     for node in list(graph.nodes):
         _by_position(node)
@@ -59,6 +59,9 @@ def run(graph: fx.Graph) -> PassResult:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             result.count("no-ops")
+    for node in list(graph.nodes):
+        if _add_out_of_place(graph, node):
+            result.count("sums out of place")
     for node in graph.find_nodes(op="call_function", target=getattr):
         if g.is_weight(node.args[0]) and len(g.shape(node.args[0])) == 2 and node.args[1] in ("T", "mT"):
             node.target, node.args = torch.t, node.args[:1]
@@ -95,6 +98,20 @@ def _by_position(node: fx.Node) -> None:
             args[-1] = 1e-5  # its default
     if not rest:
         node.args, node.kwargs = tuple(args), {}
+
+
+def _add_out_of_place(graph: fx.Graph, node: fx.Node) -> bool:
+    """``y += b`` becomes ``y = y + b`` where y is a linear's own output, which nothing has read before."""
+    if not g.is_binary(node, (operator.iadd, "add_")) or not isinstance(node.args[1], fx.Node):
+        return False
+    target, other = node.args
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    if not g.calls(target, F.linear, torch.matmul, operator.matmul, "matmul") or g.shape(node) != g.shape(target) or (
+            g.dtype(other) != g.dtype(target)) or any(order[user] < order[node] for user in target.users):
+        return False
+    node.op, node.target = "call_function", operator.add
+    target.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    return True
 
 
 def match_norm(node: fx.Node) -> Norm | None:
