@@ -1,4 +1,4 @@
-"""One decoder layer before and after on a self-contained HTML page: sites, rotations, adapters, as in the paper's Figure 2."""
+"""One decoder layer before and after, on a self-contained HTML page: sites, rotations, adapters (the paper's Figure 2)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ class _Drawing:
     def box(self, kind: str, text: str, small: str = "", pill: bool = False) -> None:
         lines = [small[i:i + 74] for i in range(0, len(small), 74)]
         height = 24 + 12 * len(lines)
-        self.parts.append(f'<rect class="{kind}" x="90" y="{self.y}" width="420" height="{height}" rx="{12 if pill else 2}"/>')
+        self.parts.append(f'<rect class="{kind}" x="90" y="{self.y}" width="420" height="{height}" '
+                          f'rx="{12 if pill else 2}"/>')
         self._text(300, self.y + 16, text)
         for i, line in enumerate(lines):
             self._text(300, self.y + 29 + 12 * i, line, "small")
@@ -112,11 +113,12 @@ class _Drawing:
             middle = (self.branch + y) / 2
             self.parts.append(f'<rect class="adapter" x="4" y="{middle - 14}" width="78" height="28">'
                               f'<title>{escape(adapter)}</title></rect>')
-            self._text(43, middle + 4, "A = QᵀQ′", "small")
+            self._text(43, middle + 4, "adapter", "small")
         self.parts.append(f'<line x1="40" y1="{y + 9}" x2="40" y2="{y + 24}"/>')
         self.branch, self.y = y + 9, y + 24
 
     def svg(self) -> str:
-        return (f'<svg width="{WIDTH}" height="{self.y + 8}" role="img"><defs><marker id="{self.name}" markerWidth="8" '
-                'markerHeight="8" refX="6" refY="3" orient="auto"><path d="M0 0 L6 3 L0 6 z" style="fill: #555"/></marker></defs>'
+        arrow = (f'<marker id="{self.name}" markerWidth="8" markerHeight="8" refX="6" refY="3" orient="auto">'
+                 '<path d="M0 0 L6 3 L0 6 z" style="fill: #555"/></marker>')
+        return (f'<svg width="{WIDTH}" height="{self.y + 8}" role="img"><defs>{arrow}</defs>'
                 f'{"".join(self.parts)}</svg>')
