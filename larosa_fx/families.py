@@ -265,7 +265,9 @@ def _cells(row: Row) -> list[object]:
 def table(names: Sequence[str], *, timeout: float = 180, jobs: int = 1, progress: bool = True) -> Iterator[Row]:
     """One row a class, each from a process that is killed after ``timeout`` seconds; ``jobs`` run at a time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["larosa_fx.families", "transformers"])
+    # Imported once, not in every child: Dynamo, and the modules of all classes, which the mapping names
+    context.set_forkserver_preload(["larosa_fx.families", "torch._dynamo",
+                                    *{model.__module__ for _, model in classes().values()}])
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(names), unit="class", disable=not progress) as bar:
         def one(name: str) -> Row:
             row = _isolated(context, name, timeout)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -322,8 +323,24 @@ def _factor(node: object) -> str:
     return f"({text})" if " " in text and text[0] not in "([" else text
 
 
-def upstream(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
-    """All nodes that ``node`` depends on, itself included, not looking past nodes where ``stop`` holds."""
+def state_writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Placeholder -> what writes to it in place, itself or through views of it: how keys and values get into a cache."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in filter(mutates, graph.nodes):
+        state = node
+        while isinstance(state, fx.Node) and state.op != "placeholder":
+            state = state.args[0] if state.args else None
+        if isinstance(state, fx.Node):
+            found.setdefault(state, []).append(node)
+    return found
+
+
+def upstream(node: fx.Node, stop: Callable[[fx.Node], bool],
+             writes: Mapping[fx.Node, Sequence[fx.Node]] = MappingProxyType({})) -> Iterator[fx.Node]:
+    """All nodes that ``node`` depends on, itself included, not looking past nodes where ``stop`` holds.
+
+    ``writes``: what a placeholder depends on besides, its ``state_writes``.
+    """
     seen, stack = set(), [node]
     while stack:
         current = stack.pop()
@@ -332,4 +349,4 @@ def upstream(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node
         seen.add(current)
         yield current
         if not stop(current):
-            stack.extend(current.all_input_nodes)
+            stack.extend((*current.all_input_nodes, *writes.get(current, ())))

@@ -88,31 +88,31 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
     root_of = {linear: norm for norm, linears in readers.items() for linear in linears}  # linear -> norm, or the stream
     root_of |= {linear: tensor for tensor, linears in groups.items() if tensor in stream_like
                 for linear in linears if linear not in root_of}
+    writes = g.state_writes(graph)
     outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, root of its inner site, whether attention)
     branches: dict[fx.Node, set[fx.Node]] = {}  # site tensor -> what it depends on, as far as the linears behind a root
     used: set[fx.Node] = set()  # linears behind a root that an outer site depends on
     for tensor, linears in groups.items():
         if linears[0] in root_of:
             continue
-        branch = branches[tensor] = set(g.upstream(tensor, lambda n: n in root_of or n in readers))
+        branch = branches[tensor] = set(g.upstream(tensor, lambda n: n in root_of or n in readers, writes))
         roots = {root_of[n] for n in branch if n in root_of}
         if len(roots) == 1:
             outer.append((tensor, roots.pop(), any(map(_mixes_positions, branch))))
         else:
             for linear in linears:
                 result.skip(linear, "its input is not a branch of one value of the residual stream")
-    leads = _leading_back(graph, stream_like)
-    outer, head = _split(outer, lambda tensor: leads.issuperset(groups[tensor]))
-    for tensor, *_ in head:
-        for linear in groups[tensor]:
-            result.skip(linear, "nothing leads from it back to the residual stream: a head")
     between = set().union(*branches.values())
+    leads = _leading_back(graph, stream_like)
     outer, inside = _split(outer, lambda tensor: not between.issuperset(groups[tensor]))
+    outer, head = _split(outer, lambda tensor: leads.issuperset(groups[tensor]))
     last = {linear for tensor, *_ in outer for linear in groups[tensor]}
     outer, behind = _split(outer, lambda tensor: last.isdisjoint(branches[tensor]))
-    for tensor, *_ in inside + behind:
-        for linear in groups[tensor]:
-            result.skip(linear, "another linear of the branch follows it or stands before it (latent attention, LoRA)")
+    left = {"another linear of the branch follows it or stands before it (latent attention, LoRA)": inside + behind,
+            "nothing leads from it back to the residual stream: a head": head}
+    for reason, entries in left.items():
+        for linear in (linear for tensor, *_ in entries for linear in groups[tensor]):
+            result.skip(linear, reason)
     for tensor, *_ in outer:
         used.update(n for n in branches[tensor] if n in root_of)
     for experts in filter(g.is_expert_linear, graph.nodes):
