@@ -209,7 +209,7 @@ def is_position_map(node: object) -> bool:
     if not isinstance(node, fx.Node) or not node.args or not shape(node) or not isinstance(node.args[0], fx.Node):
         return False
     before, after = shape(node.args[0]), shape(node)
-    if len(before) < 2 or len(after) < 2 or before[-1] != after[-1]:
+    if len(before) < 2 or len(after) < 2 or before[-1] != after[-1] or dtype(node.args[0]) != dtype(node):
         return False
     if calls(node, "view", "reshape", "contiguous", "flatten", "repeat_interleave", torch.reshape, torch.flatten,
              torch.repeat_interleave):

@@ -123,6 +123,8 @@ def match_norm(node: fx.Node) -> Norm | None:
         source = g.peel(node.args[0], g.is_cast)
         output = _cast_down(node, g.dtype(source))
         gain, bias = (x and g.peel(x, g.is_cast) for x in g.affine(node))
+        if any(x is not None and g.dtype(x) != g.dtype(source) for x in (gain, bias)):
+            return None
         return Norm(output, source, gain, bias, node.args[-1], g.is_layer_norm(node)) if output is not node else None
     mean_plus_eps = _reciprocal_root(node)
     if mean_plus_eps is None or not g.is_binary(mean_plus_eps, g.ADDS):

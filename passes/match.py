@@ -84,7 +84,11 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if g.is_linear(node) and g.is_weight_linear(node):
-            groups.setdefault(node.args[0], []).append(node)
+            weights = [n for n in g.upstream(node.args[1], lambda n: False) if n.op == "placeholder"]
+            if all(g.dtype(n) == g.dtype(node) or not g.dtype(n).is_floating_point for n in weights):
+                groups.setdefault(node.args[0], []).append(node)
+            else:
+                result.skip(node, "it computes in another dtype than its weight has")
     root_of = {linear: norm for norm, linears in readers.items() for linear in linears}  # linear -> norm, or the stream
     root_of |= {linear: tensor for tensor, linears in groups.items() if tensor in stream_like
                 for linear in linears if linear not in root_of}
