@@ -45,7 +45,8 @@ _SIZES = {
     24: ("q_lora_rank",),
     32: ("moe_intermediate_size", "shared_expert_intermediate_size"),
     1: ("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "bos_token_id"),
-    128: ("vocab_size", "text_vocab_size", "max_position_embeddings", "n_positions", "n_ctx"),
+    128: ("vocab_size", "text_vocab_size", "max_position_embeddings", "n_positions", "n_ctx",
+          "vocab_size_per_layer_input"),
     0: ("pad_token_id",),
 }
 SIZES = {name: size for size, names in _SIZES.items() for name in names}

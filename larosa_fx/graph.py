@@ -254,10 +254,17 @@ def mutates(node: fx.Node) -> bool:
     return node.op == "call_function" and (node.target in IN_PLACE or getattr(node.target, "__name__", "").endswith("_"))
 
 
+def _storage(x: object) -> torch.UntypedStorage | None:
+    """A tensor's memory; None where x is no tensor, or one inside of vmap, which has none of its own."""
+    try:
+        return x.untyped_storage() if isinstance(x, torch.Tensor) else None
+    except NotImplementedError:
+        return None
+
+
 def written_in_place(graph: fx.Graph) -> set[fx.Node]:
     """All nodes whose memory something writes to, through whatever views: fake tensors share storages as real ones do."""
-    storage = {node: value(node).untyped_storage() for node in graph.nodes
-               if node.op != "output" and isinstance(value(node), torch.Tensor)}
+    storage = {node: memory for node in graph.nodes if node.op != "output" and (memory := _storage(value(node))) is not None}
     written = {id(storage[node.args[0]]) for node in graph.nodes
                if mutates(node) and node.args and node.args[0] in storage}
     return {node for node, memory in storage.items() if id(memory) in written}
