@@ -19,7 +19,7 @@ EXPECTED = {  # class: treatment, sites, part of the reason
     "DeepseekV3ForCausalLM": ("fold", ALL, "latent attention"),
     "Gemma3ForCausalLM": ("online", ALL, "cannot be carried past"),  # norms behind the branches as well
     "Olmo2ForCausalLM": ("online", ALL, "without a norm"),  # norms behind the branches only
-    "MambaForCausalLM": ("dense", "", ""),
+    "DeepseekV4ForCausalLM": ("dense", "", "no linears behind a norm"),  # hyper-connections
 }
 
 
