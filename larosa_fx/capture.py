@@ -40,7 +40,7 @@ def capture(gm: fx.GraphModule, parameter_mask: Sequence[bool], run: Runner) -> 
 
 def _refusal(gm: fx.GraphModule, structure: Structure) -> str | None:
     if not structure.sites:
-        return "no linears behind an RMSNorm of a residual stream in this graph"
+        return "no linears behind a norm of a residual stream in this graph"
     if structure.written:
         return f"something writes in place to {structure.written[0]}, which linears read"
     if any(g.argument(node, 1, "p", 0.5) and g.argument(node, 2, "training", True)

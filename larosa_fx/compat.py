@@ -38,8 +38,9 @@ def parameter_name(node: fx.Node) -> str:
         name = name()
     if not isinstance(name, str):
         return str(node.target)
-    return ".".join(part for part in re.findall(r"\['([^']+)'\]|\.(\w+)", name)
-                    for part in part if part and part not in ("self", "_modules", "_parameters", "_buffers"))
+    parts = re.findall(r"\['([^']+)'\]|\.(\w+)", name)  # L['self']._modules['layers']._modules['0']...
+    return ".".join(key or attribute for i, (key, attribute) in enumerate(parts)
+                    if attribute not in ("_modules", "_parameters", "_buffers") and (i or key != "self"))
 
 
 def foreach_add(graph: fx.Graph, tensors: Sequence[fx.Node], by: int) -> fx.Node:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.allocate import allocate, byte_sparsity
-from larosa_fx.graph import PARAMETER, upstream
+from larosa_fx.graph import PARAMETER, affine, is_layer_norm, upstream
 from larosa_fx.structure import BASES, Site
 
 FORMAT = "larosa-plan"
@@ -43,15 +43,18 @@ class PlanSite:
     gain: str | None = None  # the norm's parameter, at inner sites
     eps: float | None = None
     basis: str | None = None  # the rotation at this site
+    centred: bool = False  # whether the norm is a LayerNorm
 
     @classmethod
     def of(cls, site: Site, rotation: str) -> PlanSite:
         if site.norm is None:
-            return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters)
-        _, _, gain, eps = site.norm.args
-        gains = [n.meta[PARAMETER] for n in upstream(gain, lambda n: False) if PARAMETER in n.meta] if gain else []
+            return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
+                       basis=BASES[rotation](site) if site.inner else None)
+        owned = [node for x in affine(site.norm) if x is not None for node in upstream(x, lambda n: False)
+                 if PARAMETER in node.meta]
         return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
-                   gains[0] if gains else None, eps, BASES[rotation](site))
+                   owned[0].meta[PARAMETER] if owned else None, site.norm.args[-1], BASES[rotation](site),
+                   is_layer_norm(site.norm))
 
 
 @dataclass(eq=False)

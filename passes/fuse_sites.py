@@ -80,7 +80,7 @@ def _gemv(site: Site) -> _Fused | None:
 
 
 def _norm(f: _Fused) -> _Fused | None:
-    if not g.is_rms_norm(f.x) or f.x.args[2] is not None or len(f.x.users) != 1:
+    if not g.calls(f.x, F.rms_norm) or f.x.args[2] is not None or len(f.x.users) != 1:
         return None
     x, _, _, eps = f.x.args
     return replace(f, x=x, eps=torch.finfo(g.dtype(x)).eps if eps is None else eps)
