@@ -31,8 +31,29 @@ def replaced(model: torch.nn.Module, sites: Iterable[PlanSite], replacement: Cal
             handle.remove()
 
 
+def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
+    """x, [..., D], with all but the k entries of largest magnitude of each row set to zero; ties keep the lower index."""
+    order = x.abs().sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(x).scatter(-1, order[..., :k], x.gather(-1, order[..., :k]))
+
+
+def largest(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mask of the k largest scores of each row of [..., D], the k-th largest itself, [..., 1]).
+
+    Ties at the threshold are all kept, as the released code does. Nothing is sorted, which matters on a GPU.
+    """
+    threshold = score.kthvalue(score.shape[-1] - k + 1, dim=-1, keepdim=True).values
+    return score >= threshold, threshold
+
+
+def keep_largest(x: torch.Tensor, k: int) -> torch.Tensor:
+    """``keep_top_k`` but for ties."""
+    return x * largest(x.abs(), k)[0]
+
+
 @contextmanager
-def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None) -> Iterator[torch.nn.Module]:
+def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None,
+              keep: Callable[[torch.Tensor, int], torch.Tensor] = keep_top_k) -> Iterator[torch.nn.Module]:
     """Within the context ``model`` computes as if compiled with ``plan`` and ``sparsify="all"``, every token sparsified."""
     k = plan.k_at(sparsity)
     device = next(model.parameters()).device
@@ -51,10 +72,10 @@ def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None)
             if heads is not None:
                 z = map_heads(z, heads.to(x))
             if scale is None:
-                z = keep_top_k(z, k[site.name])
+                z = keep(z, k[site.name])
             else:
                 s = scale.to(x)
-                z = keep_top_k(z * s, k[site.name]) / s
+                z = keep(z * s, k[site.name]) / s
             if inverse is not None:
                 z = map_heads(z, inverse.to(x))
             return (z @ q.T.to(x)) * gain if q is not None else z
@@ -63,12 +84,6 @@ def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None)
 
     with replaced(model, plan.sites, replacement):
         yield model
-
-
-def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
-    """x, [..., D], with all but the k entries of largest magnitude of each row set to zero; ties keep the lower index."""
-    order = x.abs().sort(dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(x).scatter(-1, order[..., :k], x.gather(-1, order[..., :k]))
 
 
 def map_heads(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from larosa_fx.allocate import coefficient
 from larosa_fx.plan import ATTACHED, Plan, PlanSite
-from larosa_fx.reference import Replacement, map_heads, replaced
+from larosa_fx.reference import Replacement, largest, map_heads, replaced
 from larosa_fx.rotations import orthonormal
 
 
@@ -99,8 +99,7 @@ class _Mask(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, log_scale, share, k, temperature):
         score = z.abs() if log_scale is None else z.abs() * log_scale.exp()
-        threshold = score.kthvalue(z.shape[-1] - k + 1, dim=-1, keepdim=True).values
-        mask = score >= threshold
+        mask, threshold = largest(score, k)
         ctx.temperature = temperature
         if temperature is None:
             ctx.save_for_backward(mask)
