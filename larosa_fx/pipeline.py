@@ -13,6 +13,7 @@ from torch import fx
 
 from larosa_fx.passes import (
     fold_gain,
+    fold_maps,
     fold_rotations,
     fold_weights,
     insert_adapters,
@@ -78,10 +79,11 @@ def treatment(structure: Structure, rotation: str) -> str:
 
 
 def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rotation: str, k: Mapping[str, int],
-              sparsify: str, run: Runner, report: Report) -> Binding:
+              sparsify: str, rotate_cache: bool, run: Runner, report: Report) -> Binding:
     """All passes after matching. Rewrites ``gm`` in place and fills ``report``; returns how to call the result.
 
-    ``rotations``: basis -> Q. ``rotation``: granularity. ``k``: channels kept at each site.
+    ``rotations``: a plan's matrices: rotations, and maps of heads and scales, where it has them. ``rotation``: granularity.
+    ``k``: channels kept at each site. ``rotate_cache``: see ``larosa_fx.options``.
     """
     report.structure = structure.rows()
     report.treatment = treatment(structure, rotation)
@@ -92,9 +94,10 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     elif report.treatment == "online":
         run(fold_gain, gm, structure, [site.norm for site in structure.inner_sites()])
         run(rotate_online, gm, structure, rotations, rotation)
+    maps = run(fold_maps, gm, structure, rotations, rotate_cache)
     report.sites = [SiteReport(
         site.name, site.in_features, site.out_features, len(site.linears),
-        f"{report.treatment} {BASES[rotation](site)}" if site.norm is not None and rotation != "none" else "none",
+        f"{report.treatment} {BASES[rotation](site)}" if site.norm is not None and rotation != "none" else maps[site.name],
         k[site.name], "") for site in structure.sites]
     run(merge_siblings, gm, structure)
     forms = run(lower_topk, gm, structure, k, sparsify)

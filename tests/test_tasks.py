@@ -54,8 +54,8 @@ def test_greedy_targets():
 
 
 def test_reading(tmp_path):
-    rows = [{"context": "c", "choices": [" a", " b"], "label": 1}, {"prefixes": ["p", "q"], "continuation": " r", "label": 0},
-            {"context": "c", "target": " t"}]
+    rows = [{"context": "c", "choices": [" a", " b"], "label": 1},
+            {"prefixes": ["p", "q"], "continuation": " r", "label": 0}, {"context": "c", "target": " t"}]
     path = tmp_path / "items.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     assert read_items(path) == [Item([("c", " a"), ("c", " b")], 1), Item([("p", " r"), ("q", " r")], 0),
