@@ -94,6 +94,8 @@ class Bench:
         path = Path(self.args.plans) / f"{name}.larosa" if self.args.plans else None
         if path is not None and path.is_file():
             return name, Plan.load(path)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
         start = self.plan_of(settings.pop("rotation", "layer"), settings.pop("basis", "pca"))
         options = TrainingOptions(**{key: ast.literal_eval(value) for key, value in settings.items()})
         torch.set_float32_matmul_precision("high")  # TF32 where there is one; evaluation is in float32
@@ -105,7 +107,6 @@ class Bench:
         print(f"{name}: {self.seconds[f'training {name}']:.0f} s, log KL {plan.provenance['training']['validation_log_kl']}",
               flush=True)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             plan.save(path)
         return name, plan
 

@@ -34,7 +34,8 @@ class TrainingOptions:
     temperature: width of the selection's soft boundary in log |z|; None passes gradients straight through the mask, which
     tells scales and allocation nothing.
     rotations, heads, scales, allocation: what is trained; the last two at lr_scales and lr_allocation (of logarithms).
-    weighted: scales start from the norms of the weight columns behind each channel (WINA's score) instead of from 1.
+    weighted: scales of rotated sites start from the norms of the weight columns behind each channel (WINA's score), not from
+        1; at other sites that start was no better.
     validate_every: steps between validations; the best state seen, the start among them, is the outcome.
     """
 
@@ -221,21 +222,16 @@ class State:
         return self.start.heads.get(site.name, identity).to(self.device).clone()
 
     def _first_scale(self, model: torch.nn.Module, site: PlanSite) -> torch.Tensor:
-        """log of the norms of the columns of all weights that read the site's channels, their mean 0; or zeros."""
+        """log of the plan's own scale, or of the norms of the weight columns behind each channel, or 0; its mean is 0."""
         norms = torch.ones(site.in_features, device=self.device)
         if site.name in self.start.scales:
             norms = self.start.scales[site.name].to(self.device)
-        elif self.options.weighted:
+        elif self.options.weighted and site.basis is not None:
+            norm = model.get_submodule(site.gain.rpartition(".")[0])
             total = torch.zeros_like(norms)
-            for name in site.weights:
-                w = model.get_parameter(name).detach().float()
-                if site.basis is not None:
-                    norm = model.get_submodule(site.gain.rpartition(".")[0])
-                    gain = norm.forward(torch.ones(1, site.in_features, device=self.device, dtype=w.dtype))[0]
-                    w = (w * gain) @ self.rotations[site.basis]
-                elif site.name in self.heads:
-                    w = map_heads(w, self.heads[site.name][self._blocks[site.name]])
-                total += w.square().sum(0)
+            for w in (model.get_parameter(name).detach() for name in site.weights):
+                gain = norm.forward(torch.ones_like(w[:1]))[0]
+                total += ((w * gain).float() @ self.rotations[site.basis]).square().sum(0)
             norms = total.sqrt().clamp_min(1e-3 * total.sqrt().mean())
         log = norms.log()
         if site.blocks:  # one for all query heads that share a head of values

@@ -38,12 +38,12 @@ def test_training_lowers_the_divergence(start, change):
     model, plan, tokens = start
     before = [p.clone() for p in model.parameters()]
     with torch.enable_grad():
-        trained = train(model, plan, tokens[:3], tokens[3:], replace(QUICK, **change), progress=False)
+        trained = train(model, plan, tokens[:1], tokens[:1], replace(QUICK, **change), progress=False)
     assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(before, model.parameters(), strict=True))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     before, after = (sum(divergence(model, p, tokens[0], s) for s in QUICK.sparsities) for p in (plan, trained))
     losses = [loss for _, loss in trained.provenance["training"]["validation_log_kl"]]
-    assert after < before and min(losses[1:]) < losses[0]
+    assert after < 0.95 * before and min(losses) < losses[0] - 0.05
     for q in trained.rotations.values():
         assert (q.double().T @ q.double() - torch.eye(len(q))).abs().max() < 1e-6
     assert trained.byte_sparsity == pytest.approx(0.5, abs=0.02)

@@ -1,4 +1,4 @@
-"""Maps of heads and scales: nothing changes at sparsity 0, the selection is the plan's above, and no cache is half mapped."""
+"""Maps of heads and scales: nothing changes at sparsity 0, the selection is the plan's, no cache is half mapped."""
 
 import pytest
 import torch
