@@ -6,7 +6,7 @@ import torch
 import larosa_fx
 from larosa_fx.passes import fold_maps, match_sources
 from larosa_fx.reference import simulated
-from programs import program, tiny_model
+from programs import orthogonal, program, tiny_model
 from tiny import SIZES, compiled, error, ids, llama
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -22,9 +22,9 @@ def mapped_plan(model, rotation="layer"):
     for site in plan.sites:
         if site.blocks:
             size = site.in_features // len(site.blocks)
-            plan.heads[site.name] = torch.randn(max(site.blocks) + 1, size, size) + 2 * torch.eye(size)
+            plan.heads[site.name] = 0.1 * torch.randn(max(site.blocks) + 1, size, size) + orthogonal(size)
         elif site.gain or site.source:
-            plan.scales[site.name] = torch.randn(site.in_features).exp()
+            plan.scales[site.name] = (0.5 * torch.randn(site.in_features)).exp()
     plan.validate()
     plan.attach(model)
     return plan
