@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from larosa_fx import graph as g
-from larosa_fx.passes import canonicalize, match
+from larosa_fx.passes import canonicalize, match, match_sources
 from larosa_fx.pipeline import Runner
 from larosa_fx.structure import Structure, weight_placeholders
 
@@ -35,6 +35,7 @@ def capture(gm: fx.GraphModule, parameter_mask: Sequence[bool], run: Runner) -> 
     run.start(clone)
     run(canonicalize, clone.graph)
     structure = run(match, clone.graph)
+    run(match_sources, clone.graph, structure)
     return Capture(clone, structure, _refusal(clone, structure))
 
 

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--sparsity", type=_sparsity, default=0.5, help="byte sparsity the plan stands for")
     calibrate.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity of the rotations")
     calibrate.add_argument("--basis", default="pca", choices=("pca", "random", "hadamard"), help="how they are made")
+    calibrate.add_argument("--train", type=_positive, metavar="STEPS", help="train the plan end to end so many steps")
     calibrate.add_argument("--window", type=_positive, default=2048, help="tokens a window")
     calibrate.add_argument("--windows", type=_positive, default=16, help="windows to use")
 
@@ -127,6 +128,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from larosa_fx.calibrate import calibrate
     from larosa_fx.evaluate import windows
     from larosa_fx.loading import encode
+    from larosa_fx.training import TrainingOptions, train
 
     model, tokenizer = _load(args)
     text, origin = _text(args, "calibration")
@@ -134,6 +136,10 @@ def _calibrate(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     plan = calibrate(model, batches, sparsity=args.sparsity, rotation=args.rotation, basis=args.basis,
                      provenance={"text": origin})
+    if args.train:
+        held_out = max(1, len(batches) // 10)
+        plan = train(model, plan, batches[:-held_out], batches[-held_out:], TrainingOptions(steps=args.train),
+                     checkpoint=f"{args.output}.checkpoint")
     plan.save(args.output)
     print(f"{args.output}: {len(plan.rotations)} rotations, {len(plan.sites)} sites, byte sparsity "
           f"{plan.byte_sparsity:.2%}, calibrated on {plan.provenance['tokens']} tokens in "

@@ -59,6 +59,13 @@ def fake_tensors(example_inputs: Sequence[object], specs: Sequence[tuple[tuple[i
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in specs]
 
 
+def concrete(sizes: object) -> object:
+    """Ints in place of SymInts, those of the inputs that Dynamo traced with (2.11 to 2.13); tuples element by element."""
+    if isinstance(sizes, tuple):
+        return tuple(map(concrete, sizes))
+    return sizes.node.hint if isinstance(sizes, torch.SymInt) else sizes
+
+
 def inductor_options(mode: str | None) -> dict[str, object]:
     """Inductor's configuration for a ``torch.compile`` mode; ValueError for a name it does not know."""
     from torch._inductor import list_mode_options

@@ -13,7 +13,34 @@ from torch import fx
 from larosa_fx import compat
 
 PARAMETER = "larosa_parameter"  # meta key of placeholders that hold a module's parameter
-ROTATION = "larosa_rotation"  # meta key of get_attr nodes that hold a rotation: the name of its basis
+ROTATION = "larosa_rotation"  # meta key of get_attr nodes that hold a rotation, or another matrix of a plan: its name
+
+
+def map_blocks(w: torch.Tensor, maps: torch.Tensor, starts: Sequence[int], blocks: Sequence[int], inverse: bool
+               ) -> torch.Tensor:
+    """w, [..., C], with the d channels from starts[i] on times maps[blocks[i]]; the transposed inverse where ``inverse``.
+
+    maps: [n, d, d]. Channels of what is written take the maps, columns of what reads them the transposed inverses.
+    """
+    maps = torch.linalg.inv(maps).mT if inverse else maps
+    mapped = w.clone()
+    for start, block in zip(starts, blocks, strict=True):
+        channels = slice(start, start + maps.shape[-1])
+        mapped[..., channels] = w[..., channels] @ maps[block]
+    return mapped
+
+
+def pick_blocks(maps: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
+    """maps[blocks], [len(blocks), d, d]: a map for every head of a site."""
+    return maps[list(blocks)]
+
+
+def scale_channels(w: torch.Tensor, scale: torch.Tensor, start: int) -> torch.Tensor:
+    """w, [..., C], with the channels from ``start`` on times ``scale``, [n]."""
+    scaled = w.clone()
+    scaled[..., start:start + len(scale)] *= scale
+    return scaled
+
 
 
 def centred(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -34,6 +61,10 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
     "transpose": torch.transpose,
     centred: centred,
     "t": torch.t,
+    torch.div: torch.div,
+    map_blocks: map_blocks,
+    pick_blocks: pick_blocks,
+    scale_channels: scale_channels,
     "float": lambda x: x,  # casts are the identity in fp64
     "to": lambda x, *_, **__: x,
 }
@@ -282,8 +313,11 @@ def remove_dead_code(graph: fx.Graph) -> None:
 
 
 def rotation(gm: fx.GraphModule, basis: str, matrix: torch.Tensor) -> fx.Node:
-    """The rotation Q of ``basis``, [D, D], as a leaf of weight expressions: one node, before all that may use it."""
-    name = "larosa_rotation_" + basis.replace(".", "_")
+    """The rotation Q of ``basis``, [D, D], as a leaf of weight expressions: one node, before all that may use it.
+
+    The maps and scales of a plan are such leaves as well.
+    """
+    name = "larosa_rotation_" + basis.replace(".", "_").replace("/", "_")
     if hasattr(gm, name):
         return gm.graph.find_nodes(op="get_attr", target=name)[0]
     gm.register_buffer(name, matrix, persistent=False)

@@ -17,6 +17,7 @@ from larosa_fx.passes import (
     centre_layer_norms,
     defer_counters,
     fold_gain,
+    fold_maps,
     fold_rotations,
     fold_weights,
     fuse_attention,
@@ -94,10 +95,11 @@ def _residual_edge(structure: Structure, site: Site) -> str | None:
 
 
 def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rotation: str, k: Mapping[str, int],
-              sparsify: str, run: Runner, report: Report) -> Binding:
+              sparsify: str, rotate_cache: bool, run: Runner, report: Report) -> Binding:
     """All passes after matching. Rewrites ``gm`` in place and fills ``report``; returns how to call the result.
 
-    ``rotations``: basis -> Q. ``rotation``: granularity. ``k``: channels kept at each site.
+    ``rotations``: a plan's matrices: rotations, and maps of heads and scales, where it has them. ``rotation``: granularity.
+    ``k``: channels kept at each site. ``rotate_cache``: see ``larosa_fx.options``.
     """
     report.structure = structure.rows()
     names = [node.meta.get(PARAMETER, str(node)) for node in placeholders(gm.graph)]
@@ -111,9 +113,10 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     elif report.treatment == "online":
         run(fold_gain, gm, structure, [site.norm for site in structure.inner_sites() if site.norm is not None])
         run(rotate_online, gm, structure, rotations, rotation)
+    maps = run(fold_maps, gm, structure, rotations, rotate_cache)
     report.sites = [SiteReport(
         site.name, site.in_features, site.out_features, len(site.linears),
-        f"{report.treatment} {BASES[rotation](site)}" if site.inner and rotation != "none" else "none",
+        f"{report.treatment} {BASES[rotation](site)}" if site.inner and rotation != "none" else maps[site.name],
         k[site.name], "", writes=_residual_edge(structure, site)) for site in structure.sites]
     run(merge_siblings, gm, structure)
     for row, site in zip(report.sites, structure.sites, strict=True):

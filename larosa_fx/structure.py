@@ -12,11 +12,33 @@ from larosa_fx import graph as g
 
 
 @dataclass
+class Source:
+    """The linear whose output channels arrive at an outer site unmixed, in blocks: heads at h2, one block at h4.
+
+    starts: the first output channel of each block of the linear. blocks: for each block of the site, which of these it
+    is (GQA repeats heads). size: channels of a block. mixes: whether channels of a block may be mixed, not only scaled.
+    kept: whether the channels outlive the graph, in a key-value cache that other graphs read.
+    """
+
+    linear: fx.Node
+    starts: list[int]
+    blocks: list[int]
+    size: int
+    mixes: bool
+    kept: bool
+
+    def __post_init__(self) -> None:
+        self.parameter = next(n.meta[g.PARAMETER] for n in g.upstream(self.linear.args[1], lambda n: False)
+                              if g.PARAMETER in n.meta)
+
+
+@dataclass
 class Site:
     """One activation that is sparsified, and the linears that read it.
 
     kind: "h1" (QKV input), "h2" (o_proj input), "h3" (gate/up input) or "h4" (down_proj input).
     norm: the RMSNorm or LayerNorm whose output the site is; None at h2 and h4, and where linears read the stream itself.
+    source: what ``passes.match_sources`` finds there.
     """
 
     layer: int
@@ -24,6 +46,7 @@ class Site:
     input: fx.Node
     linears: list[fx.Node]
     norm: fx.Node | None = None
+    source: Source | None = None
 
     def __post_init__(self) -> None:
         self.in_features = g.linear_size(self.linears[0])[0]

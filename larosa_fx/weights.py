@@ -185,11 +185,14 @@ def _forbid_use(parameter_ids: set[int]) -> None:
 
 
 class ExactRotations(Mapping):
-    """Rotations in fp64, orthogonal beyond fp32's rounding. The last two are kept: a layer's recipes follow each other."""
+    """A plan's matrices in fp64; rotations, [D, D], orthogonal beyond fp32's rounding, maps and scales as they are.
+
+    The last two are kept: a layer's recipes follow each other.
+    """
 
     def __init__(self, rotations: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._bases = tuple(rotations)
-        self._make = functools.lru_cache(maxsize=2)(lambda basis: orthonormal(rotations[basis].to(device)))
+        self._make = functools.lru_cache(maxsize=2)(lambda name: _exact(rotations[name].to(device)))
 
     def __getitem__(self, basis: str) -> torch.Tensor:
         return self._make(basis)
@@ -201,11 +204,15 @@ class ExactRotations(Mapping):
         return len(self._bases)
 
 
+def _exact(matrix: torch.Tensor) -> torch.Tensor:
+    return orthonormal(matrix) if matrix.ndim == 2 else matrix.double()
+
+
 @dataclass(frozen=True)
 class Binding:
     """The inputs of a rewritten graph: for each, a position in the original inputs or a recipe.
 
-    ``rotations``: basis -> Q, what recipes name; ``digest`` stands for their values.
+    ``rotations``: what recipes name, a plan's ``matrices``; ``digest`` stands for their values.
     """
 
     inputs: list[int | Recipe]
