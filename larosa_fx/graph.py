@@ -293,9 +293,14 @@ def _storage(x: object) -> torch.UntypedStorage | None:
         return None
 
 
+def _memory(graph: fx.Graph) -> dict[fx.Node, torch.UntypedStorage]:
+    """The memory behind each tensor: fake tensors share storages as real ones do."""
+    return {node: memory for node in graph.nodes if node.op != "output" and (memory := _storage(value(node))) is not None}
+
+
 def written_in_place(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes whose memory something writes to, through whatever views: fake tensors share storages as real ones do."""
-    storage = {node: memory for node in graph.nodes if node.op != "output" and (memory := _storage(value(node))) is not None}
+    """All nodes whose memory something writes to, through whatever views."""
+    storage = _memory(graph)
     written = {id(storage[node.args[0]]) for node in graph.nodes
                if mutates(node) and node.args and node.args[0] in storage}
     return {node for node, memory in storage.items() if id(memory) in written}
@@ -338,7 +343,8 @@ def hoist_weights(graph: fx.Graph, node: fx.Node) -> None:
     needed = [n for n in upstream(node, lambda n: False) if n.op not in ("placeholder", "get_attr") and n is not node]
     order = {n: i for i, n in enumerate(graph.nodes)}
     for n in sorted(needed, key=order.__getitem__):
-        node.prepend(n)
+        if order[n] > order[node]:  # what stands in front may have readers there
+            node.prepend(n)
 
 
 def only_user(node: object) -> fx.Node | None:
@@ -384,14 +390,15 @@ def _factor(node: object) -> str:
 
 
 def state_writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Placeholder -> what writes to it in place, itself or through views of it: how keys and values get into a cache."""
+    """Node -> what writes to its memory in place, itself or through views of it: how keys and values get into a cache."""
+    storage = _memory(graph)
+    first: dict[int, fx.Node] = {}
+    for node, memory in storage.items():
+        first.setdefault(id(memory), node)
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in filter(mutates, graph.nodes):
-        state = node
-        while isinstance(state, fx.Node) and state.op != "placeholder":
-            state = state.args[0] if state.args else None
-        if isinstance(state, fx.Node):
-            found.setdefault(state, []).append(node)
+        if node.args and node.args[0] in storage:
+            found.setdefault(first[id(storage[node.args[0]])], []).append(node)
     return found
 
 

@@ -112,8 +112,8 @@ def _residual(f: _Fused) -> _Fused | None:
     if not isinstance(other, fx.Node) or g.is_weight(other) or g.dtype(add) != g.dtype(f.x):
         return None
     if g.calls(other, torch.matmul) and _packed(f.weight) is not None and _packed(other.args[1]) is _packed(f.weight):
-        residual = other.args[0]
-        return replace(f, output=add, weight=_packed(f.weight), residual=residual, adapter=g.shape(residual)[-1])
+        residual, rows = other.args
+        return replace(f, output=add, weight=_packed(f.weight), residual=residual, adapter=rows.args[3])
     return replace(f, output=add, residual=other) if g.shape(other) == g.shape(add) else None
 
 

@@ -30,7 +30,7 @@ def run(graph: fx.Graph, structure: Structure) -> PassResult:
     """Set ``source`` of the outer sites that have one; counts them, and names the others with the reason."""
     result = PassResult("match_sources")
     inner = {(site.layer, site.kind): site.linears for site in structure.inner_sites()}
-    for site in (s for s in structure.sites if s.norm is None):
+    for site in (s for s in structure.sites if not s.inner):
         candidates = inner.get((site.layer, {"h2": "h1", "h4": "h3"}[site.kind]), [])
         found = [source for linear in candidates if (source := _trace(graph, site, linear)) is not None]
         if len(found) == 1:

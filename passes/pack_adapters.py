@@ -16,6 +16,7 @@ from larosa_fx.structure import Site, Structure
 def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
     """Pack the weight of each lowered site, [K, N], with the adapter, [D, N], that its output is added to."""
     result = PassResult("pack_adapters")
+    width = g.shape(structure.stream[0].node)[-1]
     leaves = [n for n in gm.graph.nodes if n.op == "placeholder" or g.ROTATION in n.meta]
     for site in structure.sites:
         found = _beside(site)
@@ -29,7 +30,6 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
         g.hoist_weights(gm.graph, packed)
         with gm.graph.inserting_after(packed):
             product.update_arg(position, gm.graph.call_function(torch.narrow, (packed, 0, 0, site.in_features)))
-            width = g.shape(adapted.args[0])[-1]
             adapted.update_arg(1, gm.graph.call_function(torch.narrow, (packed, 0, site.in_features, width)))
         result.count("adapters")
     g.remove_dead_code(gm.graph)
