@@ -197,6 +197,14 @@ def weight_call(graph: fx.Graph, function: Callable, *args: object) -> fx.Node:
     return graph.call_function(function, args)
 
 
+def hoist_weights(node: fx.Node) -> None:
+    """Move the weight expressions that ``node`` depends on in front of it: they depend on placeholders alone."""
+    needed = [n for n in upstream(node, lambda n: False) if n.op not in ("placeholder", "get_attr") and n is not node]
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    for n in sorted(needed, key=order.__getitem__):
+        node.prepend(n)
+
+
 def upstream(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
     """All nodes that ``node`` depends on, itself included, not looking past nodes where ``stop`` holds."""
     seen, stack = set(), [node]

@@ -2,12 +2,14 @@
 
 RMSNorm without its gain scales all channels alike, so it does not change which are the k largest: the selection reads the
 raw stream and the norm's scalar multiplies the product. An adapter becomes more rows of the weight that writes the stream,
-[r, h4] . [A; W_down'], always active.
+[r, h4] . [A; W_down'], always active; where nothing is fused, as in prefill, the two are read as slices of that weight, so
+that all graphs share it.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -38,7 +40,7 @@ class _Fused:
     columns: int
     bias: fx.Node | None = None
     residual: fx.Node | None = None
-    adapter: fx.Node | None = None
+    adapted: fx.Node | None = None  # the weight and, below it, the adapter that ``residual`` goes through
     eps: float | None = None
     gate: str = ""
 
@@ -47,6 +49,7 @@ def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> P
     """Fuse each site that ``lower_topk`` made a GEMV, sparse or dense, with what the device's kernel takes around it."""
     result = PassResult("fuse_sites")
     for site in structure.sites:
+        _join(gm.graph, site)
         found = _gemv(site)
         if found is None:
             continue
@@ -57,7 +60,7 @@ def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> P
             more = absorb(found)
             if more is not None and _fits(more, fuses):
                 found = more
-                result.count("adapters" if found.adapter is not None and what == "residuals" else what)
+                result.count("adapters" if found.adapted is not None and what == "residuals" else what)
         site.linears = [_emit(gm.graph, found)]
         result.count("sites")
     g.remove_dead_code(gm.graph)
@@ -65,13 +68,32 @@ def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> P
 
 
 def _fits(f: _Fused, fuses: Fuses) -> bool:
-    adapter = 0 if f.adapter is None else g.shape(f.residual)[-1]
+    adapter = 0 if f.adapted is None else g.shape(f.residual)[-1]
     return g.value(f.x) is not None and fuses(g.value(f.x), f.columns, adapter, f.eps is not None, f.gate)
+
+
+def _join(graph: fx.Graph, site: Site) -> None:
+    """Make the site's weight, and the adapter whose product is added to the site's, slices of one weight."""
+    product, _ = _product(site)
+    rotated = _other(_only_user(site.linears[0]), site.linears[0])
+    if not (g.calls(rotated, torch.matmul) and g.is_weight(rotated.args[1]) and len(rotated.users) == 1):
+        return
+    with graph.inserting_before(next(node for node in graph.nodes if node in (product, rotated))):
+        joined = g.weight_call(graph, torch.cat, [product.args[-1], rotated.args[1]], 0)
+        g.hoist_weights(joined)
+        for node, rows in ((product, slice(None, site.in_features)), (rotated, slice(site.in_features, None))):
+            node.args = (*node.args[:-1], graph.call_function(operator.getitem, (joined, rows)))
+
+
+def _product(site: Site) -> tuple[fx.Node, fx.Node | None]:
+    """The site's product, whose last argument is its weight, and the bias that lower_topk added to it."""
+    (linear,) = site.linears
+    return linear.args if g.calls(linear, torch.add) else (linear, None)
 
 
 def _gemv(site: Site) -> _Fused | None:
     (linear,) = site.linears
-    gemv, bias = linear.args if g.calls(linear, torch.add) else (linear, None)  # lower_topk adds the bias
+    gemv, bias = _product(site)
     if g.calls(gemv, _GEMV):
         x, k = gemv.args[0].args[0].args
         return _Fused(linear, x, k, gemv.args[2], site.out_features, bias)
@@ -107,23 +129,19 @@ def _gate(f: _Fused) -> _Fused | None:
 
 def _residual(f: _Fused) -> _Fused | None:
     add = _only_user(f.output)
-    if not g.is_binary(add, g.ADDS):
-        return None
     other = _other(add, f.output)
     if not isinstance(other, fx.Node) or g.is_weight(other) or g.dtype(add) != g.dtype(f.x):
         return None
-    if g.calls(other, torch.matmul) and g.is_weight(other.args[1]) and len(other.users) == 1:
-        return replace(f, output=add, residual=other.args[0], adapter=other.args[1])
+    if g.calls(f.weight, operator.getitem):  # joined with the adapter that other goes through
+        return replace(f, output=add, residual=other.args[0], adapted=f.weight.args[0])
     return replace(f, output=add, residual=other) if g.shape(other) == g.shape(add) else None
 
 
 def _emit(graph: fx.Graph, f: _Fused) -> fx.Node:
     with graph.inserting_before(f.output):
-        weight = f.weight
-        if f.adapter is not None:
-            weight = g.weight_call(graph, torch.cat, [weight, f.adapter], 0)
+        weight = f.weight if f.adapted is None else f.adapted
         # What made x read the residual itself, so that is complete before x is.
-        early = f.adapter is not None and g.calls(f.x, _LINEAR) and f.x.args[0] is f.residual
+        early = f.adapted is not None and g.calls(f.x, _LINEAR) and f.x.args[0] is f.residual
         fused = graph.call_function(_LINEAR, (f.x, f.k, weight, f.bias, f.residual, f.eps, f.gate, early))
     fused.meta = dict(f.output.meta)
     f.output.replace_all_uses_with(fused)
@@ -147,5 +165,8 @@ def _only_user(node: fx.Node | None) -> fx.Node | None:
     return users[0] if len(users) == 1 else None
 
 
-def _other(node: fx.Node, operand: fx.Node) -> object:
-    return node.args[1] if node.args[0] is operand else node.args[0]
+def _other(add: fx.Node | None, operand: fx.Node) -> object:
+    """What a plain sum adds to ``operand``; None where ``add`` is none."""
+    if not g.is_binary(add, g.ADDS):
+        return None
+    return add.args[1] if add.args[0] is operand else add.args[0]

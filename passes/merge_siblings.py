@@ -23,12 +23,12 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
         biases = [linear.args[2] if len(linear.args) > 2 else None for linear in site.linears]
         with graph.inserting_after(site.input):
             weight = anchor = graph.call_function(torch.cat, ([linear.args[1] for linear in site.linears], 0))
-        _hoist_weights(graph, weight)
+        g.hoist_weights(weight)
         operands = (site.input, weight)
         if None not in biases:
             with graph.inserting_after(weight):
                 anchor = graph.call_function(torch.cat, (biases, 0))
-            _hoist_weights(graph, anchor)
+            g.hoist_weights(anchor)
             operands, biases = (*operands, anchor), [None] * len(biases)
         with graph.inserting_after(anchor):
             merged = graph.call_function(F.linear, operands)
@@ -49,11 +49,3 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
         site.linears = [merged]
     g.remove_dead_code(graph)
     return result
-
-
-def _hoist_weights(graph: fx.Graph, node: fx.Node) -> None:
-    """Move the weight expressions that ``node`` depends on in front of it: they depend on placeholders alone."""
-    needed = [n for n in g.upstream(node, lambda n: False) if n.op not in ("placeholder", "get_attr") and n is not node]
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    for n in sorted(needed, key=order.__getitem__):
-        node.prepend(n)
