@@ -234,6 +234,23 @@ def decode_attention(
     return reference.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
 
 
+@decode_attention.register_kernel("cpu")
+def _(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    position: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    serve = cpu if cpu.attends(q, keys, mask) and values.is_contiguous() else reference
+    return serve.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
+
+
 @decode_attention.register_kernel("cuda")
 def _(
     q: Tensor,
@@ -277,7 +294,7 @@ def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
         from larosa_fx.kernels import cuda_attention
 
         return cuda_attention.serves(q, keys, mask)
-    return False
+    return cpu.attends(q, keys, mask)
 
 
 def fuses(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:
