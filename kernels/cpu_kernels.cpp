@@ -41,6 +41,13 @@ INLINE void store(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
 
+// The sum of a vector's elements, by halves: one after the other they would wait for each other.
+INLINE float total(vf v) {
+  for (int width = LANES / 2; width; width /= 2)
+    for (int l = 0; l < width; l++) v[l] += v[l + width];
+  return v[0];
+}
+
 INLINE float bits_float(uint32_t u) {
   float f;
   memcpy(&f, &u, 4);
@@ -526,8 +533,7 @@ static float mean_square(const typename D::T* x, int64_t n) {
   vf p = {}, q = {}, a, b;
   int64_t i = 0;
   for (; i + PAIR <= n; i += PAIR) D::get(x + i, a, b), p += a * a, q += b * b;
-  float sum = 0;
-  for (int l = 0; l < LANES; l++) sum += p[l] + q[l];
+  float sum = total(p + q);
   for (; i < n; i++) sum += D::get1(x[i]) * D::get1(x[i]);
   return sum / n;
 }
@@ -616,13 +622,11 @@ struct Attention {
           D::get(key + seen[j] * dim + c, a, b);
           p += a * load<vf>(query + g * dim + c), r += b * load<vf>(query + g * dim + c + LANES);
         }
-        p += r;
-        float sum = 0;
-        for (int l = 0; l < LANES; l++) sum += p[l];
-        score[g * length + j] = sum;
+        score[g * length + j] = total(p + r);
       }
     for (int64_t g = 0; g < group; g++) {
-      float *s = score + g * length, top = -INFINITY, sum = 0;
+      float *s = score + g * length, top = -INFINITY;
+      vf sums = {};
       for (int64_t j = 0; j < n; j++) top = s[j] > top ? s[j] : top;
       for (int64_t j = 0; j < n; j += LANES) {
         vf e = {};
@@ -630,12 +634,13 @@ struct Attention {
         memcpy(&e, s + j, width * sizeof(float));
         e = exponential(e - top);
         memcpy(s + j, &e, width * sizeof(float));
+        for (int64_t l = width; l < LANES; l++) e[l] = 0;
+        sums += e;
       }
-      for (int64_t j = 0; j < n; j++) sum += s[j];
       for (int64_t c = 0; c < dim; c += PAIR) {
         x = vf{}, y = vf{};
         for (int64_t j = 0; j < n; j++) D::get(value + seen[j] * dim + c, a, b), x += a * s[j], y += b * s[j];
-        float share = n ? 1 / sum : 0;
+        float share = n ? 1 / total(sums) : 0;
         D::put(out + (i * group + g) * dim + c, x * share, y * share);
       }
     }
