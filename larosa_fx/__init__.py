@@ -15,5 +15,7 @@ from larosa_fx.calibrate import calibrate  # noqa: E402
 from larosa_fx.evaluate import perplexity  # noqa: E402
 from larosa_fx.generation import compile_config, generate  # noqa: E402
 from larosa_fx.plan import Plan, PlanError  # noqa: E402
+from larosa_fx.training import TrainingOptions, train  # noqa: E402
 
-__all__ = ["LarosaError", "Plan", "PlanError", "calibrate", "compile_config", "generate", "last_report", "perplexity"]
+__all__ = ["LarosaError", "Plan", "PlanError", "TrainingOptions", "calibrate", "compile_config", "generate", "last_report",
+           "perplexity", "train"]

@@ -19,9 +19,9 @@ class SiteShape(Protocol):
 def allocate(sites: Sequence[SiteShape], sparsity: float, coefficients: Mapping[str, float]) -> dict[str, int]:
     """Channels kept, k, at each site, so that the byte sparsity of all sites is ``sparsity`` to the nearest channel.
 
-    A site of kind c drops the share min(scale * coefficients[c], 1) of its channels, one common scale for all. The scale
-    is found by bisection; what rounding to whole channels leaves over is settled on the sites that lie farthest from
-    their share. At least one channel is kept.
+    A site drops the share min(scale * its coefficient, 1) of its channels, one common scale for all; coefficients hold
+    for a site, by name, or for all others of a kind. The scale is found by bisection; what rounding to whole channels
+    leaves over is settled on the sites that lie farthest from their share. At least one channel is kept.
     """
     if sparsity == 0:
         return {site.name: site.in_features for site in sites}
@@ -29,7 +29,7 @@ def allocate(sites: Sequence[SiteShape], sparsity: float, coefficients: Mapping[
     target = sparsity * total  # weight elements not read
 
     def share(site: SiteShape, scale: float) -> float:
-        return min(scale * coefficients[site.kind] * site.in_features, site.in_features - 1)
+        return min(scale * coefficient(coefficients, site) * site.in_features, site.in_features - 1)
 
     low, high = 0.0, 1.0
     while sum(share(s, high) * s.out_features for s in sites) < target and high < 1e6:
@@ -46,6 +46,11 @@ def allocate(sites: Sequence[SiteShape], sparsity: float, coefficients: Mapping[
             dropped[site.name] += 1
             missing -= site.out_features
     return {s.name: s.in_features - dropped[s.name] for s in sites}
+
+
+def coefficient(coefficients: Mapping[str, float], site: SiteShape) -> float:
+    """The site's own relative sparsity, else that of its kind."""
+    return coefficients[site.name] if site.name in coefficients else coefficients[site.kind]
 
 
 def byte_sparsity(sites: Sequence[SiteShape], k: Mapping[str, int]) -> float:

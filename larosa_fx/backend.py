@@ -15,6 +15,7 @@ from larosa_fx import compat
 from larosa_fx import graph as g
 from larosa_fx.capture import Capture, capture
 from larosa_fx.options import Options
+from larosa_fx.passes.fold_maps import HalfRotatedError
 from larosa_fx.pipeline import Runner, transform
 from larosa_fx.plan import ATTACHED, Plan, PlanError
 from larosa_fx.report import Report
@@ -104,7 +105,7 @@ class CompiledGraph:
         variant, folded, kept = self._variants[key], [], []
         if variant.binding is not None and plan is not None:
             self._check_live_weights(variant, plan, args)
-            binding = replace(variant.binding, rotations=plan.rotations, digest=plan.digest)
+            binding = replace(variant.binding, rotations=plan.matrices, digest=plan.digest)
             folded, kept = binding.fold(args), binding.kept()
             if self.options.weights == "replace":
                 STORE.replace([args[i] for i in binding.replaceable(args)])
@@ -133,7 +134,7 @@ class CompiledGraph:
 
     def _key(self, plan: Plan | None) -> object:
         """Plans with equal keys lead to the same graph, with other folded tensors."""
-        return plan and (plan.rotation, tuple(plan.rotations), tuple(plan.k_at(self.options.sparsity).items()))
+        return plan and (plan.rotation, tuple(plan.matrices), tuple(plan.k_at(self.options.sparsity).items()))
 
     # ---- building --------------------------------------------------------------------------------------------------
 
@@ -181,8 +182,11 @@ class CompiledGraph:
             report.reason = f"rotations are applied online, not folded: at {node}, {why}"
             if self.options.strict:
                 raise LarosaError(f"larosa (strict): {report.reason}")
-        return transform(captured.gm, structure, plan.rotations, plan.rotation, plan.k_at(self.options.sparsity),
-                         self.options.sparsify, run, report)
+        try:
+            return transform(captured.gm, structure, plan.matrices, plan.rotation, plan.k_at(self.options.sparsity),
+                             self.options.sparsify, self.options.rotate_cache, run, report)
+        except HalfRotatedError as error:
+            raise LarosaError(f"larosa: {error}") from error
 
     def _explain_dense(self, reason: str, report: Report) -> None:
         report.treatment, report.reason = "dense", reason

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from larosa_fx import graph as g
-from larosa_fx.passes import canonicalize, match
+from larosa_fx.passes import canonicalize, match, match_sources
 from larosa_fx.pipeline import Runner
 from larosa_fx.structure import Structure, weight_placeholders
 
@@ -35,12 +35,13 @@ def capture(gm: fx.GraphModule, parameter_mask: Sequence[bool], run: Runner) -> 
     run.start(clone)
     run(canonicalize, clone.graph)
     structure = run(match, clone.graph)
+    run(match_sources, clone.graph, structure)
     return Capture(clone, structure, _refusal(clone, structure))
 
 
 def _refusal(gm: fx.GraphModule, structure: Structure) -> str | None:
     if not structure.sites:
-        return "no linears behind an RMSNorm of a residual stream in this graph"
+        return "no linears behind a norm of a residual stream in this graph"
     if structure.written:
         return f"something writes in place to {structure.written[0]}, which linears read"
     if any(g.argument(node, 1, "p", 0.5) and g.argument(node, 2, "training", True)

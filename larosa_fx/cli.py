@@ -1,4 +1,4 @@
-"""The command ``larosa``: demo, calibrate, eval, inspect, generate."""
+"""The command ``larosa``: demo, calibrate, eval, inspect, generate, families."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,7 @@ from larosa_fx.structure import BASES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 1 where a check of the demo failed, 2 for input that cannot be used."""
+    """Run a command; the exit status: 0, 1 where a check (demo, families) failed, 2 for input that cannot be used."""
     args = _parser().parse_args(argv)
     try:
         return args.command(args) or 0
@@ -34,10 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"larosa_fx {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function, summary: str) -> argparse.ArgumentParser:
+    def command(name: str, function, summary: str, *, model: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(command=function)
+        if not model:
+            return sub
         sub.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a causal LM; SmolLM2-135M-Instruct where not given")
         sub.add_argument("--gguf-file", metavar="NAME", help="GGUF file in the model's directory")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
@@ -59,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--sparsity", type=_sparsity, default=0.5, help="byte sparsity the plan stands for")
     calibrate.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity of the rotations")
     calibrate.add_argument("--basis", default="pca", choices=("pca", "random", "hadamard"), help="how they are made")
+    calibrate.add_argument("--train", type=_positive, metavar="STEPS", help="train the plan end to end so many steps")
     calibrate.add_argument("--window", type=_positive, default=2048, help="tokens a window")
     calibrate.add_argument("--windows", type=_positive, default=16, help="windows to use")
 
@@ -76,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity without a plan")
     inspect.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
     inspect.add_argument("--dump-dir", metavar="DIR", help="write numbered graphs before and after every pass")
+    inspect.add_argument("--html", metavar="FILE", help="draw one layer before and after: sites, rotations, adapters")
+    inspect.add_argument("--layer", type=int, default=0, help="the layer that is drawn")
     inspect.add_argument("--json", action="store_true", help='print {"structure": [...], "report": {...}}')
 
     generate = command("generate", _generate, "Generate text with sparse decoding, streamed.")
@@ -84,6 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
     generate.add_argument("--tokens", type=_positive, default=128, help="at most so many new tokens")
     generate.add_argument("--mode", default=None, help="an Inductor mode, such as reduce-overhead")
+
+    families = command("families", _families, "Every causal-LM class of the installed transformers, tiny and random: "
+                       "what is done to it, and is it right?", model=False)
+    families.add_argument("--only", metavar="CLASS,...", help="these classes; all where not given")
+    families.add_argument("--json", metavar="FILE", help='write {"rows": [...], "counts": {...}, "versions": {...}}')
+    families.add_argument("--markdown", metavar="FILE", help="write the support matrix")
+    families.add_argument("--timeout", type=_positive, default=180, help="seconds for one class")
+    families.add_argument("--jobs", type=_positive, default=1, help="classes checked at a time")
     return parser
 
 
@@ -114,6 +128,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from larosa_fx.calibrate import calibrate
     from larosa_fx.evaluate import windows
     from larosa_fx.loading import encode
+    from larosa_fx.training import TrainingOptions, train
 
     model, tokenizer = _load(args)
     text, origin = _text(args, "calibration")
@@ -121,6 +136,10 @@ def _calibrate(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     plan = calibrate(model, batches, sparsity=args.sparsity, rotation=args.rotation, basis=args.basis,
                      provenance={"text": origin})
+    if args.train:
+        held_out = max(1, len(batches) // 10)
+        plan = train(model, plan, batches[:-held_out], batches[-held_out:], TrainingOptions(steps=args.train),
+                     checkpoint=f"{args.output}.checkpoint")
     plan.save(args.output)
     print(f"{args.output}: {len(plan.rotations)} rotations, {len(plan.sites)} sites, byte sparsity "
           f"{plan.byte_sparsity:.2%}, calibrated on {plan.provenance['tokens']} tokens in "
@@ -148,7 +167,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from larosa_fx import backend
+    from larosa_fx import backend, figure
     from larosa_fx.calibrate import calibrate
 
     model, _ = _load(args)
@@ -162,6 +181,8 @@ def _inspect(args: argparse.Namespace) -> None:
     with torch.no_grad():
         compiled(ids[:, :1])
     report = backend.last_report()
+    if args.html:
+        Path(args.html).write_text(figure.html(report, args.layer), encoding="utf-8")
     if args.json:
         print(json.dumps({"structure": report.structure, "report": report.to_dict()}, indent=1))
     else:
@@ -188,6 +209,22 @@ def _generate(args: argparse.Namespace) -> None:
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate(model, inputs.to(args.device), plan=args.plan, sparsity=args.sparsity, mode=args.mode, streamer=streamer,
              max_new_tokens=args.tokens, do_sample=False)
+
+
+def _families(args: argparse.Namespace) -> int:
+    from larosa_fx import families
+
+    known = list(families.classes())
+    names = args.only.split(",") if args.only else known
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"transformers has no causal LM {unknown[0]!r}")
+    rows = list(families.table(names, timeout=args.timeout, jobs=args.jobs))
+    print(families.text(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(families.to_dict(rows), indent=1) + "\n")
+    if args.markdown:
+        Path(args.markdown).write_text(families.markdown(rows))
+    return int(any(row.verdict == "wrong" for row in rows))
 
 
 def _sparsity(text: str) -> float:

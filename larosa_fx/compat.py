@@ -38,8 +38,9 @@ def parameter_name(node: fx.Node) -> str:
         name = name()
     if not isinstance(name, str):
         return str(node.target)
-    return ".".join(part for part in re.findall(r"\['([^']+)'\]|\.(\w+)", name)
-                    for part in part if part and part not in ("self", "_modules", "_parameters", "_buffers"))
+    parts = re.findall(r"\['([^']+)'\]|\.(\w+)", name)  # L['self']._modules['layers']._modules['0']...
+    return ".".join(key or attribute for i, (key, attribute) in enumerate(parts)
+                    if attribute not in ("_modules", "_parameters", "_buffers") and (i or key != "self"))
 
 
 def foreach_add(graph: fx.Graph, tensors: Sequence[fx.Node], by: int) -> fx.Node:
@@ -56,6 +57,13 @@ def fake_tensors(example_inputs: Sequence[object], specs: Sequence[tuple[tuple[i
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in specs]
     with mode:
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in specs]
+
+
+def concrete(sizes: object) -> object:
+    """Ints in place of SymInts, those of the inputs that Dynamo traced with (2.11 to 2.13); tuples element by element."""
+    if isinstance(sizes, tuple):
+        return tuple(map(concrete, sizes))
+    return sizes.node.hint if isinstance(sizes, torch.SymInt) else sizes
 
 
 def inductor_options(mode: str | None) -> dict[str, object]:

@@ -59,6 +59,23 @@ def perplexity(model: Callable, batches: Sequence[torch.Tensor], *, label: str =
     return Perplexity(math.exp(total / count), total, count, batches[0].shape[1])
 
 
+@torch.no_grad()
+def window_nll(model: Callable, ids: torch.Tensor, *, rows: int = 8, label: str = "windows", progress: bool = True
+               ) -> torch.Tensor:
+    """Mean negative log-likelihood of each window of [N, T] in nats, [N] fp64 on the CPU; ``rows`` windows at once.
+
+    Windows pair up: the standard error of a difference of two models is that of the windows' differences.
+    """
+    device = next(model.parameters()).device
+    found = []
+    for piece in tqdm(ids.split(rows), label, disable=not progress, leave=False):
+        piece = piece.to(device)
+        logits = model(piece, use_cache=False).logits
+        found.append(torch.stack([F.cross_entropy(row[:-1].float(), target[1:]) for row, target in
+                                  zip(logits, piece, strict=True)]))
+    return torch.cat(found).double().cpu()
+
+
 def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sparsities: Sequence[float], *,
           compiler: str = "inductor", progress: bool = True) -> list[dict[str, object]]:
     """Perplexity of ``model`` dense (first row) and compiled with the plan at ``plan``, every token sparsified.

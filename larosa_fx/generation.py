@@ -27,20 +27,21 @@ def compile_config(*, fullgraph: bool = True, **options: object):
 
 def generate(model, inputs: torch.Tensor | Mapping[str, torch.Tensor], *, plan: Plan | str | os.PathLike | None = None,
              sparsity: float | None = None, mode: str | None = None, strict: bool = False, weights: str = "copy",
-             dump_dir: str | None = None, compiler: str = "inductor", **generate_kwargs: object) -> torch.Tensor:
+             rotate_cache: bool = False, dump_dir: str | None = None, compiler: str = "inductor",
+             **generate_kwargs: object) -> torch.Tensor:
     """``model.generate`` with sparse decoding; all further arguments go there.
 
     inputs: input_ids [B, T], or a tokenizer's output. plan: a Plan, its path, or None for the one attached to the model.
-    The other options are those of the backend. With ``weights="replace"`` the prefill is compiled too, because the
-    original weights are gone after the first call.
+    The other options are those of the backend. With ``weights="replace"`` or ``rotate_cache=True`` the prefill is compiled
+    too: the original weights are gone after the first call, or values must be cached as decoding reads them.
     """
     if isinstance(plan, Plan):
         plan.attach(model)
         plan = None
     options = {"plan": None if plan is None else os.fspath(plan), "sparsity": sparsity, "mode": mode, "strict": strict,
-               "weights": weights, "dump_dir": dump_dir, "compiler": compiler}
+               "weights": weights, "rotate_cache": rotate_cache, "dump_dir": dump_dir, "compiler": compiler}
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
-    if weights == "replace":
+    if weights == "replace" or rotate_cache:
         generate_kwargs.setdefault("prefill_chunk_size", arguments["input_ids"].shape[1])  # chunks run compiled
     return model.generate(**arguments, cache_implementation="static",
                           compile_config=compile_config(**{k: v for k, v in options.items() if v is not None}),

@@ -28,6 +28,9 @@ class Options:
     strict: raise, with the reason, where the graph would otherwise be compiled dense.
     dump_dir: directory for numbered graph dumps before and after every pass.
     weights: "copy" keeps the eager model usable; "replace" frees each original weight once it is folded.
+    rotate_cache: let a plan's head maps be folded into what writes the key-value cache, so that values lie in it mapped. A
+        promise: all that fills or reads this cache, prefill too, runs compiled with this plan. Without it heads are
+        mapped at run time wherever values outlive the graph.
     compiler: "inductor", or "eager" to run the rewritten graph as it stands (quick to build, for debugging and accuracy).
     """
 
@@ -38,6 +41,7 @@ class Options:
     strict: bool = False
     dump_dir: str | None = None
     weights: str = "copy"
+    rotate_cache: bool = False
     compiler: str = "inductor"
 
     @classmethod
@@ -70,8 +74,9 @@ class Options:
                 raise ValueError(f"option {name!r} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
-        if not isinstance(self.strict, bool):
-            raise ValueError(f"option 'strict' is {self.strict!r}; choose True or False")
+        for name in ("strict", "rotate_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"option {name!r} is {getattr(self, name)!r}; choose True or False")
         compat.inductor_options(self.mode)
 
 

@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import fx
 
+from larosa_fx.graph import PARAMETER, calls, formula, is_weight, placeholders
 from larosa_fx.passes import (
+    centre_layer_norms,
     defer_counters,
     fold_gain,
+    fold_maps,
     fold_rotations,
     fold_weights,
     fuse_attention,
@@ -21,10 +25,11 @@ from larosa_fx.passes import (
     insert_adapters,
     lower_topk,
     merge_siblings,
+    pack_adapters,
     rotate_online,
 )
 from larosa_fx.report import PassResult, Report, SiteReport
-from larosa_fx.structure import BASES, Structure
+from larosa_fx.structure import BASES, Site, Structure
 from larosa_fx.weights import Binding
 
 log = logging.getLogger("larosa_fx")
@@ -80,34 +85,51 @@ def treatment(structure: Structure, rotation: str) -> str:
     return "online" if rotation == "online" or structure.obstacles else "fold"
 
 
+def _residual_edge(structure: Structure, site: Site) -> str | None:
+    """The adapter where the site's linears write the stream; "" without one, None where they write something else."""
+    for value in structure.stream:
+        if not set(value.writers).isdisjoint(site.linears):
+            edges = [x for x in value.node.all_input_nodes if calls(x, torch.matmul) and is_weight(x.args[1])]
+            return "".join(formula(edge.args[1]) for edge in edges)
+    return None
+
+
 def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rotation: str, k: Mapping[str, int],
-              sparsify: str, run: Runner, report: Report) -> Binding:
+              sparsify: str, rotate_cache: bool, run: Runner, report: Report) -> Binding:
     """All passes after matching. Rewrites ``gm`` in place and fills ``report``; returns how to call the result.
 
-    ``rotations``: basis -> Q. ``rotation``: granularity. ``k``: channels kept at each site.
+    ``rotations``: a plan's matrices: rotations, and maps of heads and scales, where it has them. ``rotation``: granularity.
+    ``k``: channels kept at each site. ``rotate_cache``: see ``larosa_fx.options``.
     """
     report.structure = structure.rows()
+    names = [node.meta.get(PARAMETER, str(node)) for node in placeholders(gm.graph)]
     report.treatment = treatment(structure, rotation)
     if report.treatment == "fold":
         run(fold_gain, gm, structure, [norm for value in structure.stream for norm in list(value.norms)])
+        if structure.has_layer_norms:
+            run(centre_layer_norms, gm, structure)
         run(fold_rotations, gm, structure, rotations, rotation)
         run(insert_adapters, gm)
     elif report.treatment == "online":
-        run(fold_gain, gm, structure, [site.norm for site in structure.inner_sites()])
+        run(fold_gain, gm, structure, [site.norm for site in structure.inner_sites() if site.norm is not None])
         run(rotate_online, gm, structure, rotations, rotation)
+    maps = run(fold_maps, gm, structure, rotations, rotate_cache)
     report.sites = [SiteReport(
         site.name, site.in_features, site.out_features, len(site.linears),
-        f"{report.treatment} {BASES[rotation](site)}" if site.norm is not None and rotation != "none" else "none",
-        k[site.name], "") for site in structure.sites]
+        f"{report.treatment} {BASES[rotation](site)}" if site.inner and rotation != "none" else maps[site.name],
+        k[site.name], "", writes=_residual_edge(structure, site)) for site in structure.sites]
     run(merge_siblings, gm, structure)
+    for row, site in zip(report.sites, structure.sites, strict=True):
+        row.weight = formula(site.linears[0].args[1])
     forms = run(lower_topk, gm, structure, k, sparsify)
+    run(pack_adapters, gm, structure)
     run(fuse_sites, gm, structure)
     run(fuse_attention, gm)
     run(defer_counters, gm)
     for site in report.sites:
         site.form = forms[site.site]
-    inputs = run(fold_weights, gm)
+    inputs = run(fold_weights, gm, structure.dtype)
     report.passes, report.layers, report.rotation = run.results, structure.layers, rotation
     report.nodes_before, report.nodes_after = run.nodes_before, len(gm.graph.nodes)
     gm.recompile()
-    return Binding(inputs, structure.dtype, structure.device, rotations)
+    return Binding(inputs, structure.dtype, structure.device, rotations, names=names)

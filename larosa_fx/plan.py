@@ -18,11 +18,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.allocate import allocate, byte_sparsity
-from larosa_fx.graph import PARAMETER, upstream
+from larosa_fx.graph import PARAMETER, affine, is_layer_norm, upstream
 from larosa_fx.structure import BASES, Site
 
 FORMAT = "larosa-plan"
-VERSION = 1
+VERSION = 2  # 2: maps of heads, scales, coefficients of single sites
 SAMPLES = 32  # elements of each weight that identify it
 ORTHOGONALITY = 1e-4  # largest |Q^T Q - I| accepted; fp32 rounding of a 8192 x 8192 rotation stays far below
 
@@ -43,26 +43,36 @@ class PlanSite:
     gain: str | None = None  # the norm's parameter, at inner sites
     eps: float | None = None
     basis: str | None = None  # the rotation at this site
+    centred: bool = False  # whether the norm is a LayerNorm
+    source: str | None = None  # at outer sites, the weight whose output channels arrive here (structure.Source)
+    blocks: list[int] | None = None  # for each head of the site, which head of the source it is, where heads may be mapped
 
     @classmethod
     def of(cls, site: Site, rotation: str) -> PlanSite:
         if site.norm is None:
-            return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters)
-        _, _, gain, eps = site.norm.args
-        gains = [n.meta[PARAMETER] for n in upstream(gain, lambda n: False) if PARAMETER in n.meta] if gain else []
+            source = site.source
+            return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
+                       basis=BASES[rotation](site) if site.inner else None, source=source and source.parameter,
+                       blocks=source.blocks if source and source.mixes else None)
+        owned = [node for x in affine(site.norm) if x is not None for node in upstream(x, lambda n: False)
+                 if PARAMETER in node.meta]
         return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
-                   gains[0] if gains else None, eps, BASES[rotation](site))
+                   owned[0].meta[PARAMETER] if owned else None, site.norm.args[-1], BASES[rotation](site),
+                   is_layer_norm(site.norm))
 
 
 @dataclass(eq=False)
 class Plan:
     """Rotations, coefficients and channel counts for one model.
 
-    rotation: granularity, a key of ``structure.BASES``. basis: how the rotations were made ("pca", "random", "hadamard").
-    rotations: basis name -> Q, [D, D] fp32, orthogonal; z = x_hat Q. coefficients: share of sparsity per kind of site.
+    rotation: granularity, a key of ``structure.BASES``. basis: how the rotations were made ("pca", "random", "hadamard",
+    "trained"). rotations: basis name -> Q, [D, D] fp32, orthogonal; z = x_hat Q. coefficients: share of sparsity per kind
+    of site ("h1") or of one site ("layers.0.h1").
     k: channels kept at each site at ``sparsity``, the byte sparsity asked for at calibration.
     samples: site name -> [linears, SAMPLES] fp32, elements of its weights as ``weight_dtype`` held them.
     provenance: method, model, text, library versions, settings.
+    heads: outer site -> M, [heads, d, d] fp32, invertible; each head of the values is mapped, v M. scales: site -> s,
+    [K] fp32, positive; the Top-K is taken of z s. Both are undone in the linears that read the site. Trained, or empty.
     """
 
     rotation: str
@@ -74,6 +84,8 @@ class Plan:
     weight_dtype: str
     basis: str = "pca"
     provenance: dict[str, object] = field(default_factory=dict)
+    heads: dict[str, torch.Tensor] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def k(self) -> dict[str, int]:
@@ -90,11 +102,17 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Names the rotations' values: folded tensors are shared between graphs with equal digests only."""
+        """Names the values of ``matrices``: folded tensors are shared between graphs with equal digests only."""
         digest = hashlib.sha256(self.rotation.encode())
-        for name in sorted(self.rotations):
-            digest.update(name.encode() + self.rotations[name].detach().cpu().contiguous().numpy().tobytes())
+        for name, matrix in sorted(self.matrices.items()):
+            digest.update(name.encode() + matrix.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    @property
+    def matrices(self) -> dict[str, torch.Tensor]:
+        """All that weights are folded with, by the names that recipes use."""
+        return {**self.rotations, **{f"{name}/heads": m for name, m in self.heads.items()},
+                **{f"{name}/scale": s for name, s in self.scales.items()}}
 
     # ---- file ------------------------------------------------------------------------------------------------------
 
@@ -102,6 +120,8 @@ class Plan:
         """Write the plan to ``path``; the file appears whole or not at all. Returns the path."""
         path = Path(path)
         tensors = {f"rotation/{name}": q.detach().cpu().float().contiguous() for name, q in self.rotations.items()}
+        for kind, held in (("heads", self.heads), ("scale", self.scales)):
+            tensors |= {f"{kind}/{name}": t.detach().cpu().float().contiguous() for name, t in held.items()}
         tensors |= {f"samples/{name}": s.detach().cpu().float().contiguous() for name, s in self.samples.items()}
         header = {"rotation": self.rotation, "sparsity": self.sparsity, "coefficients": self.coefficients,
                   "sites": [asdict(site) for site in self.sites], "k": self.k, "byte_sparsity": self.byte_sparsity,
@@ -139,7 +159,8 @@ class Plan:
             header = json.loads(metadata["header"])
             plan = cls(header["rotation"], header["sparsity"], header["coefficients"],
                        [PlanSite(**site) for site in header["sites"]], _under("rotation/", tensors),
-                       _under("samples/", tensors), header["weight_dtype"], header["basis"], header["provenance"])
+                       _under("samples/", tensors), header["weight_dtype"], header["basis"], header["provenance"],
+                       _under("heads/", tensors), _under("scale/", tensors))
             plan.validate(str(path))
             if header["k"] != plan.k:
                 raise PlanError(f"{path} is inconsistent: its k are not those of sparsity {plan.sparsity} and its "
@@ -156,10 +177,10 @@ class Plan:
             raise PlanError(f"{name} has the unknown rotation {self.rotation!r}; known: {', '.join(BASES)}")
         if not 0 <= self.sparsity < 1:
             raise PlanError(f"{name} has sparsity {self.sparsity}, outside [0, 1)")
-        for kind in {site.kind for site in self.sites}:
-            coefficient = self.coefficients.get(kind)
+        for key in {site.kind for site in self.sites} | self.coefficients.keys():
+            coefficient = self.coefficients.get(key)
             if not isinstance(coefficient, (int, float)) or not np.isfinite(coefficient) or coefficient <= 0:
-                raise PlanError(f"{name} has coefficient {coefficient!r} for {kind}; it must be a positive number")
+                raise PlanError(f"{name} has coefficient {coefficient!r} for {key}; it must be a positive number")
         for basis, q in self.rotations.items():
             if q.ndim != 2 or q.shape[0] != q.shape[1]:
                 raise PlanError(f"{name}: rotation {basis!r} has shape {list(q.shape)}, not square")
@@ -168,10 +189,27 @@ class Plan:
             error = (q.double().T @ q.double() - torch.eye(len(q), dtype=torch.float64, device=q.device)).abs().max().item()
             if error > ORTHOGONALITY:
                 raise PlanError(f"{name}: rotation {basis!r} is not orthogonal (max |Q^T Q - I| = {error:.1e})")
+        self._validate_maps(name)
         for site in self.sites:
             if site.basis is not None and self.rotations.get(site.basis, torch.empty(0)).shape[:1] != (site.in_features,):
                 raise PlanError(f"{name} has no rotation {site.basis!r} of {site.in_features} channels, which {site.name} "
                                 "needs")
+
+    def _validate_maps(self, name: str) -> None:
+        sites = {site.name: site for site in self.sites}
+        for key, m in self.heads.items():
+            site = sites.get(key)
+            if site is None or site.blocks is None:
+                raise PlanError(f"{name} maps the heads of {key}, where the values' heads do not arrive")
+            heads, size = max(site.blocks) + 1, site.in_features // len(site.blocks)
+            if m.shape != (heads, size, size) or not torch.isfinite(m).all() or not m.double().det().all():
+                raise PlanError(f"{name}: the maps of the heads of {key} are not {heads} invertible matrices of size {size}")
+        for key, s in self.scales.items():
+            site = sites.get(key)
+            if site is None or (site.gain is None and (site.source is None or site.blocks is not None)):
+                raise PlanError(f"{name} scales {key}, where scales cannot be folded")
+            if s.shape != (site.in_features,) or not (torch.isfinite(s).all() and (s > 0).all()):
+                raise PlanError(f"{name}: the scale of {key} is not {site.in_features} positive numbers")
 
     # ---- model -----------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
-"""The method in plain words, with hooks on the eager model: rotate, keep the Top-K, rotate back. Slow, and independent.
+"""The method in plain words, with hooks on the eager model: map, keep the Top-K, map back. Slow, and independent.
 
 No graph, no folding, no adapters, no custom op: what the compiled model must agree with, and a way to simulate a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -14,23 +16,50 @@ from larosa_fx.plan import Plan, PlanSite
 from larosa_fx.rotations import orthonormal
 
 
+class Affine(NamedTuple):
+    """What a norm makes of the normalised activation: x = x_hat * gain + bias."""
+
+    gain: torch.Tensor | float = 1.0
+    bias: torch.Tensor | float = 0.0
+
+    def __call__(self, x_hat: torch.Tensor) -> torch.Tensor:
+        return x_hat * self.gain + self.bias
+
+
+#: (site's activation x; at inner sites x_hat, and the norm's affine map: x = affine(x_hat)) -> what its linears read instead
+Replacement = Callable[[torch.Tensor, torch.Tensor | None, Affine | None], torch.Tensor]
+
+
 @contextmanager
-def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None) -> Iterator[torch.nn.Module]:
-    """Within the context ``model`` computes as if compiled with ``plan`` and ``sparsify="all"``, every token sparsified."""
-    k = plan.k_at(sparsity)
-    handles = []
-    for site in plan.sites:
-        linears = [_owner(model, name) for name in site.weights]
-        if site.basis is not None:
-            handles += _rotated(model, plan, site, linears, k[site.name])
-        else:
-            handles += [linear.register_forward_pre_hook(
-                lambda module, args, k=k[site.name]: (keep_top_k(args[0], k), *args[1:])) for linear in linears]
+def replaced(model: torch.nn.Module, sites: Iterable[PlanSite], replacement: Callable[[PlanSite], Replacement]
+             ) -> Iterator[torch.nn.Module]:
+    """Within the context the linears of each site read ``replacement(site)(x, x_hat, affine)`` in place of x."""
+    before, after = _Turns(), _Turns()
+    for site in sites:
+        _replace(model, site, replacement(site), before, after)
+    handles = [module.register_forward_pre_hook(lambda module, args: before(module, args)) for module in before.hooks]
+    handles += [module.register_forward_hook(lambda module, args, output: after(module, args)) for module in after.hooks]
     try:
         yield model
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Turns:
+    """Hooks that take turns, one a call: a module that several layers share serves their sites in order."""
+
+    def __init__(self) -> None:
+        self.hooks: dict[torch.nn.Module, list[Callable[[tuple], tuple | None]]] = {}
+        self._calls: Counter[torch.nn.Module] = Counter()
+
+    def add(self, module: torch.nn.Module, hook: Callable[[tuple], tuple | None]) -> None:
+        self.hooks.setdefault(module, []).append(hook)
+
+    def __call__(self, module: torch.nn.Module, args: tuple) -> tuple | None:
+        turn = self._calls[module] % len(self.hooks[module])
+        self._calls[module] += 1
+        return self.hooks[module][turn](args)
 
 
 def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -39,24 +68,104 @@ def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(x).scatter(-1, order[..., :k], x.gather(-1, order[..., :k]))
 
 
-def _rotated(model: torch.nn.Module, plan: Plan, site: PlanSite, linears: list[torch.nn.Module], k: int) -> list:
-    """z = x_hat Q, Top-K, back: the linears read (top_k(z) Q^T) * gain in place of the norm's output."""
-    norm = _owner(model, site.gain)
-    rotation = orthonormal(plan.rotations[site.basis])
-    sparse: dict[str, torch.Tensor] = {}
+def largest(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mask of the k largest scores of each row of [..., D], the k-th largest itself, [..., 1]).
 
-    def observe(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+    Ties at the threshold are all kept, as the released code does. Nothing is sorted, which matters on a GPU.
+    """
+    threshold = score.kthvalue(score.shape[-1] - k + 1, dim=-1, keepdim=True).values
+    return score >= threshold, threshold
+
+
+def keep_largest(x: torch.Tensor, k: int) -> torch.Tensor:
+    """``keep_top_k`` but for ties."""
+    return x * largest(x.abs(), k)[0]
+
+
+@contextmanager
+def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None,
+              keep: Callable[[torch.Tensor, int], torch.Tensor] = keep_top_k) -> Iterator[torch.nn.Module]:
+    """Within the context ``model`` computes as if compiled with ``plan`` and ``sparsify="all"``, every token sparsified."""
+    k = plan.k_at(sparsity)
+    device = next(model.parameters()).device
+
+    def replacement(site: PlanSite) -> Replacement:
+        q = plan.rotations.get(site.basis)
+        q = None if q is None else orthonormal(q.to(device))
+        heads, scale = (held.get(site.name) for held in (plan.heads, plan.scales))
+        heads = None if heads is None else heads.to(device, torch.float64)[site.blocks]
+        inverse = None if heads is None else heads.inverse()
+
+        def sparse(x: torch.Tensor, x_hat: torch.Tensor | None, affine: Affine | None) -> torch.Tensor:
+            z = x
+            if q is not None:
+                z = x_hat @ q.to(x)
+            if heads is not None:
+                z = map_heads(z, heads.to(x))
+            if scale is None:
+                z = keep(z, k[site.name])
+            else:
+                s = scale.to(x)
+                z = keep(z * s, k[site.name]) / s
+            if inverse is not None:
+                z = map_heads(z, inverse.to(x))
+            return affine(z @ q.T.to(x)) if q is not None else z
+
+        return sparse
+
+    with replaced(model, plan.sites, replacement):
+        yield model
+
+
+def map_heads(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """x, [..., heads * d], each head times its map, [heads, d, d]."""
+    return torch.einsum("...hd,hde->...he", x.unflatten(-1, maps.shape[:2]), maps).flatten(-2)
+
+
+def _replace(model: torch.nn.Module, site: PlanSite, replacement: Replacement, before: _Turns, after: _Turns) -> None:
+    read: list = [None, None]  # the site's activation and what replaces it, for all its linears
+    normed: list = [None, None if site.gain else Affine()]  # x_hat, and what the norm makes of it
+
+    def swap(args: tuple) -> tuple:
         x = args[0]
-        q = rotation.to(x)
-        eps = torch.finfo(x.dtype).eps if site.eps is None else site.eps  # F.rms_norm's default
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        x_hat = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-        ones = torch.ones_like(x[..., :1, :])
-        gain = module.forward(ones) * (1 + eps) ** 0.5  # whatever the module makes of its weight
-        sparse["h"] = (keep_top_k(x_hat @ q, k) @ q.T) * gain
+        if read[0] is not x:
+            x_hat, affine = normed
+            if site.gain is not None:
+                x_hat = x_hat.view_as(x)
+            elif site.basis is not None:  # linears that read the stream itself
+                x_hat = x
+            else:
+                affine = None
+            read[:] = x, replacement(x, x_hat, affine)
+        return read[1], *args[1:]
 
-    return [norm.register_forward_hook(observe),
-            *(linear.register_forward_pre_hook(lambda module, args: (sparse["h"], *args[1:])) for linear in linears)]
+    def observe(args: tuple) -> None:
+        normed[0] = _normalised(args[0], site)
+        if normed[1] is None:
+            with torch.no_grad():
+                normed[1] = _affine(_owner(model, site.gain), args[0], site)
+
+    for name in site.weights:
+        before.add(_owner(model, name), swap)
+    if site.gain is not None:
+        after.add(_owner(model, site.gain), observe)
+
+
+def _affine(norm: torch.nn.Module, x: torch.Tensor, site: PlanSite) -> Affine:
+    """Whatever the module makes of its parameters, seen from outside."""
+    probe = torch.ones_like(x[..., :1, :])
+    probe[..., ::2] = -1
+    bias = norm.forward(torch.zeros_like(probe))
+    return Affine((norm.forward(probe) - bias) / _normalised(probe, site), bias)
+
+
+def _normalised(x: torch.Tensor, site: PlanSite) -> torch.Tensor:
+    """x_hat: the norm without gain and bias."""
+    eps = torch.finfo(x.dtype).eps if site.eps is None else site.eps  # F.rms_norm's default
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if site.centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _owner(model: torch.nn.Module, parameter: str) -> torch.nn.Module:

@@ -29,7 +29,11 @@ class PassResult:
 
 @dataclass
 class SiteReport:
-    """One site as compiled. ``k`` of ``channels`` are kept; ``form`` is how the linears behind it run."""
+    """One site as compiled. ``k`` of ``channels`` are kept; ``form`` is how the linears behind it run.
+
+    ``weight``: what their weights became, as a formula. ``writes``: what adds their output to the residual stream, if they
+    do: the adapter's formula on the residual edge, "" without one.
+    """
 
     site: str
     channels: int
@@ -38,6 +42,8 @@ class SiteReport:
     rotation: str
     k: int
     form: str
+    weight: str = ""
+    writes: str | None = None
 
     @property
     def byte_sparsity(self) -> float:

@@ -20,13 +20,13 @@ def pca(covariance: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
 
 
 def orthonormal(q: torch.Tensor) -> torch.Tensor:
-    """The fp64 rotation next to an fp32 one: a Newton-Schulz step takes |Q^T Q - I| from 1e-7 to 1e-14.
+    """The fp64 rotation next to an fp32 one, [..., D, D]: a Newton-Schulz step takes |Q^T Q - I| from 1e-7 to 1e-14.
 
     Plans hold fp32. What folding and un-rotating assume, Q Q^T = I, must hold beyond the rounding of the model's own
     dtype, because Top-K turns any difference at the threshold into a whole channel.
     """
     q = q.double()
-    return 1.5 * q - 0.5 * q @ (q.T @ q)
+    return 1.5 * q - 0.5 * q @ (q.mT @ q)
 
 
 def random(size: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -12,11 +12,33 @@ from larosa_fx import graph as g
 
 
 @dataclass
+class Source:
+    """The linear whose output channels arrive at an outer site unmixed, in blocks: heads at h2, one block at h4.
+
+    starts: the first output channel of each block of the linear. blocks: for each block of the site, which of these it
+    is (GQA repeats heads). size: channels of a block. mixes: whether channels of a block may be mixed, not only scaled.
+    kept: whether the channels outlive the graph, in a key-value cache that other graphs read.
+    """
+
+    linear: fx.Node
+    starts: list[int]
+    blocks: list[int]
+    size: int
+    mixes: bool
+    kept: bool
+
+    def __post_init__(self) -> None:
+        self.parameter = next(n.meta[g.PARAMETER] for n in g.upstream(self.linear.args[1], lambda n: False)
+                              if g.PARAMETER in n.meta)
+
+
+@dataclass
 class Site:
     """One activation that is sparsified, and the linears that read it.
 
     kind: "h1" (QKV input), "h2" (o_proj input), "h3" (gate/up input) or "h4" (down_proj input).
-    norm: the RMSNorm whose output the site is; None at h2 and h4.
+    norm: the RMSNorm or LayerNorm whose output the site is; None at h2 and h4, and where linears read the stream itself.
+    source: what ``passes.match_sources`` finds there.
     """
 
     layer: int
@@ -24,6 +46,7 @@ class Site:
     input: fx.Node
     linears: list[fx.Node]
     norm: fx.Node | None = None
+    source: Source | None = None
 
     def __post_init__(self) -> None:
         self.in_features = g.linear_size(self.linears[0])[0]
@@ -33,6 +56,11 @@ class Site:
     @property
     def name(self) -> str:
         return f"layers.{self.layer}.{self.kind}"
+
+    @property
+    def inner(self) -> bool:
+        """Whether linears read the stream here, and a rotation may be applied."""
+        return self.kind in ("h1", "h3")
 
 
 #: Rotation granularities: granularity -> the basis an inner site lives in.
@@ -47,9 +75,10 @@ BASES = {
 
 @dataclass
 class StreamNode:
-    """One value of the residual stream: the source, or ``add(previous, branch)``.
+    """One value of the residual stream: the source, ``add(previous, branch)``, or other positions of the previous value.
 
-    writers: the linears whose outputs the branch adds up. norms: the foldable RMSNorms that read this value.
+    writers: the linears whose outputs the branch adds up, none without a branch. norms: the foldable
+    norms that read this value.
     basis: name of the rotation this value is held in; None is the model's own basis.
     """
 
@@ -66,7 +95,7 @@ class Structure:
 
     sites: list[Site]
     stream: list[StreamNode]
-    readers: dict[fx.Node, list[fx.Node]]  # RMSNorm -> the linears that read it, through position slices
+    readers: dict[fx.Node, list[fx.Node]]  # norm -> the linears that read it, through maps of positions
     obstacles: list[tuple[str, str]]
     skipped: list[tuple[str, str]]
     embedding: fx.Node | None = None  # the lookup that starts the stream, where its table may be folded
@@ -85,9 +114,14 @@ class Structure:
     def layers(self) -> int:
         return 1 + max((site.layer for site in self.sites), default=-1)
 
+    @property
+    def has_layer_norms(self) -> bool:
+        """Whether the stream must be centred before a rotation can be carried past its norms."""
+        return any(g.is_layer_norm(norm) for value in self.stream for norm in value.norms)
+
     def inner_sites(self) -> list[Site]:
-        """The sites behind an RMSNorm, h1 and h3: those that are rotated."""
-        return [site for site in self.sites if site.norm is not None]
+        """The sites that are rotated, h1 and h3."""
+        return [site for site in self.sites if site.inner]
 
     def bases(self, rotation: str) -> dict[str, list[Site]]:
         """The bases of a rotation granularity, each with the inner sites that live in it."""

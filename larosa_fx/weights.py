@@ -18,6 +18,10 @@ from larosa_fx.graph import WEIGHT_FUNCTIONS
 from larosa_fx.rotations import orthonormal
 
 
+class FoldError(ValueError):
+    """A folded weight does not fit its dtype. The message names the weight and the way out."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A weight expression: nested tuples over ("input", position), ("rotation", basis), ("call", function, ...)."""
@@ -45,7 +49,8 @@ class Recipe:
                  device: torch.device) -> torch.Tensor:
         """The expression's value: computed in fp64 on ``device``, cast once to ``dtype``, contiguous.
 
-        ``parameters`` are the sources in their numbered order. Meta parameters give the value's shape.
+        ``parameters`` are the sources in their numbered order. Meta parameters give the value's shape. FoldError where a
+        finite value is beyond the dtype's range.
         """
         def value(e: object):
             if not isinstance(e, tuple):
@@ -62,7 +67,11 @@ class Recipe:
             return WEIGHT_FUNCTIONS[rest[0]](*map(value, rest[1:]))
 
         with torch.no_grad():
-            return value(self.expression).to(dtype).contiguous()
+            exact = value(self.expression)
+            folded = exact.to(dtype).contiguous()
+            if not folded.is_meta and not folded.isfinite().all() and exact.isfinite().all():
+                raise FoldError(f"{exact.abs().max().item():.3g} is beyond the range of {dtype}")
+            return folded
 
 
 def stamp(parameters: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
@@ -176,11 +185,14 @@ def _forbid_use(parameter_ids: set[int]) -> None:
 
 
 class ExactRotations(Mapping):
-    """Rotations in fp64, orthogonal beyond fp32's rounding. The last two are kept: a layer's recipes follow each other."""
+    """A plan's matrices in fp64; rotations, [D, D], orthogonal beyond fp32's rounding, maps and scales as they are.
+
+    The last two are kept: a layer's recipes follow each other.
+    """
 
     def __init__(self, rotations: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._bases = tuple(rotations)
-        self._make = functools.lru_cache(maxsize=2)(lambda basis: orthonormal(rotations[basis].to(device)))
+        self._make = functools.lru_cache(maxsize=2)(lambda name: _exact(rotations[name].to(device)))
 
     def __getitem__(self, basis: str) -> torch.Tensor:
         return self._make(basis)
@@ -192,11 +204,15 @@ class ExactRotations(Mapping):
         return len(self._bases)
 
 
+def _exact(matrix: torch.Tensor) -> torch.Tensor:
+    return orthonormal(matrix) if matrix.ndim == 2 else matrix.double()
+
+
 @dataclass(frozen=True)
 class Binding:
     """The inputs of a rewritten graph: for each, a position in the original inputs or a recipe.
 
-    ``rotations``: basis -> Q, what recipes name; ``digest`` stands for their values.
+    ``rotations``: what recipes name, a plan's ``matrices``; ``digest`` stands for their values.
     """
 
     inputs: list[int | Recipe]
@@ -204,6 +220,7 @@ class Binding:
     device: torch.device
     rotations: Mapping[str, torch.Tensor] = field(default_factory=dict)
     digest: str = ""
+    names: Sequence[str] = ()  # of the original inputs
 
     def recipes(self) -> list[Recipe]:
         return [entry for entry in self.inputs if isinstance(entry, Recipe)]
@@ -226,5 +243,12 @@ class Binding:
     def fold(self, args: Sequence[object]) -> list[Folded]:
         """The folded tensors for these parameters, in the order of the recipes."""
         exact = ExactRotations(self.rotations, self.device)
-        return [STORE.get(recipe, [args[i] for i in recipe.sources], exact, self.digest, self.dtype, self.device)
-                for recipe in self.recipes()]
+        folded = []
+        for recipe in self.recipes():
+            try:
+                folded.append(STORE.get(recipe, [args[i] for i in recipe.sources], exact, self.digest, self.dtype,
+                                        self.device))
+            except FoldError as error:
+                raise FoldError(f"larosa: folding {', '.join(self.names[i] for i in recipe.sources)} into one weight fails: "
+                                f"{error}. Use the model in bfloat16 or float32, or a plan with rotation='none'") from None
+        return folded

@@ -1,4 +1,5 @@
-"""Many spellings of RMSNorm and of linear become one each: ``F.rms_norm(x, (D,), gain, eps)`` and ``F.linear``.
+"""Many spellings of norms and of linear become one each: ``F.rms_norm(x, (D,), gain, eps)``, ``F.layer_norm(x, (D,), gain,
+bias, eps)`` and ``F.linear``.
 
 Dataflow decides, never names. The canonical forms are torch's own functions, so the graph stays executable after every
 pass. A norm that no linear reads (q/k-norms) keeps its spelling, bit for bit.
@@ -19,9 +20,11 @@ from larosa_fx.report import PassResult
 #: Arguments that the patterns below, and later passes, expect by position.
 _POSITIONS = {
     F.linear: ("input", "weight", "bias"), F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
-    torch.rms_norm: ("input", "normalized_shape", "weight", "eps"), torch.addmm: ("input", "mat1", "mat2"),
+    torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"), torch.addmm: ("input", "mat1", "mat2"),
     torch.matmul: ("input", "other"), torch.mm: ("input", "mat2"), torch.pow: ("input", "exponent"),
-    torch.cat: ("tensors", "dim"), "matmul": ("self", "other"), "mm": ("self", "mat2"), "pow": ("self", "exponent"),
+    torch.cat: ("tensors", "dim"), torch.mean: ("input", "dim", "keepdim"), "mean": ("self", "dim", "keepdim"),
+    "matmul": ("self", "other"), "mm": ("self", "mat2"), "pow": ("self", "exponent"),
     **dict.fromkeys((torch.add, torch.mul, torch.div), ("input", "other")),
     **dict.fromkeys(("add", "mul", "div"), ("self", "other")),
     **dict.fromkeys((torch.rsqrt, torch.sqrt, torch.reciprocal, torch.square, torch.t), ("input",)),
@@ -29,17 +32,26 @@ _POSITIONS = {
 
 
 class Norm(NamedTuple):
-    """One matched RMSNorm: ``output = input / sqrt(mean(input ** 2) + eps) * gain`` over the last dimension."""
+    """One matched norm: ``output = c / sqrt(mean(c ** 2) + eps) * gain`` over the last dimension, c the input itself
+    (RMSNorm), or the input less its mean (``centred``: LayerNorm, which may add a bias)."""
 
     output: fx.Node
     input: fx.Node
     gain: fx.Node | None
+    bias: fx.Node | None
     eps: float
+    centred: bool
+
+    def canonical(self, graph: fx.Graph) -> fx.Node:
+        dims = g.shape(self.input)[-1:]
+        if self.centred:
+            return graph.call_function(F.layer_norm, (self.input, dims, self.gain, self.bias, self.eps))
+        return graph.call_function(F.rms_norm, (self.input, dims, self.gain, self.eps))
 
 
 def run(graph: fx.Graph) -> PassResult:
-    """Rewrite ``graph`` in place; counts are ``rms_norms`` and ``linears`` that were
-    not canonical before, and ``no-ops`` (casts to the same dtype, inactive dropout) removed."""
+    """Rewrite ``graph`` in place; counts are ``norms`` and ``linears`` that were
+    not canonical before, ``no-ops`` (casts to the same dtype, inactive dropout) removed, and ``sums out of place``."""
     result = PassResult("canonicalize")
     for node in list(graph.nodes):
         _by_position(node)
@@ -48,17 +60,23 @@ def run(graph: fx.Graph) -> PassResult:
             graph.erase_node(node)
             result.count("no-ops")
     for node in list(graph.nodes):
-        if _rewrite_linear(graph, node):
+        if _add_out_of_place(graph, node):
+            result.count("sums out of place")
+    for node in graph.find_nodes(op="call_function", target=getattr):
+        if g.is_weight(node.args[0]) and len(g.shape(node.args[0])) == 2 and node.args[1] in ("T", "mT"):
+            node.target, node.args = torch.t, node.args[:1]
+    for node in list(graph.nodes):
+        if _rewrite_linear(graph, node) or _rewrite_expert_linear(node):
             result.count("linears")
     for node in list(graph.nodes):
-        norm = match_rms_norm(node)
+        norm = match_norm(node)
         if norm is None or not _read_by_linear(norm.output):
             continue
         with graph.inserting_after(norm.output):
-            canonical = graph.call_function(F.rms_norm, (norm.input, g.shape(norm.input)[-1:], norm.gain, norm.eps))
+            canonical = norm.canonical(graph)
         canonical.meta = dict(norm.output.meta)
         norm.output.replace_all_uses_with(canonical, delete_user_cb=lambda user, c=canonical: user is not c)
-        result.count("rms_norms")
+        result.count("norms")
     g.remove_dead_code(graph)
     return result
 
@@ -74,14 +92,40 @@ def _by_position(node: fx.Node) -> None:
     args = list(node.args)
     while len(args) < len(names) and names[len(args)] in rest:
         args.append(rest.pop(names[len(args)]))
-    if node.target is F.rms_norm and not rest:
+    if node.target in (F.rms_norm, F.layer_norm) and not rest:
         args += [None] * (len(names) - len(args))
+        if node.target is F.layer_norm and args[-1] is None:
+            args[-1] = 1e-5  # its default
     if not rest:
         node.args, node.kwargs = tuple(args), {}
 
 
-def match_rms_norm(node: fx.Node) -> Norm | None:
-    """The RMSNorm whose reciprocal root ``node`` computes, or None. ``node`` is an rsqrt, a power of -1/2 or 1/sqrt."""
+def _add_out_of_place(graph: fx.Graph, node: fx.Node) -> bool:
+    """``y += b`` becomes ``y = y + b`` where y is a linear's own output, which nothing has read before."""
+    if not g.is_binary(node, (operator.iadd, "add_")) or not isinstance(node.args[1], fx.Node):
+        return False
+    target, other = node.args
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    if not g.calls(target, F.linear, torch.matmul, operator.matmul, "matmul") or g.shape(node) != g.shape(target) or (
+            g.dtype(other) != g.dtype(target)) or any(order[user] < order[node] for user in target.users):
+        return False
+    node.op, node.target = "call_function", operator.add
+    target.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    return True
+
+
+def match_norm(node: fx.Node) -> Norm | None:
+    """The norm whose reciprocal root ``node`` computes, or that ``node`` computes between casts; else None.
+
+    A reciprocal root is an rsqrt, a power of -1/2 or 1/sqrt.
+    """
+    if g.is_norm(node):
+        source = g.peel(node.args[0], g.is_cast)
+        output = _cast_down(node, g.dtype(source))
+        gain, bias = (x and g.peel(x, g.is_cast) for x in g.affine(node))
+        if any(x is not None and g.dtype(x) != g.dtype(source) for x in (gain, bias)):
+            return None
+        return Norm(output, source, gain, bias, node.args[-1], g.is_layer_norm(node)) if output is not node else None
     mean_plus_eps = _reciprocal_root(node)
     if mean_plus_eps is None or not g.is_binary(mean_plus_eps, g.ADDS):
         return None
@@ -94,15 +138,28 @@ def match_rms_norm(node: fx.Node) -> Norm | None:
     wide = _square_root_of(mean.args[0])  # the activation, in the dtype that the norm is computed in
     if wide is None:
         return None
-    source = g.peel(wide, g.is_cast)
-    scaled = [user for user in node.users if g.is_binary(user, g.MULS) and _other(user, node) in (wide, source)]
+    uncentred = _uncentred(wide)
+    source = g.peel(uncentred or wide, g.is_cast)
+    scaled = [user for user in node.users if g.is_binary(user, g.MULS) and (
+        _other(user, node) in (wide, source) if uncentred is None else _uncentred(_other(user, node)) is uncentred)]
     if len(scaled) != 1 or len(node.users) != 1:
         return None
-    output, gain = _apply_gain(_cast_down(scaled[0], g.dtype(source)))
+    output, gain = _apply(g.MULS, _cast_down(scaled[0], g.dtype(source)))
+    bias = None
+    if uncentred is not None:
+        output, bias = _apply(g.ADDS, output)
     output = _cast_down(output, g.dtype(source))
     if g.dtype(output) != g.dtype(source) or any(not isinstance(d, int) for d in g.shape(source)[-1:]):
         return None
-    return Norm(output, source, gain, eps)
+    return Norm(output, source, gain, bias, eps, uncentred is not None)
+
+
+def _uncentred(node: object) -> fx.Node | None:
+    """x where node is x - mean(x) over the last dimension."""
+    if g.is_binary(node, (operator.sub, torch.sub, "sub")) and _is_mean_over_last(node.args[1]) and (
+            node.args[1].args[0] is node.args[0]):
+        return node.args[0]
+    return None
 
 
 def _constant(x: object) -> float | None:
@@ -157,19 +214,20 @@ def _cast_down(node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
     return users[0] if len(users) == 1 and g.is_cast(users[0]) and g.dtype(users[0]) == dtype else node
 
 
-def _apply_gain(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """(gain * node, gain) where a one-dimensional weight multiplies node, which nothing else reads; else (node, None)."""
+def _apply(functions: tuple, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(gain * node, gain), or so with a sum, where a one-dimensional weight meets node, which nothing else reads; else
+    (node, None)."""
     users = list(node.users)
-    if len(users) == 1 and g.is_binary(users[0], g.MULS):
-        gain = _other(users[0], node)
-        if g.is_weight(gain) and g.shape(gain) == g.shape(node)[-1:]:
-            return users[0], gain
+    if len(users) == 1 and g.is_binary(users[0], functions):
+        weight = _other(users[0], node)
+        if g.is_weight(weight) and g.shape(weight) == g.shape(node)[-1:]:
+            return users[0], weight
     return node, None
 
 
 def _read_by_linear(node: fx.Node) -> bool:
     return any((g.is_linear(user) and user.args[0] is node) or
-               (g.is_position_slice(user) and _read_by_linear(user)) for user in node.users)
+               (g.is_position_map(user) and _read_by_linear(user)) for user in node.users)
 
 
 def _rewrite_linear(graph: fx.Graph, node: fx.Node) -> bool:
@@ -185,4 +243,17 @@ def _rewrite_linear(graph: fx.Graph, node: fx.Node) -> bool:
     with graph.inserting_before(node):
         transposed = g.weight_call(graph, torch.t, weight)
     node.op, node.target, node.args, node.kwargs = "call_function", F.linear, (x, transposed, bias), {}
+    return True
+
+
+def _rewrite_expert_linear(node: fx.Node) -> bool:
+    """``torch.bmm(W[experts], x.unsqueeze(-1)).squeeze(-1)`` becomes g.expert_linear."""
+    if not g.calls(node, "squeeze") or node.args[1:] != (-1,) or not g.calls(node.args[0], torch.bmm):
+        return False
+    chosen, x = node.args[0].args
+    if not (g.calls(chosen, operator.getitem) and g.is_weight(chosen.args[0]) and len(g.shape(chosen.args[0])) == 3
+            and isinstance(chosen.args[1], fx.Node) and len(g.shape(chosen.args[1])) == 1
+            and g.calls(x, "unsqueeze") and x.args[1:] == (-1,)):
+        return False
+    node.op, node.target, node.args = "call_function", g.expert_linear, (x.args[0], *chosen.args)
     return True

@@ -1,11 +1,11 @@
-"""norm(x) * gain, read by linears: W (g * x_hat) = (W diag(g)) x_hat. The norm keeps its eps and loses its gain."""
+"""norm(x) * gain + bias, read by linears: W (g * x_hat + c) + b = (W diag(g)) x_hat + (b + W c). The norm keeps its eps."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from larosa_fx import graph as g
@@ -14,39 +14,47 @@ from larosa_fx.structure import Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure, norms: Iterable[fx.Node]) -> PassResult:
-    """Fold the gain of each norm into all linears that read it.
+    """Fold gain and bias of each norm into all linears that read it.
 
     A norm with other readers is split: they keep the norm as it is, the linears get a gain-free one of their own.
     """
     result = PassResult("fold_gain")
     for norm in norms:
         linears = structure.readers[norm]
-        x, dims, gain, eps = norm.args
+        gain, bias = g.affine(norm)
         if not g.only_read_by(norm, linears):
             _split(gm.graph, structure, norm)
             result.count("norms split")
         else:
-            norm.args = (x, dims, None, eps)
-        if gain is None:
-            continue
+            norm.args = g.bare(norm)
         for linear in linears:
-            with gm.graph.inserting_before(linear):
-                linear.update_arg(1, g.weight_call(gm.graph, torch.mul, linear.args[1], gain))
-            result.count("linears")
-        result.count("gains")
+            if bias is not None:
+                g.edit_bias(linear, functools.partial(_carry, gm.graph, linear.args[1], bias))
+            if gain is not None:
+                g.edit_weight(linear, lambda weight, gain=gain: g.weight_call(gm.graph, torch.mul, weight, gain))
+        for what, parameter in (("gains", gain), ("biases", bias)):
+            if parameter is not None:
+                result.count(what)
+        if gain is not None or bias is not None:
+            result.count("linears", len(linears))
     return result
 
 
+def _carry(graph: fx.Graph, weight: fx.Node, bias: fx.Node, own: fx.Node | None) -> fx.Node:
+    """What a linear adds: its own bias, and the norm's through its weight."""
+    carried = g.weight_call(graph, torch.matmul, weight, bias)
+    return carried if own is None else g.weight_call(graph, torch.add, own, carried)
+
+
 def _split(graph: fx.Graph, structure: Structure, norm: fx.Node) -> None:
-    x, dims, _, eps = norm.args
     linears = structure.readers.pop(norm)
     with graph.inserting_after(norm):
-        gain_free = graph.call_function(F.rms_norm, (x, dims, None, eps))
-    gain_free.meta = dict(norm.meta)
-    moved = {norm: gain_free}
+        bare = graph.call_function(norm.target, g.bare(norm))
+    bare.meta = dict(norm.meta)
+    moved = {norm: bare}
 
     def move(value: fx.Node) -> fx.Node:
-        """The gain-free twin of the norm or of a choice of its positions."""
+        """The bare twin of the norm or of a map of its positions."""
         if value not in moved:
             source = move(value.args[0])
             with graph.inserting_after(value):  # what it is indexed by may come late
@@ -55,9 +63,9 @@ def _split(graph: fx.Graph, structure: Structure, norm: fx.Node) -> None:
 
     for linear in linears:
         linear.update_arg(0, move(linear.args[0]))
-    structure.readers[gain_free] = linears
+    structure.readers[bare] = linears
     for site in structure.sites:
         if site.norm is norm:
-            site.norm, site.input = gain_free, site.linears[0].args[0]
+            site.norm, site.input = bare, site.linears[0].args[0]
     for value in structure.stream:
-        value.norms = [gain_free if n is norm else n for n in value.norms]
+        value.norms = [bare if n is norm else n for n in value.norms]

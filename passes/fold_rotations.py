@@ -100,16 +100,14 @@ class _Rotator:
         return g.rotation(self.gm, basis, self.rotations[basis])
 
     def reader(self, linear: fx.Node, basis: str) -> None:
-        with self.graph.inserting_before(linear):
-            linear.update_arg(1, g.weight_call(self.graph, torch.matmul, linear.args[1], self._q(basis)))
+        q = self._q(basis)
+        g.edit_weight(linear, lambda weight: g.weight_call(self.graph, torch.matmul, weight, q))
 
     def writer(self, linear: fx.Node, basis: str) -> None:
-        with self.graph.inserting_before(linear):
-            q = self._q(basis)
-            transposed = g.weight_call(self.graph, torch.t, q)
-            linear.update_arg(1, g.weight_call(self.graph, torch.matmul, transposed, linear.args[1]))
-            if len(linear.args) > 2 and linear.args[2] is not None:
-                linear.update_arg(2, g.weight_call(self.graph, torch.matmul, linear.args[2], q))
+        q = self._q(basis)
+        g.edit_weight(linear, lambda weight: g.weight_call(
+            self.graph, torch.matmul, g.weight_call(self.graph, torch.t, q), weight))
+        g.edit_bias(linear, lambda bias: bias and g.weight_call(self.graph, torch.matmul, bias, q))
 
     def table(self, embedding: fx.Node, basis: str) -> None:
         with self.graph.inserting_before(embedding):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from larosa_fx import compat
@@ -16,8 +17,12 @@ from larosa_fx.report import PassResult
 from larosa_fx.weights import Recipe
 
 
-def run(gm: fx.GraphModule) -> tuple[list[int | Recipe], PassResult]:
-    """Returns, for each placeholder of the rewritten graph, the position of the original input or a recipe."""
+def run(gm: fx.GraphModule, dtype: torch.dtype) -> tuple[list[int | Recipe], PassResult]:
+    """Returns, for each placeholder of the rewritten graph, the position of the original input or a recipe.
+
+    ``dtype`` is what folded tensors have. The model's own casts to another (``A_log.float()``), and its
+    own transposed views, stay where they are.
+    """
     result = PassResult("fold_weights")
     graph = gm.graph
     position = {node: i for i, node in enumerate(g.placeholders(graph))}
@@ -25,6 +30,8 @@ def run(gm: fx.GraphModule) -> tuple[list[int | Recipe], PassResult]:
     folded: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op == "placeholder" or not g.is_weight(node) or all(map(g.is_weight, node.users)):
+            continue
+        if g.dtype(node) not in (None, dtype) or (g.value(node) is not None and g.calls(node, *g.TRANSPOSES)):
             continue
         expression = _expression(node, position)
         if expression not in folded:

@@ -1,15 +1,13 @@
 """A sparse site becomes one op: the norm before it, and bias, gate, residual and adapter behind it, join its GEMV.
 
 RMSNorm without its gain scales all channels alike, so it does not change which are the k largest: the selection reads the
-raw stream and the norm's scalar multiplies the product. An adapter becomes more rows of the weight that writes the stream,
-[r, h4] . [A; W_down'], always active; where nothing is fused, as in prefill, the two are read as slices of that weight, so
-that all graphs share it.
+raw stream and the norm's scalar multiplies the product. An adapter packed with a site's weight (``pack_adapters``) is read
+with it, every row.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -40,7 +38,7 @@ class _Fused:
     columns: int
     bias: fx.Node | None = None
     residual: fx.Node | None = None
-    adapted: fx.Node | None = None  # the weight and, below it, the adapter that ``residual`` goes through
+    adapter: int = 0  # rows of it, behind the weight's own
     eps: float | None = None
     gate: str = ""
 
@@ -49,7 +47,6 @@ def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> P
     """Fuse each site that ``lower_topk`` made a GEMV, sparse or dense, with what the device's kernel takes around it."""
     result = PassResult("fuse_sites")
     for site in structure.sites:
-        _join(gm.graph, site)
         found = _gemv(site)
         if found is None:
             continue
@@ -60,7 +57,7 @@ def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> P
             more = absorb(found)
             if more is not None and _fits(more, fuses):
                 found = more
-                result.count("adapters" if found.adapted is not None and what == "residuals" else what)
+                result.count("adapters" if found.adapter and what == "residuals" else what)
         site.linears = [_emit(gm.graph, found)]
         result.count("sites")
     g.remove_dead_code(gm.graph)
@@ -68,32 +65,12 @@ def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> P
 
 
 def _fits(f: _Fused, fuses: Fuses) -> bool:
-    adapter = 0 if f.adapted is None else g.shape(f.residual)[-1]
-    return g.value(f.x) is not None and fuses(g.value(f.x), f.columns, adapter, f.eps is not None, f.gate)
-
-
-def _join(graph: fx.Graph, site: Site) -> None:
-    """Make the site's weight, and the adapter whose product is added to the site's, slices of one weight."""
-    product, _ = _product(site)
-    rotated = _other(_only_user(site.linears[0]), site.linears[0])
-    if not (g.calls(rotated, torch.matmul) and g.is_weight(rotated.args[1]) and len(rotated.users) == 1):
-        return
-    with graph.inserting_before(next(node for node in graph.nodes if node in (product, rotated))):
-        joined = g.weight_call(graph, torch.cat, [product.args[-1], rotated.args[1]], 0)
-        g.hoist_weights(joined)
-        for node, rows in ((product, slice(None, site.in_features)), (rotated, slice(site.in_features, None))):
-            node.args = (*node.args[:-1], graph.call_function(operator.getitem, (joined, rows)))
-
-
-def _product(site: Site) -> tuple[fx.Node, fx.Node | None]:
-    """The site's product, whose last argument is its weight, and the bias that lower_topk added to it."""
-    (linear,) = site.linears
-    return linear.args if g.calls(linear, torch.add) else (linear, None)
+    return g.value(f.x) is not None and fuses(g.value(f.x), f.columns, f.adapter, f.eps is not None, f.gate)
 
 
 def _gemv(site: Site) -> _Fused | None:
     (linear,) = site.linears
-    gemv, bias = _product(site)
+    gemv, bias = linear.args if g.calls(linear, torch.add) else (linear, None)  # lower_topk adds the bias
     if g.calls(gemv, _GEMV):
         x, k = gemv.args[0].args[0].args
         return _Fused(linear, x, k, gemv.args[2], site.out_features, bias)
@@ -103,7 +80,7 @@ def _gemv(site: Site) -> _Fused | None:
 
 
 def _norm(f: _Fused) -> _Fused | None:
-    if not g.is_rms_norm(f.x) or f.x.args[2] is not None or len(f.x.users) != 1:
+    if not g.calls(f.x, F.rms_norm) or f.x.args[2] is not None or len(f.x.users) != 1:
         return None
     x, _, _, eps = f.x.args
     return replace(f, x=x, eps=torch.finfo(g.dtype(x)).eps if eps is None else eps)
@@ -111,7 +88,7 @@ def _norm(f: _Fused) -> _Fused | None:
 
 def _gate(f: _Fused) -> _Fused | None:
     """act(y[..., :N/2]) * y[..., N/2:], however the halves are taken."""
-    halves = _only_user(f.output)
+    halves = g.only_user(f.output)
     half = f.columns // 2
     if not ((g.calls(halves, torch.split, "split") and list(halves.args[1:]) in ([[half, half], -1], [half, -1]))
             or (g.calls(halves, torch.chunk, "chunk") and g.argument(halves, 1, "chunks") == 2
@@ -120,32 +97,39 @@ def _gate(f: _Fused) -> _Fused | None:
     pieces = {user.args[1]: user for user in halves.users}
     if set(pieces) != {0, 1}:
         return None
-    act, product = _only_user(pieces[0]), _only_user(pieces[1])
+    act, product = g.only_user(pieces[0]), g.only_user(pieces[1])
     gate = _activation(act)
-    if gate is None or not g.is_binary(product, g.MULS) or _only_user(act) is not product:
+    if gate is None or not g.is_binary(product, g.MULS) or g.only_user(act) is not product:
         return None
     return replace(f, output=product, gate=gate)
 
 
 def _residual(f: _Fused) -> _Fused | None:
-    add = _only_user(f.output)
-    other = _other(add, f.output)
+    add = g.only_user(f.output)
+    if not g.is_binary(add, g.ADDS):
+        return None
+    other = g.other_operand(add, f.output)
     if not isinstance(other, fx.Node) or g.is_weight(other) or g.dtype(add) != g.dtype(f.x):
         return None
-    if g.calls(f.weight, operator.getitem):  # joined with the adapter that other goes through
-        return replace(f, output=add, residual=other.args[0], adapted=f.weight.args[0])
+    if g.calls(other, torch.matmul) and _packed(f.weight) is not None and _packed(other.args[1]) is _packed(f.weight):
+        residual = other.args[0]
+        return replace(f, output=add, weight=_packed(f.weight), residual=residual, adapter=g.shape(residual)[-1])
     return replace(f, output=add, residual=other) if g.shape(other) == g.shape(add) else None
 
 
 def _emit(graph: fx.Graph, f: _Fused) -> fx.Node:
     with graph.inserting_before(f.output):
-        weight = f.weight if f.adapted is None else f.adapted
         # What made x read the residual itself, so that is complete before x is.
-        early = f.adapted is not None and g.calls(f.x, _LINEAR) and f.x.args[0] is f.residual
-        fused = graph.call_function(_LINEAR, (f.x, f.k, weight, f.bias, f.residual, f.eps, f.gate, early))
+        early = f.adapter > 0 and g.calls(f.x, _LINEAR) and f.x.args[0] is f.residual
+        fused = graph.call_function(_LINEAR, (f.x, f.k, f.weight, f.bias, f.residual, f.eps, f.gate, early))
     fused.meta = dict(f.output.meta)
     f.output.replace_all_uses_with(fused)
     return fused
+
+
+def _packed(weight: fx.Node) -> fx.Node | None:
+    """The tensor that ``weight`` is some rows of."""
+    return weight.args[0] if g.calls(weight, torch.narrow) else None
 
 
 def _activation(node: object) -> str | None:
@@ -158,15 +142,3 @@ def _activation(node: object) -> str | None:
     if g.calls(node, F.gelu):
         return {"none": "gelu", "tanh": "gelu_tanh"}[node.kwargs.get("approximate", "none")]
     return None
-
-
-def _only_user(node: fx.Node | None) -> fx.Node | None:
-    users = list(node.users) if isinstance(node, fx.Node) else []
-    return users[0] if len(users) == 1 else None
-
-
-def _other(add: fx.Node | None, operand: fx.Node) -> object:
-    """What a plain sum adds to ``operand``; None where ``add`` is none."""
-    if not g.is_binary(add, g.ADDS):
-        return None
-    return add.args[1] if add.args[0] is operand else add.args[0]

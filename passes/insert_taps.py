@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import fx
 
+from larosa_fx import graph as g
 from larosa_fx.report import PassResult
 from larosa_fx.structure import Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure, observe: Callable[[str, object], None]) -> PassResult:
-    """Call ``observe(site name, tensor)`` at every inner site with x_hat, [..., D]: the normed value without its gain."""
+    """Call ``observe(site name, tensor)`` at every inner site with x_hat, [..., D]: the norm less gain and bias."""
     result = PassResult("insert_taps")
     for site in structure.inner_sites():
-        x, dims, _, eps = site.norm.args
-        with gm.graph.inserting_after(site.norm):
-            x_hat = gm.graph.call_function(F.rms_norm, (x, dims, None, eps))
+        x_hat = site.input
+        if site.norm is not None:
+            with gm.graph.inserting_after(site.norm):
+                x_hat = gm.graph.call_function(site.norm.target, g.bare(site.norm))
         with gm.graph.inserting_after(x_hat):
             gm.graph.call_function(observe, (site.name, x_hat))
         result.count("taps")

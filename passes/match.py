@@ -1,13 +1,15 @@
 """Find what the method works on in a canonical graph: the residual stream, its norms, their readers, the sites.
 
 Nothing is rewritten, and dataflow alone decides. A site is the input of linears with parameter weights. It is an *inner*
-site (h1, h3) where an RMSNorm of the residual stream makes it, and an *outer* one (h2, h4) where the linears of an inner
-site lead to it. The block is attention where positions mix on the way from one to the other.
+site (h1, h3) where a norm of the residual stream makes it, or where it is the stream itself (OLMo 2), and an *outer* one
+(h2, h4) where the linears of an inner site lead to it. The block is attention where positions mix on the way from one to
+the other.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +23,17 @@ from larosa_fx.structure import Site, StreamNode, Structure
 def run(graph: fx.Graph) -> tuple[Structure, PassResult]:
     """The structure of a canonical graph, and the pass's counts; ``skipped`` names linears that belong to no site."""
     result = PassResult("match")
-    readers = {n: _readers(n) for n in graph.nodes if g.is_rms_norm(n) and not _is_linear_output(n.args[0])}
-    readers = {norm: linears for norm, linears in readers.items() if linears}
-    sites, head_norms = _sites(graph, readers, result)
+    readers = {norm: linears for norm in filter(g.is_norm, graph.nodes) if (linears := _readers(norm))}
+    stream_like = _stream_like(graph, readers)
+    readers = {norm: linears for norm, linears in readers.items() if norm.args[0] in stream_like}
+    sites, head_norms = _sites(graph, readers, stream_like, result)
     stream, obstacles = _stream(list(readers))
     structure = Structure(sites, stream, readers, obstacles, result.skipped)
     _ends(structure, head_norms)
     written = g.written_in_place(graph)
+    structure.obstacles += [(str(site.input), "linears read the residual stream without a norm here")
+                            for site in structure.inner_sites() if site.norm is None]
+    structure.obstacles += _centring_obstacles(structure)
     structure.obstacles += [(str(value.node), "something writes in place to the residual stream here")
                             for value in stream if value.node in written]
     structure.written = [str(site.input) for site in sites if site.input in written or site.norm in written]
@@ -37,69 +43,123 @@ def run(graph: fx.Graph) -> tuple[Structure, PassResult]:
     return structure, result
 
 
-def _is_weight_linear(node: object) -> bool:
-    return g.is_linear(node) and g.is_weight(node.args[1]) and (len(node.args) < 3 or node.args[2] is None
-                                                                or g.is_weight(node.args[2]))
-
-
 def _readers(norm: fx.Node) -> list[fx.Node]:
-    """The linears that read norm, directly or through a choice of positions (the head often reads the last alone)."""
-    found = []
-    for user in norm.users:
-        if _is_weight_linear(user) and user.args[0] is norm:
-            found.append(user)
-        elif g.is_position_slice(user):
-            found += _readers(user)
+    """The linears that read norm, directly or through a map of positions (the head often reads the last alone).
+
+    Experts' linears have no place for the bias that a norm would leave to them.
+    """
+    found, values = [], [norm]
+    while values:
+        value = values.pop(0)
+        for user in value.users:
+            if g.is_weight_linear(user) and user.args[0] is value and (g.is_linear(user) or g.affine(norm)[1] is None):
+                found.append(user)
+            elif g.is_position_map(user):
+                values.append(user)
     return found
 
 
-def _is_linear_output(node: fx.Node) -> bool:
-    """Whether node is (a piece of) a linear's output: norms inside a branch (q/k-norm, latent attention) read such."""
-    return g.is_linear(g.peel(node, lambda n: g.calls(n, operator.getitem, "view", "reshape", "split", "chunk",
-                                                      "transpose", torch.split, torch.chunk)))
+def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node]) -> set[fx.Node]:
+    """What may be a value of the residual stream: what a path without linears and attention joins, channel by channel, to
+    something in front of both. Norms inside a branch (q/k-norm, latent attention, sub-norms) read nothing of the kind."""
+    behind, found = set(norms), set()
+    for node in graph.nodes:
+        mixes = _mixes_positions(node)
+        if not mixes and node not in behind and not any(n in behind for n in node.all_input_nodes):
+            found.add(node)
+            continue
+        behind.add(node)
+        channels = [n for n in node.all_input_nodes if not g.is_weight(n) and g.shape(n)[-1:] == g.shape(node)[-1:] != ()]
+        if not mixes and not g.is_weight_linear(node) and any(n in found for n in channels):
+            found.add(node)
+    return found
 
 
 # ---- sites ---------------------------------------------------------------------------------------------------------
 
 
-def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], result: PassResult) -> tuple[list[Site], set[fx.Node]]:
+def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: set[fx.Node],
+           result: PassResult) -> tuple[list[Site], set[fx.Node]]:
     """All sites in (layer, kind) order, and the norms that no outer site follows: the head's."""
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if _is_weight_linear(node):
-            groups.setdefault(node.args[0], []).append(node)
-    norm_of = {linear: norm for norm, linears in readers.items() for linear in linears}
-    outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, norm of its inner site, whether attention)
+        if g.is_linear(node) and g.is_weight_linear(node):
+            weights = [n for n in g.upstream(node.args[1], lambda n: False) if n.op == "placeholder"]
+            if all(g.dtype(n) == g.dtype(node) or not g.dtype(n).is_floating_point for n in weights):
+                groups.setdefault(node.args[0], []).append(node)
+            else:
+                result.skip(node, "it computes in another dtype than its weight has")
+    root_of = {linear: norm for norm, linears in readers.items() for linear in linears}  # linear -> norm, or the stream
+    root_of |= {linear: tensor for tensor, linears in groups.items() if tensor in stream_like
+                for linear in linears if linear not in root_of}
+    writes = g.state_writes(graph)
+    outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, root of its inner site, whether attention)
+    branches: dict[fx.Node, set[fx.Node]] = {}  # site tensor -> what it depends on, as far as the linears behind a root
+    used: set[fx.Node] = set()  # linears behind a root that an outer site depends on
     for tensor, linears in groups.items():
-        if linears[0] in norm_of:
+        if linears[0] in root_of:
             continue
-        branch = list(g.upstream(tensor, lambda n: _is_weight_linear(n) or n in readers))
-        norms = {norm_of[n] for n in branch if n in norm_of}
-        if len(norms) == 1:
-            outer.append((tensor, norms.pop(), any(map(_mixes_positions, branch))))
+        branch = branches[tensor] = set(g.upstream(tensor, lambda n: n in root_of or n in readers, writes))
+        roots = {root_of[n] for n in branch if n in root_of}
+        if len(roots) == 1:
+            outer.append((tensor, roots.pop(), any(map(_mixes_positions, branch))))
         else:
             for linear in linears:
-                result.skip(linear, "its input is not a branch of one RMSNorm of the residual stream")
-    attention = {norm for _, norm, mixes in outer if mixes}
-    followed = {norm for _, norm, _ in outer}
+                result.skip(linear, "its input is not a branch of one value of the residual stream")
+    between = set().union(*branches.values())
+    leads = _leading_back(graph, stream_like)
+    outer, inside = _split(outer, lambda tensor: not between.issuperset(groups[tensor]))
+    outer, head = _split(outer, lambda tensor: leads.issuperset(groups[tensor]))
+    last = {linear for tensor, *_ in outer for linear in groups[tensor]}
+    outer, behind = _split(outer, lambda tensor: last.isdisjoint(branches[tensor]))
+    left = {"another linear of the branch follows it or stands before it (latent attention, LoRA)": inside + behind,
+            "nothing leads from it back to the residual stream: a head": head}
+    for reason, entries in left.items():
+        for linear in (linear for tensor, *_ in entries for linear in groups[tensor]):
+            result.skip(linear, reason)
+    for tensor, *_ in outer:
+        used.update(n for n in branches[tensor] if n in root_of)
+    for experts in filter(g.is_expert_linear, graph.nodes):
+        result.skip(experts, "experts' linears stay dense")
+    attention = {root for _, root, mixes in outer if mixes}
+    followed = {root for _, root, _ in outer}
     sites, layer_of, kinds = [], {}, set()
     layer = -1
-    for norm in (n for n in readers if n in followed):
-        kind = "h1" if norm in attention else "h3"
+    for root in (n for n in graph.nodes if n in followed):
+        kind = "h1" if root in attention else "h3"
         if kind == "h1" or kind in kinds or layer < 0:
             layer, kinds = layer + 1, set()
         kinds.add(kind)
-        layer_of[norm] = layer
+        layer_of[root] = layer
         for tensor, linears in groups.items():
-            if norm_of.get(linears[0]) is norm:
-                sites.append(Site(layer, kind, tensor, linears, norm))
-    for tensor, norm, mixes in outer:
-        sites.append(Site(layer_of[norm], "h2" if mixes else "h4", tensor, groups[tensor]))
+            if root_of.get(linears[0]) is not root:
+                continue
+            if followed_up := [linear for linear in linears if linear in used]:
+                sites.append(Site(layer, kind, tensor, followed_up, root if root in readers else None))
+            for linear in linears:
+                if linear not in used:
+                    result.skip(linear, "no linear of its branch follows it: a router, or a gate on the branch's output")
+    for tensor, root, mixes in outer:
+        sites.append(Site(layer_of[root], "h2" if mixes else "h4", tensor, groups[tensor]))
     names = [site.name for site in sites]
     for site in [s for s in sites if names.count(s.name) > 1]:
         sites.remove(site)
         result.skip(site.linears[0], f"more than one {site.name}")
     return sorted(sites, key=lambda s: (s.layer, s.kind)), set(readers) - followed
+
+
+def _leading_back(graph: fx.Graph, stream_like: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that a later value of the residual stream depends on."""
+    leads: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if any(user in stream_like or user in leads for user in node.users):
+            leads.add(node)
+    return leads
+
+
+def _split(outer: list[tuple], keep: Callable[[fx.Node], bool]) -> tuple[list[tuple], list[tuple]]:
+    """Those whose tensor is to be kept, and the others."""
+    return [entry for entry in outer if keep(entry[0])], [entry for entry in outer if not keep(entry[0])]
 
 
 def _mixes_positions(node: fx.Node) -> bool:
@@ -146,21 +206,40 @@ def _residual_add(node: fx.Node) -> StreamNode:
         of_a, of_b = _writers(a, node), _writers(b, node)
         if (of_a is None) != (of_b is None) and isinstance(a, fx.Node) and isinstance(b, fx.Node):
             return StreamNode(node, a, of_b) if of_a is None else StreamNode(node, b, of_a)
-    return StreamNode(node)
+    return StreamNode(node, node.args[0]) if g.is_position_map(node) else StreamNode(node)
 
 
 def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
     """The linears whose sum, up to constant factors, node is, where ``reader`` alone reads it; None where it is not."""
     if not isinstance(node, fx.Node) or list(node.users) != [reader]:
         return None
-    if _is_weight_linear(node):
+    if g.is_weight_linear(node):
         return [node]
-    if g.calls(node, *g.MULS, operator.truediv) and g.is_scalar(node.args[1]):
+    if g.is_position_map(node) or g.is_sum_of_positions(node):
         return _writers(node.args[0], node)
+    if g.is_binary(node, (*g.MULS, operator.truediv, torch.div, "div")):
+        value, factor = node.args
+        if node.target in g.MULS and _is_factor(value):
+            value, factor = factor, value
+        return _writers(value, node) if _is_factor(factor) and not _is_factor(value) else None
     if g.is_binary(node, g.ADDS):
         a, b = (_writers(arg, node) for arg in node.args)
         return None if a is None or b is None else a + b
     return None
+
+
+def _is_factor(x: object) -> bool:
+    """Whether x scales all channels of a position alike: a number, or a router's weight or a gate, [..., 1]."""
+    return g.is_scalar(x) or (isinstance(x, fx.Node) and g.shape(x)[-1:] == (1,))
+
+
+def _centring_obstacles(structure: Structure) -> list[tuple[str, str]]:
+    """What forbids to centre a stream that LayerNorms read: whatever is not one can tell the difference."""
+    if not structure.has_layer_norms:
+        return []
+    values = {value.node for value in structure.stream}
+    return [(str(user), "this reads the residual stream, which cannot be centred for its LayerNorms then")
+            for value in structure.stream for user in value.node.users if user not in values and not g.is_layer_norm(user)]
 
 
 def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:
@@ -176,7 +255,8 @@ def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:
         for norm in [n for n in stream_node.norms if n in head_norms]:
             linears = structure.readers[norm]
             exclusive = all(set(linear.args[1].users) == {linear} for linear in linears)
-            if exclusive and g.only_read_by(norm, linears) and stream_node is structure.stream[-1]:
+            last = stream_node is structure.stream[-1]
+            if last and exclusive and g.only_read_by(norm, linears):
                 structure.head = norm
-            else:
+            elif last or not exclusive:
                 stream_node.norms.remove(norm)

@@ -23,12 +23,12 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
         biases = [linear.args[2] if len(linear.args) > 2 else None for linear in site.linears]
         with graph.inserting_after(site.input):
             weight = anchor = graph.call_function(torch.cat, ([linear.args[1] for linear in site.linears], 0))
-        g.hoist_weights(weight)
+        g.hoist_weights(graph, weight)
         operands = (site.input, weight)
         if None not in biases:
             with graph.inserting_after(weight):
                 anchor = graph.call_function(torch.cat, (biases, 0))
-            g.hoist_weights(anchor)
+            g.hoist_weights(graph, anchor)
             operands, biases = (*operands, anchor), [None] * len(biases)
         with graph.inserting_after(anchor):
             merged = graph.call_function(F.linear, operands)

@@ -23,8 +23,7 @@ def run(gm: fx.GraphModule, structure: Structure, rotations: Mapping[str, torch.
         z.meta = dict(site.input.meta)
         for linear in site.linears:
             linear.update_arg(0, z)
-            with gm.graph.inserting_before(linear):
-                linear.update_arg(1, g.weight_call(gm.graph, torch.matmul, linear.args[1], q))
+            g.edit_weight(linear, lambda weight, q=q: g.weight_call(gm.graph, torch.matmul, weight, q))
         site.input = z
         result.count("rotations")
         result.count("readers", len(site.linears))

@@ -99,3 +99,11 @@ def test_equal_layers_keep_equally_many():
     for kind in COEFFICIENTS:
         of_kind = [k[s.name] for s in sites if s.kind == kind]
         assert max(of_kind) - min(of_kind) <= 1
+
+
+def test_a_sites_own_coefficient_comes_before_its_kinds(rng):
+    sites = [Shape(f"{i}.h1", "h1", 640, 320) for i in range(4)]
+    k = allocate(sites, 0.5, {"h1": 1.0, "2.h1": 1.5})
+    assert max(k["0.h1"], k["1.h1"], k["3.h1"]) - min(k["0.h1"], k["1.h1"], k["3.h1"]) <= 1  # rounding to whole channels
+    assert (640 - k["2.h1"]) / (640 - k["0.h1"]) == pytest.approx(1.5, abs=0.01)
+    assert not_read(sites, k) == pytest.approx(0.5 * elements(sites), abs=320)

@@ -196,6 +196,7 @@ def test_nothing_outlives_the_model(saved):
     from larosa_fx.weights import STORE
 
     model = llama()
+    gc.collect()  # of earlier tests' models
     before = len(STORE)
     fast = compiled(model, plan=saved(model))
     fast(ids(1, 9))
@@ -291,9 +292,9 @@ def test_model_without_rms_norm_is_left_alone():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4)).eval()
     x = torch.randn(2, 3, 8)
-    with pytest.warns(UserWarning, match="no linears behind an RMSNorm"):
+    with pytest.warns(UserWarning, match="no linears behind a norm"):
         assert torch.allclose(compiled(model)(x), model(x))
-    with pytest.raises(Exception, match="no linears behind an RMSNorm"):
+    with pytest.raises(Exception, match="no linears behind a norm"):
         compiled(model, strict=True)(x)
 
 

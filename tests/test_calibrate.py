@@ -106,7 +106,7 @@ def test_bad_input_is_named(batches, settings, message):
 
 def test_a_model_that_is_not_understood_says_why():
     model = torch.nn.Sequential(torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64))
-    with pytest.raises(RuntimeError, match="no linears behind an RMSNorm"):
+    with pytest.raises(RuntimeError, match="no linears behind a norm"):
         larosa_fx.calibrate(model, [ids(1, 8)], progress=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -54,6 +55,17 @@ def test_inspect_needs_no_plan(directory, capsys):
     assert [row["site"] for row in found["structure"]][:4] == [f"layers.0.h{i}" for i in (1, 2, 3, 4)]
     assert found["report"]["treatment"] == "fold" and found["report"]["adapters"] == 1
     assert any((directory / "dumps" / "graph-00").iterdir())
+
+
+def test_inspect_draws_a_layer(directory, capsys):
+    assert larosa("inspect", "--sparsity", "0.4", "--html", "layer.html") == 0
+    page = (directory / "layer.html").read_text(encoding="utf-8")
+    svg = [ElementTree.fromstring(part.partition("</svg>")[0].join(("<svg", "</svg>"))) for part in page.split("<svg")[-2:]]
+    before, after = (["".join(text.itertext()) for text in drawing.iter("text")] for drawing in svg)
+    assert "h1: 32 channels" in before and any(text.startswith("h1: Top-") for text in after)
+    assert "adapter" in after and "adapter" not in before  # from layer 0's basis to layer 1's
+    assert any("Q[layers.1]ᵀ down_proj" in text for text in after)
+    assert any("q_proj diag(input_layernorm)) Q[layers.0]" in text for text in after)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

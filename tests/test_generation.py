@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import larosa_fx
+from larosa_fx.families import tiny_model
 from larosa_fx.reference import simulated
 from tiny import compiled, error, ids, llama
 
@@ -105,3 +106,21 @@ def test_cuda_graphs_replay_the_same_tokens(saved, dtype):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(-1)
     assert torch.equal(larosa_fx.generate(model, prompt, plan=path, mode="reduce-overhead", **SETTINGS), plain)
+
+
+@pytest.mark.parametrize(("name", "rotation", "treatment"), [
+    ("GPT2LMHeadModel", "layer", "fold"),  # centred
+    ("Qwen3MoeForCausalLM", "layer", "fold"),  # dense experts
+    ("Gemma2ForCausalLM", "layer", "online"),  # sliding windows, post-norms
+    ("Olmo2ForCausalLM", "layer", "online"),  # no norm in front of the linears
+    ("MistralForCausalLM", "none", "unrotated"),
+])
+def test_greedy_tokens_of_every_treatment(saved, name, rotation, treatment):
+    model = tiny_model(name)
+    path = saved(model, rotation=rotation)
+    prompt = ids(1, 9)
+    expected = eager_tokens(model, prompt)
+    got = larosa_fx.generate(model, prompt, plan=path, sparsity=0.0, compiler="eager", **SETTINGS)
+    assert torch.equal(got, expected)
+    report = larosa_fx.last_report()
+    assert report.treatment == treatment and report.tokens == "1"

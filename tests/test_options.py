@@ -15,8 +15,8 @@ def test_defaults():
 
 def test_given_options_arrive():
     options = Options.parse({"plan": "m.larosa", "sparsity": 0, "sparsify": "all", "mode": "reduce-overhead", "strict": True,
-                             "dump_dir": Path("d"), "weights": "replace", "compiler": "eager"})
-    assert options == Options("m.larosa", 0, "all", "reduce-overhead", True, "d", "replace", "eager")
+                             "dump_dir": Path("d"), "weights": "replace", "rotate_cache": True, "compiler": "eager"})
+    assert options == Options("m.larosa", 0, "all", "reduce-overhead", True, "d", "replace", True, "eager")
 
 
 @pytest.mark.parametrize("key, closest", [("sparsty", "sparsity"), ("sparcify", "sparsify"), ("dumpdir", "dump_dir"),

@@ -132,8 +132,8 @@ def test_another_safetensors_file(path, metadata):
 
 
 def test_newer_version(path):
-    rewrite_file(path, metadata={"version": "2"})
-    with pytest.raises(PlanError, match=r"plan version 2, .* reads up to 1: update larosa_fx or calibrate again"):
+    rewrite_file(path, metadata={"version": "3"})
+    with pytest.raises(PlanError, match=r"plan version 3, .* reads up to 2: update larosa_fx or calibrate again"):
         Plan.load(path)
 
 
@@ -300,3 +300,47 @@ def test_attaching_to_another_model(p):
         plan_of(program("phi3")).attach(tiny_model("llama"))
     with pytest.raises(PlanError, match="does not fit the model"):
         plan_of(p).attach(tiny_model("llama", num_hidden_layers=1))
+
+
+# ---- maps and scales -----------------------------------------------------------------------------------------------
+
+
+def mapped(p):
+    plan = plan_of(p)
+    plan.heads = {"layers.0.h2": torch.randn(2, 8, 8) + 3 * torch.eye(8)}
+    plan.scales = {"layers.1.h4": torch.rand(48) + 0.5, "layers.0.h1": torch.rand(32) + 0.5}
+    plan.coefficients["layers.1.h3"] = 0.4
+    return plan
+
+
+def test_maps_scales_and_single_coefficients_survive_the_file(p, tmp_path):
+    plan = mapped(p)
+    loaded = Plan.load(plan.save(tmp_path / "a"))
+    assert loaded.digest == plan.digest != plan_of(p).digest and loaded.k == plan.k
+    assert loaded.matrices.keys() == plan.matrices.keys() >= {"layers.0.h2/heads", "layers.1.h4/scale", "layers.0"}
+    assert all(torch.equal(loaded.matrices[name], m) for name, m in plan.matrices.items())
+
+
+def test_plans_of_version_1_still_load(p, tmp_path):
+    path = plan_of(p).save(tmp_path / "a")
+
+    def older(header):
+        for site in header["sites"]:
+            del site["source"], site["blocks"]
+
+    rewrite_file(path, header=older, metadata={"version": "1"})
+    assert Plan.load(path).heads == Plan.load(path).scales == {}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda plan: plan.heads.update({"layers.0.h4": torch.eye(8)[None]}), "where the values' heads do not arrive"),
+    (lambda plan: plan.heads.update({"layers.0.h2": torch.zeros(2, 8, 8)}), "not 2 invertible matrices of size 8"),
+    (lambda plan: plan.heads.update({"layers.0.h2": torch.eye(8)[None]}), "not 2 invertible matrices"),
+    (lambda plan: plan.scales.update({"layers.0.h2": torch.ones(32)}), "scales cannot be folded"),
+    (lambda plan: plan.scales.update({"layers.0.h1": -torch.ones(32)}), "not 32 positive numbers"),
+    (lambda plan: plan.coefficients.update({"layers.0.h1": 0.0}), "coefficient 0.0 for layers.0.h1")])
+def test_maps_that_cannot_be(p, change, message):
+    plan = mapped(p)
+    change(plan)
+    with pytest.raises(PlanError, match=message):
+        plan.validate()

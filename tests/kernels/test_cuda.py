@@ -16,8 +16,8 @@ def shapes():
     base = {"channels": 4096, "columns": 4096, "adapter": 0, "full": False, "half": False, "gate": "", "norm": False,
             "bias": False, "residual": False, "early": False}
     more = [{}, {"norm": True, "bias": True}, {"norm": True, "gate": "silu", "columns": 22016}, {"residual": True},
-            {"adapter": 4096, "early": True, "channels": 11008}, {"full": True, "norm": True}, {"channels": 64, "columns": 32},
-            {"channels": 28672, "columns": 8192, "adapter": 8192}]
+            {"adapter": 4096, "early": True, "channels": 11008}, {"full": True, "norm": True},
+            {"channels": 64, "columns": 32}, {"channels": 28672, "columns": 8192, "adapter": 8192}]
     return [cuda_linear.Shape(**base | extra | {"half": half}) for extra in more for half in (False, True)]
 
 

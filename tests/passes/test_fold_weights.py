@@ -8,7 +8,7 @@ from torch import nn
 from larosa_fx import graph as g
 from larosa_fx.passes import fold_weights
 from larosa_fx.weights import Binding, Recipe
-from programs import CASES, program, randomize, rewrite, trace
+from programs import CASES, assert_close, program, randomize, rewrite, trace
 from tiny import SIZES
 
 D, LAYERS = SIZES["hidden_size"], SIZES["num_hidden_layers"]
@@ -20,16 +20,18 @@ def test_same_model(family, granularity, tokens):
     p = program(family, tokens=tokens)
     done = rewrite(p, granularity)
     p.check(done.binding)
-    assert not any(g.is_weight(node) for node in p.gm.graph.nodes if node.op != "placeholder")
+    left = [node for node in p.gm.graph.nodes if node.op != "placeholder" and g.is_weight(node)]
+    assert all(node.target == "transpose" for node in left)  # the model's own views of its experts
+    assert family == "mixtral" or not left
     assert not list(p.gm.named_buffers())  # no rotation is left behind in the graph
 
 
 @pytest.mark.parametrize("family, granularity, extra", [
-    ("llama", "layer", LAYERS - 1 + 2),  # adapters, table and head
-    ("llama", "block", 2 * LAYERS - 1 + 2),
+    ("llama", "layer", 2),  # table and head; adapters lie with the weights beside them
+    ("llama", "block", 2),
     ("llama", "model", 2),
-    ("llama-tied", "layer", LAYERS - 1 + 2),  # adapters; Q at the entry and Q^T at the exit
-    ("llama-biases", "layer", LAYERS - 1 + 2 + 4 * LAYERS),  # rotated biases of o and down; merged ones of the others
+    ("llama-tied", "layer", 1),  # Q at the entry; Q^T at the exit lies with the last layer's
+    ("llama-biases", "layer", 2 + 4 * LAYERS),  # rotated biases of o and down; merged ones of the others
     ("llama", "online", 2 * LAYERS),  # a Q for each inner site
     ("llama", "none", 0),
 ])
@@ -65,6 +67,27 @@ def test_tied_weights_are_not_touched():
     assert all(torch.equal(x, y) for x, y in zip(p.args, before, strict=True) if isinstance(x, torch.Tensor))
 
 
+class Wide(nn.Module):
+    """A model in bfloat16 that computes a decay in float32, and a gate as well (Mamba, Bamba, routers)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.decay = nn.Parameter(torch.empty(D)), nn.Parameter(torch.empty(D))
+        self.up, self.gate, self.down = nn.Linear(D, 2 * D), nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+
+    def forward(self, x):
+        h = F.rms_norm(x, (D,), self.gain, 1e-5)
+        gate = F.linear(h.float(), self.gate.weight.float()).sigmoid().to(x.dtype)
+        return x + self.down(self.up(h) * gate) * torch.exp(-self.decay.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("granularity", ["online", "none"])
+def test_the_models_own_casts_of_weights_keep_their_dtype(granularity):
+    p = trace(randomize(Wide()).bfloat16(), torch.randn(2, 5, D, dtype=torch.bfloat16))
+    assert [site.linears[0].meta["example_value"].dtype for site in p.structure.sites] == [torch.bfloat16] * 2
+    assert_close(p.run(rewrite(p, granularity).binding), p.expected, 0.05)
+
+
 WEIGHTS = {
     "side by side": lambda a, b: torch.cat([a, b], 1),
     "side by side, by name": lambda a, b: torch.cat([a, b], dim=-1),
@@ -88,5 +111,5 @@ def test_weights_that_the_model_computes(weight):
             return x + F.linear(self.up(h).relu(), weight(self.a, self.b))
 
     p = trace(randomize(Computed()), torch.randn(2, 5, D))
-    inputs, _ = fold_weights.run(p.gm)
+    inputs, _ = fold_weights.run(p.gm, torch.float32)
     p.check(Binding(inputs, torch.float32, torch.device("cpu")))

@@ -102,20 +102,6 @@ def test_nothing_to_fuse_in_prefill():
     assert done.results["fuse_sites"].counts == {} and p.calls(LINEAR) == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-biases", "qwen2"])
-@pytest.mark.parametrize("granularity", ["layer", "block"])
-def test_prefill_and_decode_read_the_same_tensors(family, granularity):
-    """Whether sites are fused or not: else weights="replace" could not serve both, and memory would hold both."""
-    recipes = []
-    for tokens, fuses in ((1, everything), (5, everything), (1, lambda *_: False)):
-        p = program(family, tokens=tokens)
-        done = rewrite(p, granularity, k=halved(p), sparsify="decode", fuses=fuses)
-        recipes.append({entry.expression for entry in done.binding.recipes()})
-        if tokens > 1:
-            assert_close(p.run(done.binding), p.expected)
-    assert recipes[0] == recipes[1] == recipes[2]
-
-
 @pytest.mark.parametrize("family, activation", [("gemma", "gelu_tanh"), ("llama", "silu")])
 def test_activation(family, activation):
     p, _ = fused(family, "layer")

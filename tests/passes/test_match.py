@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from larosa_fx import graph as g
-from programs import FOLDABLE, program, randomize, tiny_model, trace
+from programs import FOLDABLE, program, randomize, rewrite, tiny_model, trace
 from tiny import SIZES, ids
 
 D, FF, LAYERS = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["num_hidden_layers"]
@@ -66,16 +66,18 @@ def test_post_norms_are_obstacles():
     assert structure.obstacles and all("cannot be carried past" in reason for _, reason in structure.obstacles)
 
 
-def test_experts_leave_attention_its_sites():
-    structure = program("mixtral").structure
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])  # how transformers runs them: prompts; decoding on a GPU
+def test_experts_read_and_write_the_stream(experts):
+    """They stay dense, the router too, and a rotation folds into all of them."""
+    p = program("mixtral", experts_implementation=experts)
+    structure = p.structure
     assert [s.name for s in structure.sites] == [f"layers.{i}.{kind}" for i in range(LAYERS) for kind in ("h1", "h2")]
-    assert structure.obstacles
-
-
-def test_layer_norm_models_have_no_sites():
-    p = program("gpt-neox")
-    assert not p.structure.sites and "no linears behind an RMSNorm" in p.refusal
-    assert p.structure.skipped
+    assert not structure.obstacles
+    writers = [writer for value in structure.stream for writer in value.writers]
+    assert [g.is_expert_linear(writer) for writer in writers] == [False, True] * LAYERS
+    assert [g.is_expert_linear(n) for n in structure.readers[structure.stream[2].norms[0]]] == [False] * 3
+    assert sorted(g.is_expert_linear(n) for n in structure.readers[structure.stream[1].norms[0]]) == [False, True]
+    p.check(rewrite(p, "layer").binding)
 
 
 def test_decode_graph_knows_that_it_has_one_token():

@@ -16,6 +16,7 @@ from torch import fx
 from larosa_fx import graph as g
 from larosa_fx.capture import capture
 from larosa_fx.passes import (
+    centre_layer_norms,
     fold_gain,
     fold_rotations,
     fold_weights,
@@ -23,6 +24,7 @@ from larosa_fx.passes import (
     insert_adapters,
     lower_topk,
     merge_siblings,
+    pack_adapters,
     rotate_online,
 )
 from larosa_fx.pipeline import Runner
@@ -48,12 +50,15 @@ FAMILIES = {
     "gemma2": ("Gemma2", {"head_dim": 8, "tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "tie_word_embeddings": False}),
     "gpt-neox": ("GPTNeoX", {"tie_word_embeddings": False}),
+    "gpt2": ("GPT2", {"n_positions": 128, "tie_word_embeddings": True}),
+    "cohere": ("Cohere", {"use_qk_norm": True, "tie_word_embeddings": True}),
 }
 FOLDABLE = ("llama", "llama-tied", "llama-biases", "qwen2", "qwen3", "phi3", "gemma", "granite")
-SITES = (*FOLDABLE, "gemma2", "mixtral")  # post-norms and experts: sites, and a stream that no rotation folds into
+LAYER_NORMS = ("gpt-neox", "gpt2", "cohere")  # foldable once the stream is centred
+SITES = (*FOLDABLE, *LAYER_NORMS, "gemma2", "mixtral")  # post-norms: no rotation folds into the stream; dense experts
 FOLDED = ("layer", "block", "model")
 CASES = [(family, granularity) for family in SITES for granularity in (*FOLDED, "online", "none")
-         if family in FOLDABLE or granularity not in FOLDED]
+         if family in (*FOLDABLE, *LAYER_NORMS, "mixtral") or granularity not in FOLDED]
 
 
 @dataclass
@@ -103,7 +108,8 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> torch.nn.Module
     prefix, config = FAMILIES[family]
     config = getattr(transformers, f"{prefix}Config")(
         **{**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **config, **changes})
-    return randomize(getattr(transformers, f"{prefix}ForCausalLM")(config).eval(), seed + zlib.crc32(family.encode()),
+    causal = getattr(transformers, f"{prefix}ForCausalLM", None) or getattr(transformers, f"{prefix}LMHeadModel")
+    return randomize(causal(config).eval(), seed + zlib.crc32(family.encode()),
                      gain=0.0 if family.startswith("gemma") else 1.0)
 
 
@@ -194,13 +200,15 @@ def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Map
     k = k or {site.name: site.in_features for site in p.structure.sites}
     passes = [
         (folded or online, fold_gain, p.gm, p.structure, norms),
+        (folded and p.structure.has_layer_norms, centre_layer_norms, p.gm, p.structure),
         (folded, fold_rotations, p.gm, p.structure, matrices, granularity),
         (folded, insert_adapters, p.gm),
         (online, rotate_online, p.gm, p.structure, matrices, granularity),
         (True, merge_siblings, p.gm, p.structure),
         (True, lower_topk, p.gm, p.structure, k, sparsify),
+        (True, pack_adapters, p.gm, p.structure),
         (fuses is not None, fuse_sites, p.gm, p.structure, fuses),
-        (True, fold_weights, p.gm),
+        (True, fold_weights, p.gm, p.structure.dtype),
     ]
     for applies, module, *args in passes:
         value = step(module, *args) if applies else None

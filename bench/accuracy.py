@@ -1,0 +1,288 @@
+"""Methods of activation sparsity side by side at equal byte sparsity: perplexity and zero-shot tasks, paired with dense.
+
+    python bench/accuracy.py --calibration valid.txt c4.jsonl:0:200 --text wikitext2=test.txt c4=c4.jsonl:200:300 \\
+        --train "ours steps=600" --json bench/results/accuracy-MODEL.json
+
+A text is a file, or lines START to STOP of a jsonl file with "text". The JSON holds {"rows", "provenance"}; a row that is
+there is not measured again. --train makes a plan: a name, then fields of TrainingOptions and ``rotation`` as key=value.
+Rows: method, byte_sparsity, reached (mean and standard deviation over tokens), nominal (the paper's p: mean share of
+channels), text, window, ppl, dense_ppl, delta_nll and delta_se (paired by window); tasks: acc, acc_norm and their
+differences with paired standard errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from larosa_fx import methods, tasks
+from larosa_fx.calibrate import calibrate
+from larosa_fx.evaluate import window_nll, windows
+from larosa_fx.loading import device_name, encode, load_model, read_text
+from larosa_fx.plan import Plan, library_versions
+from larosa_fx.training import TrainingOptions, train
+
+
+def main() -> None:
+    args = _arguments()
+    bench = Bench(args)
+    for name in args.methods:
+        bench.measure(name, methods.METHODS[name])
+    for spec in args.train:
+        name, plan = bench.trained(spec)
+        bench.measure(name, methods.from_plan(plan))
+    for spec in args.plan:
+        name, _, path = spec.partition("=")
+        bench.measure(name, methods.from_plan(Plan.load(path)))
+    bench.save()
+    for text in bench.texts:
+        print(summary(bench.rows, text))
+    if args.plot:
+        plot(bench.rows, args.plot)
+
+
+class Bench:
+    """The model, the texts, and the rows measured so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.path = Path(args.json) if args.json else None
+        found = json.loads(self.path.read_text()) if self.path and self.path.is_file() else {"rows": [], "provenance": {}}
+        self.rows: list[dict] = found["rows"]
+        self.seconds: dict[str, float] = found["provenance"].get("seconds", {})
+        self.trainings: dict[str, object] = found["provenance"].get("training", {})
+        self.model, self.tokenizer = load_model(args.model, args.gguf_file, device=args.device)
+        self.model.requires_grad_(False)
+        self.texts = {}
+        for spec in args.text:
+            name, _, path = spec.partition("=")
+            self.texts[name] = self._windows(path, args.windows)
+        self.tasks = {Path(path).stem: tasks.read_items(path, args.items) for path in args.tasks}
+        pieces = [self._windows(path, None) for path in args.calibration]
+        held = [max(1, len(p) // 20) for p in pieces]
+        self.training = torch.cat([p[:-n] for p, n in zip(pieces, held, strict=True)])
+        self.validation = torch.cat([p[-n:] for p, n in zip(pieces, held, strict=True)])
+        shuffled = self.training[torch.randperm(len(self.training), generator=torch.Generator().manual_seed(0))]
+        self.calibration = shuffled[:args.calibration_windows]
+        self.plans: dict[str, Plan] = {}
+        with self._timed("calibration"):
+            plan = self.plan_of("layer")
+        self.lab = methods.Lab(self.model, plan, self.calibration, args.rows)
+        self.measure("dense", lambda lab, sparsity: nullcontext(), [0.0])
+
+    def plan_of(self, rotation: str, basis: str = "pca") -> Plan:
+        key = f"{rotation} {basis}"
+        if key not in self.plans:
+            batches = list(self.calibration.split(self.args.rows))
+            self.plans[key] = calibrate(self.model, batches, rotation=rotation, basis=basis, sparsity=0.5)
+        return self.plans[key]
+
+    def trained(self, spec: str) -> tuple[str, Plan]:
+        """(name, plan) of a --train argument; from the file that an earlier run left in --plans, if there is one."""
+        name, *settings = spec.split()
+        settings = dict(s.split("=", 1) for s in settings)
+        path = Path(self.args.plans) / f"{name}.larosa" if self.args.plans else None
+        if path is not None and path.is_file():
+            return name, Plan.load(path)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        start = self.plan_of(settings.pop("rotation", "layer"), settings.pop("basis", "pca"))
+        options = TrainingOptions(**{key: ast.literal_eval(value) for key, value in settings.items()})
+        torch.set_float32_matmul_precision("high")  # TF32 where there is one; evaluation is in float32
+        with self._timed(f"training {name}"):
+            plan = train(self.model, start, [self.training], [self.validation[:self.args.validation_windows]], options,
+                         checkpoint=path and path.with_suffix(".checkpoint"))
+        torch.set_float32_matmul_precision("highest")
+        self.trainings[name] = plan.provenance["training"]
+        print(f"{name}: {self.seconds[f'training {name}']:.0f} s, log KL {plan.provenance['training']['validation_log_kl']}",
+              flush=True)
+        if path is not None:
+            plan.save(path)
+        return name, plan
+
+    def measure(self, name: str, method: methods.Method, sparsities: list[float] | None = None) -> None:
+        for sparsity in self.args.sparsity if sparsities is None else sparsities:
+            wanted = [t for t in self.texts if self._row(name, sparsity, t) is None]
+            questions = [t for t in self.tasks if self._row(name, sparsity, t) is None
+                         and (name == "dense" or sparsity in self.args.task_sparsity)]
+            if not wanted and not questions:
+                continue
+            try:
+                with self._timed(f"{name} {sparsity:.0%}"), method(self.lab, sparsity):
+                    for text in wanted:
+                        self._perplexity(name, sparsity, text)
+                    for task in questions:
+                        self._task(name, sparsity, task)
+            except methods.Unreachable as error:
+                print(f"{name} at {sparsity:.0%}: {error}", file=sys.stderr)
+                continue
+            self.save()
+            print(self.table(name, sparsity), flush=True)
+
+    def _perplexity(self, name: str, sparsity: float, text: str) -> None:
+        self.lab.meter = methods.Meter(self.lab.sites)
+        nll = window_nll(self.model, self.texts[text], rows=self.args.rows, label=f"{name} {sparsity:.0%} {text}",
+                         progress=not self.args.quiet)
+        reached = self.lab.meter.per_token()
+        row = {"method": name, "byte_sparsity": sparsity, "text": text, "window": self.args.window, "windows": len(nll),
+               "ppl": math.exp(nll.mean()), "nll": [round(x, 5) for x in nll.tolist()]}
+        if reached is not None:
+            row |= {"reached": reached.mean().item(), "reached_sd": reached.std().item(),
+                    "reached_p5_p95": reached.quantile(torch.tensor([0.05, 0.95], device=reached.device)).tolist()}
+        if name != "dense":
+            dense = self._row("dense", 0.0, text)
+            difference = nll - torch.tensor(dense["nll"], dtype=nll.dtype)
+            row |= {"dense_ppl": dense["ppl"], "delta_nll": difference.mean().item(),
+                    "delta_se": difference.std().item() / len(difference)**0.5}
+        self.rows.append(row)
+
+    def _task(self, name: str, sparsity: float, task: str) -> None:
+        found = tasks.score(self.model, self.tokenizer, self.tasks[task], label=f"{name} {task}",
+                            tokens=self.args.rows * 1024, progress=not self.args.quiet)
+        row = {"method": name, "byte_sparsity": sparsity, "task": task, "items": len(found.acc)}
+        for metric, right in (("acc", found.acc), ("acc_norm", found.acc_norm)):
+            if right is None:
+                continue
+            row |= {metric: right.mean().item(), f"{metric}_right": "".join(str(int(x)) for x in right)}
+            if name != "dense":
+                dense = torch.tensor([float(c) for c in self._row("dense", 0.0, task)[f"{metric}_right"]])
+                difference = right - dense
+                row |= {f"{metric}_delta": difference.mean().item(),
+                        f"{metric}_delta_se": difference.std().item() / len(right)**0.5}
+        self.rows.append(row)
+
+    def _row(self, name: str, sparsity: float, on: str) -> dict | None:
+        window = self.args.window
+        return next((r for r in self.rows if (r["method"], r["byte_sparsity"]) == (name, sparsity)
+                     and on in (r.get("text"), r.get("task")) and r.get("window", window) == window), None)
+
+    def table(self, name: str, sparsity: float) -> str:
+        cells = []
+        for r in (r for r in self.rows if (r["method"], r["byte_sparsity"]) == (name, sparsity)):
+            cell = f"{r['text']} {r['ppl']:.3f}" if "text" in r else f"{r['task']} {r.get('acc_norm', r['acc']):.3f}"
+            cell += f" (+{r['delta_nll']:.4f} ± {r['delta_se']:.4f})" if "delta_nll" in r else ""
+            cells.append(cell + (f", reached {r['reached']:.1%} ± {r['reached_sd']:.1%}" if "reached" in r else ""))
+        return f"{name:22} {sparsity:4.0%}  " + "; ".join(cells) + f"  {self.seconds.get(f'{name} {sparsity:.0%}', 0):.1f} s"
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        provenance = {
+            "command": " ".join(["python bench/accuracy.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
+            "device": device_name(self.args.device), "dtype": "float32", "commit": _commit(), "versions": library_versions(),
+            "model": type(self.model).__name__ if self.args.model else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)",
+            "calibration_tokens": self.calibration.numel(), "training_tokens": self.training.numel(),
+            "seconds": {k: round(v, 1) for k, v in self.seconds.items()}, "training": self.trainings}
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps({"rows": self.rows, "provenance": provenance}) + "\n")
+        part.replace(self.path)
+
+    def _windows(self, spec: str, limit: int | None) -> torch.Tensor:
+        path, *lines = spec.split(":")
+        text = read_text(path)
+        if path.endswith(".jsonl"):
+            rows = [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
+            text = "\n\n".join(rows[slice(*map(int, lines))] if lines else rows)
+        return torch.cat(windows(encode(self.tokenizer, text), self.args.window, limit))
+
+    def _timed(self, what: str):
+        return _Timed(self.seconds, what, torch.device(self.args.device))
+
+
+class _Timed:
+    def __init__(self, seconds: dict[str, float], what: str, device: torch.device) -> None:
+        self.seconds, self.what, self.device = seconds, what, device
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[self.what] = time.perf_counter() - self.started
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """Perplexity over byte sparsity, one line a method, one panel a text. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    texts = list(dict.fromkeys(r["text"] for r in rows if "text" in r))
+    figure, axes = plt.subplots(1, len(texts), figsize=(6 * len(texts), 5), squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        found = [r for r in rows if r.get("text") == text]
+        dense = next(r["ppl"] for r in found if r["method"] == "dense")
+        for method in dict.fromkeys(r["method"] for r in found if r["method"] != "dense"):
+            points = sorted((r.get("reached", r["byte_sparsity"]), r["ppl"]) for r in found if r["method"] == method)
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=2 if method.startswith("ours") else 1,
+                      label=method)
+        axis.axhline(dense, color="black", linestyle=":", label="dense")
+        axis.set(title=text, xlabel="weight bytes not read", ylabel="perplexity", yscale="log")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def summary(rows: list[dict], text: str) -> str:
+    """Methods by sparsity, for people; the share of the released basis's gap that each closes in brackets."""
+    found = [r for r in rows if r.get("text") == text]
+    dense = next(r["ppl"] for r in found if r["method"] == "dense")
+    sparsities = sorted({r["byte_sparsity"] for r in found if r["method"] != "dense"})
+    at = {(r["method"], r["byte_sparsity"]): r["ppl"] for r in found}
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in found if r["method"] != "dense"):
+        cells = []
+        for s in sparsities:
+            ppl, released = at.get((method, s)), at.get(("larosa-released", s))
+            cells.append("" if ppl is None else f"{ppl:.3f}" + (
+                f" ({1 - (ppl - dense) / (released - dense):+.0%})" if released else ""))
+        lines.append([method, *cells])
+    return tabulate(lines, [f"{text}, dense {dense:.3f}", *(f"{s:.0%}" for s in sparsities)])
+
+
+def _commit() -> str:
+    """The checkout's commit; "unknown" outside one."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="path or hub id; SmolLM2-135M-Instruct where not given")
+    parser.add_argument("--gguf-file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--calibration", nargs="+", required=True, metavar="TEXT", help="texts to calibrate and train on")
+    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=TEXT", help="texts to evaluate on")
+    parser.add_argument("--tasks", nargs="*", default=[], metavar="JSONL", help="zero-shot tasks")
+    parser.add_argument("--items", type=int, help="at most so many items a task")
+    parser.add_argument("--methods", nargs="*", default=list(methods.METHODS), choices=list(methods.METHODS))
+    parser.add_argument("--train", nargs="*", default=[], metavar='"NAME KEY=VALUE ..."', help="plans to train and measure")
+    parser.add_argument("--plan", nargs="*", default=[], metavar="NAME=FILE", help="saved plans to measure")
+    parser.add_argument("--plans", metavar="DIR", help="keep trained plans and checkpoints here")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25, 0.4, 0.5, 0.6])
+    parser.add_argument("--task-sparsity", type=float, nargs="*", default=[0.5])
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=128, help="at most so many windows of a text")
+    parser.add_argument("--calibration-windows", type=int, default=64)
+    parser.add_argument("--validation-windows", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=16, help="windows at once")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""LayerNorm is RMSNorm of the centred value: centre what writes the stream, and its LayerNorms become RMSNorms.
+
+With M = I - 11^T/D, LayerNorm(s) = RMSNorm(s M), gain and bias apart (SliceGPT's derivation). M commutes with the residual
+add, so it moves to where weights are: embedding table E M, writers M W and b M. The stream is then s M, which LayerNorms
+that are left cannot tell from s; ``match`` forbids other readers.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import fx
+
+from larosa_fx import graph as g
+from larosa_fx.report import PassResult
+from larosa_fx.structure import StreamNode, Structure
+
+
+def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
+    """Centre the whole stream; gains and biases must be folded. The norms that linears read become bare RMSNorms."""
+    result = PassResult("centre_layer_norms")
+    for value in structure.stream:
+        if value.previous is None:
+            _start(gm.graph, structure, value)
+        for linear in value.writers:
+            _writer(gm.graph, linear)
+        for norm in value.norms:
+            x, dims, _, _, eps = norm.args
+            norm.target, norm.args = F.rms_norm, (x, dims, None, eps)
+        result.count("norms", len(value.norms))
+        result.count("writers", len(value.writers))
+    return result
+
+
+def _start(graph: fx.Graph, structure: Structure, value: StreamNode) -> None:
+    source = value.node
+    if structure.embedding is source:
+        table = g.argument(source, 1, "weight")
+        with graph.inserting_before(source):
+            source.replace_input_with(table, g.weight_call(graph, g.centred, table, 1))
+        return
+    with graph.inserting_after(source):
+        value.node = graph.call_function(g.centred, (source, -1))
+    value.node.meta = dict(source.meta)
+    source.replace_all_uses_with(value.node, delete_user_cb=lambda user: user is not value.node)
+
+
+def _writer(graph: fx.Graph, linear: fx.Node) -> None:
+    g.edit_weight(linear, lambda weight: g.weight_call(graph, g.centred, weight, -2))
+    g.edit_bias(linear, lambda bias: bias and g.weight_call(graph, g.centred, bias, -1))

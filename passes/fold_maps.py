@@ -1,0 +1,109 @@
+"""Maps of outer sites and scales of all sites, undone in the linears that read them: the Top-K is taken of better channels.
+
+A map of the values' heads, v M, goes through attention, which mixes positions only: v_proj's rows take M, o_proj's columns
+M^{-T}. Where mapped values would lie in a cache that others read unmapped, heads are mapped at the site, at run time. A
+scale s of an inner site is its norm's gain, of h4 up_proj's rows; columns take 1/s. At sparsity 0 nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from larosa_fx import graph as g
+from larosa_fx.report import PassResult
+from larosa_fx.structure import Site, Structure
+
+
+class HalfRotatedError(RuntimeError):
+    """Mapped and unmapped values would meet in one cache."""
+
+
+def run(gm: fx.GraphModule, structure: Structure, matrices: Mapping[str, torch.Tensor], rotate_cache: bool
+        ) -> tuple[dict[str, str], PassResult]:
+    """Apply what ``matrices`` holds under "<site>/heads", [n, d, d], and "<site>/scale", [K]; gains must be folded.
+
+    ``rotate_cache``: values may be mapped in a cache. HalfRotatedError where it says so and a site's heads cannot be
+    folded. Returns how each site's channels are mapped: "heads folded", "heads online" or "none"; siblings must not be
+    merged yet.
+    """
+    result = PassResult("fold_maps")
+    done = {}
+    for site in structure.sites:
+        done[site.name] = "none"
+        if f"{site.name}/heads" in matrices:
+            done[site.name] = _map_heads(gm, site, f"{site.name}/heads", matrices, rotate_cache, result)
+            result.count(done[site.name])
+        if f"{site.name}/scale" in matrices:
+            _scale(gm, site, f"{site.name}/scale", matrices)
+            result.count("scales")
+    return done, result
+
+
+def _map_heads(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, torch.Tensor], rotate_cache: bool,
+               result: PassResult) -> str:
+    maps, source = g.rotation(gm, name, matrices[name]), site.source
+    heads, size = matrices[name].shape[:2]
+    count = site.in_features // size
+    fits = source is not None and source.mixes and source.size == size and len(source.starts) == heads
+    folds = fits and (rotate_cache or not source.kept)
+    if rotate_cache and not folds:
+        raise HalfRotatedError(f"rotate_cache=True, but the values that reach {site.name} cannot be mapped where they are "
+                               "made; leave the option out")
+    blocks = source.blocks if fits else [i * heads // count for i in range(count)]
+    if folds:
+        linear = source.linear
+        with gm.graph.inserting_before(linear):
+            rows = g.weight_call(gm.graph, torch.t, linear.args[1])
+            rows = g.weight_call(gm.graph, g.map_blocks, rows, maps, source.starts, list(range(heads)), False)
+            linear.update_arg(1, g.weight_call(gm.graph, torch.t, rows))
+            if len(linear.args) > 2 and linear.args[2] is not None:
+                linear.update_arg(2, g.weight_call(gm.graph, g.map_blocks, linear.args[2], maps, source.starts,
+                                                   list(range(heads)), False))
+    else:
+        result.skip(site.name, "the values' heads are mapped at run time: a cache keeps them for other graphs" if fits else
+                    "the values' heads are mapped at run time: nothing shows where they come from")
+        with gm.graph.inserting_after(site.input):
+            repeated = gm.graph.call_function(g.pick_blocks, (maps, blocks))
+        with gm.graph.inserting_after(repeated):
+            split = gm.graph.call_method("unflatten", (site.input, -1, (count, 1, size)))
+        with gm.graph.inserting_after(split):
+            mapped = gm.graph.call_function(torch.matmul, (split, repeated))
+        with gm.graph.inserting_after(mapped):
+            _replace_input(site, gm.graph.call_method("flatten", (mapped, -3)))
+    starts = [i * size for i in range(count)]
+    for linear in site.linears:
+        with gm.graph.inserting_before(linear):
+            linear.update_arg(1, g.weight_call(gm.graph, g.map_blocks, linear.args[1], maps, starts, blocks, True))
+    return "heads folded" if folds else "heads online"
+
+
+def _scale(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, torch.Tensor]) -> None:
+    scale = g.rotation(gm, name, matrices[name])
+    norm, source = site.norm, site.source
+    if g.calls(norm, F.rms_norm) and site.input is norm and norm.args[2] is None and g.only_read_by(norm, site.linears):
+        norm.args = (*norm.args[:2], scale, norm.args[3])
+    elif norm is None and source is not None and len(source.starts) == 1 and source.size == site.in_features:
+        linear = source.linear
+        with gm.graph.inserting_before(linear):
+            rows = g.weight_call(gm.graph, torch.t, linear.args[1])
+            rows = g.weight_call(gm.graph, g.scale_channels, rows, scale, source.starts[0])
+            linear.update_arg(1, g.weight_call(gm.graph, torch.t, rows))
+            if len(linear.args) > 2 and linear.args[2] is not None:
+                linear.update_arg(2, g.weight_call(gm.graph, g.scale_channels, linear.args[2], scale, source.starts[0]))
+    else:
+        with gm.graph.inserting_after(site.input):
+            _replace_input(site, gm.graph.call_function(torch.mul, (site.input, scale)))
+    for linear in site.linears:
+        with gm.graph.inserting_before(linear):
+            linear.update_arg(1, g.weight_call(gm.graph, torch.div, linear.args[1], scale))
+
+
+def _replace_input(site: Site, node: fx.Node) -> None:
+    node.meta = dict(site.input.meta)
+    for linear in site.linears:
+        linear.update_arg(0, node)
+    site.input = node

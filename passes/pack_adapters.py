@@ -1,0 +1,48 @@
+"""A residual adapter becomes more rows of the weight that writes beside it: r A + y W = [r, y] . [A; W].
+
+Graphs read their part of the packed tensor as a view, or all of it at once (``fuse_sites``): prefill and decode share it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from larosa_fx import graph as g
+from larosa_fx.report import PassResult
+from larosa_fx.structure import Site, Structure
+
+
+def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
+    """Pack the weight of each lowered site, [K, N], with the adapter, [D, N], that its output is added to."""
+    result = PassResult("pack_adapters")
+    leaves = [n for n in gm.graph.nodes if n.op == "placeholder" or g.ROTATION in n.meta]
+    for site in structure.sites:
+        found = _beside(site)
+        if found is None:
+            continue
+        product, adapted = found
+        position = len(product.args) - 1  # the weight comes last in every form
+        weight, adapter = product.args[position], adapted.args[1]
+        with gm.graph.inserting_after(leaves[-1]):
+            packed = gm.graph.call_function(torch.cat, ([weight, adapter], 0))
+        g.hoist_weights(gm.graph, packed)
+        with gm.graph.inserting_after(packed):
+            product.update_arg(position, gm.graph.call_function(torch.narrow, (packed, 0, 0, site.in_features)))
+            width = g.shape(adapted.args[0])[-1]
+            adapted.update_arg(1, gm.graph.call_function(torch.narrow, (packed, 0, site.in_features, width)))
+        result.count("adapters")
+    g.remove_dead_code(gm.graph)
+    return result
+
+
+def _beside(site: Site) -> tuple[fx.Node, fx.Node] | None:
+    """(product, adapted residual) where the site's output and the residual times a weight are added, and only added."""
+    (lowered,) = site.linears
+    add = g.only_user(lowered)
+    if not g.is_binary(add, g.ADDS):
+        return None
+    adapted = g.other_operand(add, lowered)
+    if not g.calls(adapted, torch.matmul) or not g.is_weight(adapted.args[1]) or g.only_user(adapted) is not add:
+        return None
+    return (lowered.args[0] if g.calls(lowered, torch.add) else lowered), adapted  # lower_topk adds the bias

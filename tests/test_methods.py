@@ -1,0 +1,95 @@
+"""Other methods, simulated: each leaves out what it says, and keeps the model where it leaves out nothing."""
+
+import pytest
+import torch
+
+import larosa_fx
+from larosa_fx import methods
+from larosa_fx.evaluate import window_nll
+from larosa_fx.methods import METHODS, Lab, Meter, Unreachable
+from larosa_fx.reference import simulated
+from tiny import error, ids, llama
+
+FIXED = ("topk", "larosa-released", "larosa-released-own", "wina", "wina-svd")
+THRESHOLDS = ("teal", "norsa")
+
+
+@pytest.fixture(scope="module")
+def lab():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = llama(num_key_value_heads=4)
+        tokens = ids(16, 48)
+        plan = larosa_fx.calibrate(model, [tokens], progress=False)
+        yield Lab(model, plan, tokens)
+
+
+def run(lab, name, sparsity, tokens):
+    with METHODS[name](lab, sparsity):
+        lab.meter = Meter(lab.sites)
+        return lab.model(tokens).logits, lab.meter.per_token()
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_top_k_methods_leave_out_what_was_asked(lab, name):
+    _, reached = run(lab, name, 0.5, ids(2, 20))
+    assert reached.shape == (40,) and (reached - 0.5).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+def test_thresholds_leave_out_about_what_was_asked(lab, name, sparsity):
+    _, reached = run(lab, name, sparsity, lab.batch)
+    assert reached.mean().item() == pytest.approx(sparsity, abs=0.05) and reached.std() > 0
+
+
+def test_cats_stops_at_its_matrices(lab):
+    for sparsity in (0.1, 0.3):
+        _, reached = run(lab, "cats", sparsity, lab.batch)
+        assert reached.mean().item() == pytest.approx(sparsity, abs=0.03)
+    with pytest.raises(Unreachable, match="at most"), METHODS["cats"](lab, 0.7):
+        pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lab.model.modules())
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("cats", "r-sparse")])
+def test_nothing_left_out_is_the_model(lab, name):
+    tokens = ids(2, 9)
+    assert error(run(lab, name, 0.0, tokens)[0], lab.model(tokens).logits) < 2e-2  # thresholds at the smallest score seen
+
+
+def test_larosa_is_the_plans_simulation(lab):
+    tokens = ids(2, 9)
+    with simulated(lab.model, lab.plan, 0.5):
+        expected = lab.model(tokens).logits
+    assert torch.equal(run(lab, "larosa", 0.5, tokens)[0], expected)
+
+
+def test_r_sparse_loses_less_than_its_top_k(lab):
+    """The low-rank part makes up for something: with a random model's flat spectrum, for little, but never for less."""
+    tokens = ids(8, 16)
+    dense = lab.model(tokens).logits
+    with methods.r_sparse(lab, 0.3, 0.5):
+        low_rank = lab.model(tokens).logits
+    with METHODS["topk"](lab, 0.3 + 0.7 * 0.5):
+        alone = lab.model(tokens).logits
+    assert (low_rank - dense).norm() < (alone - dense).norm()
+
+
+def test_greedy_reaches_its_bytes_and_lowers_the_error(lab):
+    for layer, path in lab.greedy.items():
+        size = {s.name: s.in_features * s.out_features for s in lab.layers[layer]}
+        for i, shares in enumerate(path[:-1]):
+            reached = sum(shares[n] * size[n] for n in size) / sum(size.values())
+            assert reached == pytest.approx(i * methods.GREEDY_STEP)
+        middle = methods._along(path, 0.49)
+        assert sum(middle[n] * size[n] for n in size) / sum(size.values()) == pytest.approx(0.49)
+
+
+def test_windows_are_scored_one_by_one(lab):
+    tokens = ids(5, 12)
+    found = window_nll(lab.model, tokens, rows=2, progress=False)
+    logits = lab.model(tokens).logits
+    expected = [torch.nn.functional.cross_entropy(row[:-1], t[1:]).item() for row, t in zip(logits, tokens, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)

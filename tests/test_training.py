@@ -1,0 +1,126 @@
+"""Training: less divergence from the dense model, rotations that stay orthogonal, plans that survive their file."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import larosa_fx
+from larosa_fx import training
+from larosa_fx.reference import simulated
+from larosa_fx.training import State, TrainingOptions, train
+from tiny import error, ids, llama
+
+QUICK = TrainingOptions(steps=30, lr=1e-2, lr_scales=1e-2, lr_allocation=2e-2, validate_every=10, sparsities=(0.4, 0.6))
+
+
+@pytest.fixture
+def start(fresh_dynamo):
+    torch.manual_seed(0)
+    model = llama()
+    tokens = [ids(4, 24) for _ in range(4)]
+    plan = larosa_fx.calibrate(model, tokens, progress=False)
+    return model, plan, tokens
+
+
+def divergence(model, plan, tokens, sparsity):
+    with torch.no_grad():
+        dense = model(tokens).logits.log_softmax(-1)
+        with simulated(model, plan, sparsity):
+            sparse = model(tokens).logits.log_softmax(-1)
+    return (dense.exp() * (dense - sparse)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"heads": False}, {"scales": False, "allocation": False}, {"rotations": False}, {"rows": 1}],
+    ids=["all", "no heads", "rotations", "no rotations", "row by row"])
+def test_training_lowers_the_divergence(start, change):
+    model, plan, tokens = start
+    before = [p.clone() for p in model.parameters()]
+    with torch.enable_grad():
+        trained = train(model, plan, tokens[:1], tokens[:1], replace(QUICK, **change), progress=False)
+    assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(before, model.parameters(), strict=True))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    before, after = (sum(divergence(model, p, tokens[0], s) for s in QUICK.sparsities) for p in (plan, trained))
+    losses = [loss for _, loss in trained.provenance["training"]["validation_log_kl"]]
+    assert after < 0.95 * before and min(losses) < losses[0] - 0.05
+    for q in trained.rotations.values():
+        assert (q.double().T @ q.double() - torch.eye(len(q))).abs().max() < 1e-6
+    assert trained.byte_sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_trained_plan_is_what_was_validated(start, monkeypatch):
+    """The state's own forward and the reference's simulation of its plan are one function."""
+    model, tokens = llama(num_key_value_heads=4), start[2]  # GQA makes ties in the first token's h2
+    state = State(model, larosa_fx.calibrate(model, tokens, progress=False), QUICK)
+    with torch.no_grad():
+        state.scales["layers.0.h2"] += torch.randn_like(state.scales["layers.0.h2"])
+        with state.applied(model, 0.5):
+            got = model(tokens[0]).logits
+        trained = state.plan()
+        assert all(abs(trained.k_at(0.5)[name] - k) <= 1 for name, k in state.k_at(0.5).items())
+        monkeypatch.setattr(larosa_fx.Plan, "k_at", lambda plan, sparsity: state.k_at(sparsity))
+        with simulated(model, trained, 0.5):
+            expected = model(tokens[0]).logits
+    close = (got - expected).abs().amax(-1) < 1e-3 * expected.abs().max()
+    assert close.double().mean() > 0.9  # a channel at the threshold may flip by rounding
+
+
+def test_an_interrupted_training_goes_on(start, tmp_path, monkeypatch):
+    model, plan, tokens = start
+    path = tmp_path / "checkpoint"
+
+    def run(**settings):
+        with torch.enable_grad():
+            return train(model, plan, tokens[:3], tokens[3:], QUICK, progress=False, **settings)
+
+    whole = run()
+    step = training._Trainer._step
+
+    def stop(trainer, n):
+        if n == 25:
+            raise KeyboardInterrupt
+        step(trainer, n)
+
+    monkeypatch.setattr(training._Trainer, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=path)
+    monkeypatch.setattr(training._Trainer, "_step", step)
+    assert path.is_file() and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="another training"):
+        train(model, plan, tokens[:2], tokens[3:], QUICK, checkpoint=path, progress=False)
+    resumed = run(checkpoint=path)
+    assert not path.exists()
+    assert resumed.coefficients == whole.coefficients
+    assert all(torch.equal(resumed.matrices[name], m) for name, m in whole.matrices.items())
+
+
+def test_round_trip(start, tmp_path):
+    model, plan, tokens = start
+    with torch.enable_grad():
+        trained = train(model, plan, tokens[:3], tokens[3:], replace(QUICK, steps=2), progress=False)
+    loaded = larosa_fx.Plan.load(trained.save(tmp_path / "plan"))
+    assert loaded.digest == trained.digest and loaded.k == trained.k and loaded.basis == "trained"
+    assert loaded.matrices.keys() == trained.matrices.keys()
+    assert error(torch.stack(list(loaded.heads.values())), torch.stack(list(trained.heads.values()))) == 0
+
+
+def test_nothing_to_train_on(start):
+    model, plan, tokens = start
+    for a, b in ((tokens, []), ([], tokens)):
+        with pytest.raises(ValueError, match="needs batches"):
+            train(model, plan, a, b)
+
+
+def test_the_mask_keeps_k_and_passes_gradients():
+    z = torch.randn(5, 7, 40, dtype=torch.float64, requires_grad=True)
+    scale, share = torch.randn(40, dtype=torch.float64, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    out = training._Mask.apply(z, scale, share, 12, 0.1)
+    assert ((out != 0).sum(-1) == 12).all()
+    (out.square().sum() * -0.5).backward()  # as if every kept channel were a gain: keep more of all of them
+    assert share.grad > 0 and scale.grad.abs().sum() > 0
+    straight = z.detach().requires_grad_()
+    training._Mask.apply(straight, None, None, 12, None).sum().backward()
+    assert straight.grad.sum() == 5 * 7 * 12
+
+
