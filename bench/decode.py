@@ -16,7 +16,8 @@ Weights are random: the time depends on shapes and on k, not on values. The comp
 - logit_error: largest difference to the eager dense logits of the first step over the largest of them; compile_seconds
   (capture, folding and compilation); commit, torch, command.
 
-Rows are written after each variant and replace those of an earlier run of the same case.
+Rows are written after each variant and replace those of an earlier run of the same case. ``--readme`` measures nothing: it
+renews the table between ``<!-- decode: FILE -->`` and ``<!-- end -->`` in README.md from the file that ``--json`` names.
 """
 
 from __future__ import annotations
@@ -268,6 +269,23 @@ def table(rows: Sequence[Row]) -> str:
          "logit error", "compile s"], disable_numparse=True)
 
 
+def readme(text: str, name: str, rows: Sequence[Row]) -> str:
+    """A README with the table of results file ``name`` renewed: a line a model, ms per token, and how many times faster."""
+    cases = {}
+    for row in rows:
+        dense = row["sparsity"] is None
+        column = row["variant"].replace("dense-", "dense, ") if dense else f"{row['sparsity']:.0%} not read"
+        faster = "" if dense else f" ({row['ratio_to_best_dense']:.2f}x)"
+        cases.setdefault((row["model"], row["dtype"]), {})[column] = f"{row['ms_per_token']:.3g}{faster}"
+    columns = list(dict.fromkeys(column for cells in cases.values() for column in cells))
+    lines = [["ms/token", *columns], ["---"] * (len(columns) + 1)] + [
+        [f"{model}, {dtype}", *(cells.get(column, "") for column in columns)] for (model, dtype), cells in cases.items()]
+    begin, end = f"<!-- decode: {name} -->\n", "<!-- end -->"
+    before, rest = text.split(begin)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{before}{begin}\n{rows[0]['device']}, torch {rows[0]['torch']}:\n\n{table}\n\n{rest[rest.index(end):]}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["llama-2-7b"], choices=[*MODELS, SMOLLM2], metavar="NAME",
@@ -283,8 +301,13 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128, help="steps measured")
     parser.add_argument("--cache", type=int, default=1024)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--readme", action="store_true", help="only renew README.md's table of the file in --json")
     args = parser.parse_args()
 
+    if args.readme:
+        page = Path(__file__).parent.parent / "README.md"
+        page.write_text(readme(page.read_text(), args.json.name, json.loads(args.json.read_text())["rows"]))
+        return 0
     kind, dtype = torch.device(args.device).type, getattr(torch, args.dtype)
     setting = Setting(args.prompt, args.tokens, args.cache, args.rotation,
                       args.mode or ("max-autotune" if kind == "cuda" else None))

@@ -31,6 +31,7 @@ MAX_ROWS = 8
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in the kernels' enums
+_DIM = 64  # heads of so many channels, or multiples, fill whole vectors, their halves, too
 _GATES = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
 _UNTRIED = object()
@@ -53,7 +54,7 @@ def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     dtype = _DTYPES.get(x.dtype)
     if dtype is None or not x.is_cpu or x.dim() < 1 or not 1 <= k <= x.shape[-1] < 2**31:
         return None
-    library = _load() if _library is _UNTRIED else _library
+    library = _load()
     if library is None:
         return None
     x = x.contiguous()
@@ -93,7 +94,7 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor | Non
     rows = values.shape[:-1].numel()
     if rows > MAX_ROWS or not weight.is_contiguous():
         return None
-    library = _load() if _library is _UNTRIED else _library
+    library = _load()
     if library is None:
         return None
     channels, columns = weight.shape
@@ -128,7 +129,7 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     adapter = listed - channels
     if rows > MAX_ROWS or not x.is_cpu or x.dtype not in _DTYPES or (adapter and gate):
         return None
-    library = _load() if _library is _UNTRIED else _library
+    library = _load()
     if library is None:
         return None
     x = x.contiguous()
@@ -146,9 +147,43 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     return out
 
 
+def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
+    """Whether ``decode_attention`` takes q, [B, H, 1, d], a cache of [B, Hkv, S, d] and a mask; they may be fake tensors."""
+    if not q.is_cpu or q.dtype not in _DTYPES or keys.dtype != q.dtype or not keys.is_contiguous():
+        return False
+    (batch, heads, tokens, dim), shape = q.shape, keys.shape
+    if not all(isinstance(n, int) for n in (batch, *shape)) or tokens != 1 or dim % _DIM or heads % shape[1]:
+        return False
+    fits = mask is None or (mask.dtype == torch.bool and mask.shape[0] in (1, batch) and mask.shape[1:] == (1, 1, shape[2]))
+    return fits and _load() is not None
+
+
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, k: Tensor | None,
+                     v: Tensor | None, position: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """The op of the same name (see ``ops``), for arguments that ``attends`` has passed.
+
+    IndexError: the position lies outside the cache. MemoryError: no room for the scores.
+    """
+    batch, heads, _, dim = q.shape
+    _, shared, length, _ = keys.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    inputs = [None if t is None else t.contiguous() for t in (q, keys, values, mask, k, v, position, cos, sin)]
+    error = _load().larosa_attention(
+        *[None if t is None else t.data_ptr() for t in inputs], out.data_ptr(), batch, shared, heads // shared, length, dim,
+        0 if mask is None or mask.shape[0] == 1 else length, scale, _DTYPES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if error == 1:
+        raise IndexError(f"decode_attention: position {position.item()} lies outside a cache of {length}")
+    if error:
+        raise MemoryError("decode_attention: no memory for the scores")
+    return out
+
+
 def _load() -> ctypes.CDLL | None:
     """The library, from the cache or built now; None, after one warning, if this machine cannot build it."""
     global _library
+    if _library is not _UNTRIED:
+        return _library
     with _lock:
         if _library is _UNTRIED:
             try:
@@ -210,6 +245,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library.larosa_gemv.argtypes, library.larosa_gemv.restype = [p, p, p, p, n, n, n, n, n, n], ctypes.c_int
     library.larosa_linear.argtypes = [p, p, p, p, p, n, n, n, n, n, ctypes.c_double, n, n, n]
     library.larosa_linear.restype = ctypes.c_int
+    library.larosa_attention.argtypes = [*[p] * 10, *[n] * 6, ctypes.c_double, n, n]
+    library.larosa_attention.restype = ctypes.c_int
     # A symbol sought through a library is sought in what it was linked with, too: this finds the runtime that torch
     # itself uses, under whatever file name. Where there is none (macOS) the kernels run on one thread.
     gomp_parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)

@@ -1,5 +1,5 @@
 // Exact top-k selection by magnitude, the gather GEMV that reads only the selected weight rows, and both as one call with
-// what stands before and behind them.
+// what stands before and behind them; attention of one token over a static cache.
 //
 // Plain C entry points, no torch headers and no symbol of the C++ runtime: compiles in about a second with g++ or
 // clang++ and loads beside any libstdc++. Threads are torch's own OpenMP pool: the caller hands over the address of
@@ -39,6 +39,13 @@ INLINE V load(const void* p) {
 template <class V>
 INLINE void store(void* p, V v) {
   memcpy(p, &v, sizeof v);
+}
+
+// The sum of a vector's elements, by halves: one after the other they would wait for each other.
+INLINE float total(vf v) {
+  for (int width = LANES / 2; width; width /= 2)
+    for (int l = 0; l < width; l++) v[l] += v[l + width];
+  return v[0];
 }
 
 INLINE float bits_float(uint32_t u) {
@@ -526,8 +533,7 @@ static float mean_square(const typename D::T* x, int64_t n) {
   vf p = {}, q = {}, a, b;
   int64_t i = 0;
   for (; i + PAIR <= n; i += PAIR) D::get(x + i, a, b), p += a * a, q += b * b;
-  float sum = 0;
-  for (int l = 0; l < LANES; l++) sum += p[l] + q[l];
+  float sum = total(p + q);
   for (; i < n; i++) sum += D::get1(x[i]) * D::get1(x[i]);
   return sum / n;
 }
@@ -559,6 +565,103 @@ static int linear(const void* x_, const void* weight, const void* bias, const vo
   bool done = job.multiply(threads);
   free(wide);
   return done ? 0 : 2;
+}
+
+// ----------------------------------------------------------------------------------------------------------- attention
+template <class D>
+struct Attention {
+  typedef typename D::T T;
+  int64_t next, items;  // item = a key/value head and the query heads that share it, so that the cache is read once
+  const T* q;           // [items, group, dim]
+  T *keys, *values;     // [items, length, dim]
+  const uint8_t* mask;  // [length] every ``mask_stride`` bytes for each sequence of ``heads`` items, or null
+  const T *k, *v;       // [items, dim]: the cache's new row, or null
+  const T *cosine, *sine;  // [dim], or null
+  T* out;               // like q
+  float* scratch;       // [items, group, dim + length] and then [items, length] integers
+  int64_t heads, group, length, dim, mask_stride, position;
+  float scale;
+
+  // x * cos + rotate_half(x) * sin at channels i..i+PAIR of a head. Half of dim is a multiple of PAIR.
+  INLINE void turned(const Attention& t, const T* x, int64_t i, vf& a, vf& b) {
+    D::get(x + i, a, b);
+    if (!t.cosine) return;
+    vf c, d, e, f;
+    D::get(t.cosine + i, c, d), a *= c, b *= d;
+    bool first = i < t.dim / 2;
+    D::get(x + (first ? i + t.dim / 2 : i - t.dim / 2), c, d), D::get(t.sine + i, e, f);
+    if (first)
+      a -= c * e, b -= d * f;
+    else
+      a += c * e, b += d * f;
+  }
+
+  void item(int64_t i) {
+    T *key = keys + i * length * dim, *value = values + i * length * dim;
+    float *query = scratch + i * group * (dim + length), *score = query + group * dim;
+    int32_t* seen = (int32_t*)(scratch + items * group * (dim + length)) + i * length;
+    vf a, b, x, y;
+    if (k) {
+      for (int64_t c = 0; c < dim; c += PAIR)
+        turned(*this, k + i * dim, c, a, b), D::put(key + position * dim + c, a, b);
+      memcpy(value + position * dim, v + i * dim, dim * sizeof(T));
+    }
+    for (int64_t g = 0; g < group; g++)
+      for (int64_t c = 0; c < dim; c += PAIR) {
+        turned(*this, q + (i * group + g) * dim, c, a, b);
+        store(query + g * dim + c, a * scale), store(query + g * dim + c + LANES, b * scale);
+      }
+    const uint8_t* allowed = mask ? mask + i / heads * mask_stride : nullptr;
+    int64_t n = 0;
+    for (int64_t j = 0; j < length; j++) seen[n] = (int32_t)j, n += !allowed || allowed[j];
+
+    for (int64_t j = 0; j < n; j++)
+      for (int64_t g = 0; g < group; g++) {
+        vf p = {}, r = {};
+        for (int64_t c = 0; c < dim; c += PAIR) {
+          D::get(key + seen[j] * dim + c, a, b);
+          p += a * load<vf>(query + g * dim + c), r += b * load<vf>(query + g * dim + c + LANES);
+        }
+        score[g * length + j] = total(p + r);
+      }
+    for (int64_t g = 0; g < group; g++) {
+      float *s = score + g * length, top = -INFINITY;
+      vf sums = {};
+      for (int64_t j = 0; j < n; j++) top = s[j] > top ? s[j] : top;
+      for (int64_t j = 0; j < n; j += LANES) {
+        vf e = {};
+        int64_t width = min(LANES, n - j);
+        memcpy(&e, s + j, width * sizeof(float));
+        e = exponential(e - top);
+        memcpy(s + j, &e, width * sizeof(float));
+        for (int64_t l = width; l < LANES; l++) e[l] = 0;
+        sums += e;
+      }
+      for (int64_t c = 0; c < dim; c += PAIR) {
+        x = vf{}, y = vf{};
+        for (int64_t j = 0; j < n; j++) D::get(value + seen[j] * dim + c, a, b), x += a * s[j], y += b * s[j];
+        float share = n ? 1 / total(sums) : 0;
+        D::put(out + (i * group + g) * dim + c, x * share, y * share);
+      }
+    }
+  }
+};
+
+template <class D>
+static int attend(const void* q, void* keys, void* values, const void* mask, const void* k, const void* v,
+                  const int64_t* position, const void* cosine, const void* sine, void* out, int64_t batch, int64_t heads,
+                  int64_t group, int64_t length, int64_t dim, int64_t mask_stride, double scale, int64_t threads) {
+  typedef typename D::T T;
+  if (k && (uint64_t)*position >= (uint64_t)length) return 1;
+  int64_t items = batch * heads;
+  float* scratch = (float*)malloc(items * (group * (dim + length) * sizeof(float) + length * sizeof(int32_t)) + 1);
+  if (!scratch) return 2;
+  Attention<D> job = {0, items, (const T*)q, (T*)keys, (T*)values, (const uint8_t*)mask, (const T*)k, (const T*)v,
+                      (const T*)cosine, (const T*)sine, (T*)out, scratch, heads, group, length, dim, mask_stride,
+                      k ? *position : 0, (float)scale};
+  parallel(job, (int)(items * length * dim * (int64_t)sizeof(T) < SERIAL ? 1 : threads));
+  free(scratch);
+  return 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------- API
@@ -598,4 +701,16 @@ extern "C" int larosa_linear(const void* x, const void* weight, const void* bias
                              int64_t gate, int64_t dtype, int64_t threads) {
   auto f = dtype == FP32 ? linear<Float> : dtype == FP16 ? linear<Half> : linear<BFloat>;
   return f(x, weight, bias, residual, out, rows, channels, adapter, columns, k, eps, gate, threads);
+}
+
+// q [batch, heads * group, dim], keys and values [batch, heads, length, dim], mask of bytes [length] every mask_stride or
+// null; k and v [batch, heads, dim], written at *position first, or null; cosine and sine [dim] or null -> out like q.
+// dim is a multiple of 2 * PAIR. Returns 0, or 1 if the position is out of range, or 2 if there is no memory.
+extern "C" int larosa_attention(const void* q, void* keys, void* values, const void* mask, const void* k, const void* v,
+                                const int64_t* position, const void* cosine, const void* sine, void* out, int64_t batch,
+                                int64_t heads, int64_t group, int64_t length, int64_t dim, int64_t mask_stride,
+                                double scale, int64_t dtype, int64_t threads) {
+  auto f = dtype == FP32 ? attend<Float> : dtype == FP16 ? attend<Half> : attend<BFloat>;
+  return f(q, keys, values, mask, k, v, position, cosine, sine, out, batch, heads, group, length, dim, mask_stride,
+           scale, threads);
 }

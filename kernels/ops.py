@@ -5,6 +5,7 @@ None has a derivative: the ops are for inference.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,13 +13,14 @@ from torch import Tensor
 from larosa_fx.kernels import cpu, reference
 
 
-def _op(function: Callable) -> torch._ops.OpOverload:
-    """``torch.ops.larosa.NAME.default`` of a function that mutates nothing and serves every device that has no kernel.
+def _op(function: Callable, mutates_args: tuple[str, ...] = ()) -> torch._ops.OpOverload:
+    """``torch.ops.larosa.NAME.default`` of a function that serves every device without a kernel of its own.
 
-    ``torch.library.custom_op`` without its autograd wrapper, which takes as long as all the rest of a call on a CPU.
+    ``torch.library.custom_op`` without its autograd wrapper, which takes longer than all the rest of a call on a CPU. What
+    is lost with it is of no use here: the version count of mutated arguments, and an error that says "no derivative".
     """
     name = f"larosa::{function.__name__}"
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutates_args))
     torch.library.impl(name, "CompositeExplicitAutograd")(function)
     overload = getattr(torch.ops.larosa, function.__name__).default
     overload.__doc__ = function.__doc__
@@ -204,7 +206,7 @@ def _(
     return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate)))
 
 
-@torch.library.custom_op("larosa::decode_attention", mutates_args=("keys", "values"))
+@partial(_op, mutates_args=("keys", "values"))
 def decode_attention(
     q: Tensor,
     keys: Tensor,
@@ -234,7 +236,24 @@ def decode_attention(
     return reference.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
 
 
-@decode_attention.register_kernel("cuda")
+@torch.library.impl("larosa::decode_attention", "cpu")
+def _(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    position: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    serve = cpu if cpu.attends(q, keys, mask) and values.is_contiguous() else reference
+    return serve.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
+
+
+@torch.library.impl("larosa::decode_attention", "cuda")
 def _(
     q: Tensor,
     keys: Tensor,
@@ -255,7 +274,7 @@ def _(
         return cuda_attention.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
 
 
-@decode_attention.register_fake
+@torch.library.register_fake("larosa::decode_attention")
 def _(
     q: Tensor,
     keys: Tensor,
@@ -277,7 +296,7 @@ def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
         from larosa_fx.kernels import cuda_attention
 
         return cuda_attention.serves(q, keys, mask)
-    return False
+    return cpu.attends(q, keys, mask)
 
 
 def fuses(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:

@@ -6,6 +6,7 @@ import copy
 import functools
 import time
 from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 from tabulate import tabulate
@@ -95,13 +96,18 @@ def _checks(model, path: str, tests: list[torch.Tensor], args: Namespace) -> tup
 def _decode(model, tokenizer, path: str, args: Namespace) -> None:
     question = args.prompt or QUESTION
     inputs = encode_prompt(tokenizer, question).to(args.device)
-    dense_config = CompileConfig(backend="inductor", mode=None, fullgraph=True)
-    dense_config._compile_all_devices = True
     static = {**inputs, "cache_implementation": "static"}
+
+    def dense(mode: str) -> Callable:
+        config = CompileConfig(backend="inductor", mode=mode, fullgraph=True)
+        config._compile_all_devices = True
+        return functools.partial(model.generate, **static, compile_config=config)
+
     rows, answers = [], []
     for name, run_generate in (
             ("dense, eager", functools.partial(model.generate, **static, disable_compile=True)),
-            ("dense, torch.compile", functools.partial(model.generate, **static, compile_config=dense_config)),
+            ("dense, torch.compile", dense("default")),
+            ("dense, max-autotune", dense("max-autotune")),
             (f"larosa, {args.sparsity:.0%} of bytes not read", functools.partial(generate, model, inputs, plan=path))):
         torch.compiler.reset()
         output = run_generate(max_new_tokens=args.tokens, do_sample=False)
@@ -111,7 +117,7 @@ def _decode(model, tokenizer, path: str, args: Namespace) -> None:
         rows.append([name, f"{speed.tokens_per_second:.1f}", f"{speed.median:.2f}", f"{speed.low:.2f}", f"{speed.high:.2f}"])
     print(tabulate(rows, ["model", "tokens/s", "ms/token", "fastest run", "slowest run"]))
     print(f"\n{question}")
-    for name, answer in answers[1:]:
+    for name, answer in (answers[1], answers[-1]):
         print(f"\n[{name}]\n{answer.strip()}")
 
 

@@ -1,5 +1,9 @@
 """bench/decode.py on a tiny model: the rows it promises, and what it writes."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -48,6 +52,26 @@ def test_a_new_row_replaces_the_same_case_and_renews_the_ratios():
     merged = decode.merge(decode.merge(decode.merge([], dense), other), dense | {"ms_per_token": 3.0})
     assert [(row["variant"], row["ratio_to_best_dense"]) for row in merged] == [("x", 1.5), ("dense-eager", 1.0)]
     assert "x" in decode.merge(merged, other)[-1]["variant"] and len(merged) == 2
+
+
+def test_readme_table_is_renewed():
+    about = {"model": "a", "dtype": "float32", "device": "box, 2 threads", "torch": "2"}
+    rows = [about | {"variant": "dense-eager", "sparsity": None, "ms_per_token": 4.0, "ratio_to_best_dense": 1.0},
+            about | {"variant": "larosa", "sparsity": 0.5, "ms_per_token": 2.0, "ratio_to_best_dense": 2.0}]
+    page = "before\n<!-- decode: x.json -->\nold\n<!-- end -->\nafter\n"
+    renewed = decode.readme(page, "x.json", rows)
+    assert "| ms/token | dense, eager | 50% not read |\n" in renewed and "| a, float32 | 4 | 2 (2.00x) |\n" in renewed
+    assert "old" not in renewed and renewed.startswith("before\n") and renewed.endswith("<!-- end -->\nafter\n")
+    assert decode.readme(renewed, "x.json", rows) == renewed
+
+
+def test_readme_shows_the_results_that_are_there():
+    root = Path(decode.__file__).parent.parent
+    page = (root / "README.md").read_text()
+    for name in re.findall(r"<!-- decode: (\S+) -->", page):
+        results = root / "bench" / "results" / name
+        if results.exists():
+            assert decode.readme(page, name, json.loads(results.read_text())["rows"]) == page
 
 
 def test_too_many_positions_are_refused():

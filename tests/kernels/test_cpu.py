@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from larosa_fx.kernels import cpu
+from larosa_fx.kernels import cpu, reference
 
 _CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or "g++"]
 needs_compiler = pytest.mark.skipif(not shutil.which(_CXX[0]), reason=f"needs a C++ compiler, {_CXX[0]} is not there")
@@ -268,6 +268,29 @@ def test_gates_everywhere(kernels, dtype, gate, shift):
     bound = 0.51 * torch.finfo(dtype).eps * exact.abs() + 2.0**-21 * x.abs().clamp(max=10) + torch.finfo(dtype).tiny
     assert ((y - exact).abs() <= bound)[(exact.abs() < limit) & x.isfinite()].all()
     assert torch.equal(y.isposinf(), exact.to(dtype).isposinf())
+
+
+# ---- decode_attention ----
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_attention(kernels, threads, dtype, dim, n, gen):
+    threads(n)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=gen).to(dtype)
+
+    q, keys, values, mask = draw(2, 6, 1, dim), draw(2, 2, 300, dim), draw(2, 2, 300, dim), torch.arange(300) <= 170
+    k, v, cos, sin = draw(2, 2, 1, dim), draw(2, 2, 1, dim), draw(1, 1, 1, dim), draw(1, 1, 1, dim)
+    around = mask[None, None, None], 0.1, k, v, torch.tensor([170]), cos, sin
+    wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in (q, keys, values, *around)]
+    expected = reference.decode_attention(*wide)
+    y = kernels.decode_attention(q, keys, values, *around)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=4 * max(torch.finfo(dtype).eps, 1e-6))
+    torch.testing.assert_close(keys.double(), wide[1], rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(values.double(), wide[2])
 
 
 @needs_compiler
