@@ -16,10 +16,11 @@ from larosa_fx.structure import Site, Structure
 def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
     """Pack the weight of each lowered site, [K, N], with the adapter, [D, N], that its output is added to."""
     result = PassResult("pack_adapters")
+    products = {node for site in structure.sites for lowered in site.linears for node in (lowered, *lowered.all_input_nodes)}
     width = g.shape(structure.stream[0].node)[-1]
     leaves = [n for n in gm.graph.nodes if n.op == "placeholder" or g.ROTATION in n.meta]
     for site in structure.sites:
-        found = _beside(site)
+        found = _beside(site, products)
         if found is None:
             continue
         product, adapted = found
@@ -36,13 +37,18 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
     return result
 
 
-def _beside(site: Site) -> tuple[fx.Node, fx.Node] | None:
-    """(product, adapted residual) where the site's output and the residual times a weight are added, and only added."""
+def _beside(site: Site, products: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """(product, adapted residual) where the site's output and the residual times a weight are added, and only added.
+
+    ``products``: of the sites, themselves products with weights.
+    """
     (lowered,) = site.linears
     add = g.only_user(lowered)
     if not g.is_binary(add, g.ADDS):
         return None
     adapted = g.other_operand(add, lowered)
-    if not g.calls(adapted, torch.matmul) or not g.is_weight(adapted.args[1]) or g.only_user(adapted) is not add:
+    if adapted in products or g.only_user(adapted) is not add:
+        return None
+    if not g.calls(adapted, torch.matmul) or not g.is_weight(adapted.args[1]):
         return None
     return (lowered.args[0] if g.calls(lowered, torch.add) else lowered), adapted  # lower_topk adds the bias
