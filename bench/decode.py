@@ -276,7 +276,7 @@ def readme(text: str, name: str, rows: Sequence[Row]) -> str:
         dense = row["sparsity"] is None
         column = row["variant"].replace("dense-", "dense, ") if dense else f"{row['sparsity']:.0%} not read"
         faster = "" if dense else f" ({row['ratio_to_best_dense']:.2f}x)"
-        turned = "" if row["rotation"] in (None, "layer") else f", rotation={row['rotation']}"
+        turned = "" if row.get("rotation") in (None, "layer") else f", rotation={row['rotation']}"
         cases.setdefault(f"{row['model']}, {row['dtype']}{turned}", {})[column] = f"{row['ms_per_token']:.3g}{faster}"
     columns = list(dict.fromkeys(column for cells in cases.values() for column in cells))
     lines = [["ms/token", *columns], ["---"] * (len(columns) + 1)] + [

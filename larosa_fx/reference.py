@@ -152,11 +152,12 @@ def _replace(model: torch.nn.Module, site: PlanSite, replacement: Replacement, b
 
 
 def _affine(norm: torch.nn.Module, x: torch.Tensor, site: PlanSite) -> Affine:
-    """Whatever the module makes of its parameters, seen from outside."""
+    """Whatever the module makes of its parameters, seen from outside; [D] each, since linears may read x reshaped."""
     probe = torch.ones_like(x[..., :1, :])
     probe[..., ::2] = -1
     bias = norm.forward(torch.zeros_like(probe))
-    return Affine((norm.forward(probe) - bias) / _normalised(probe, site), bias)
+    gain = (norm.forward(probe) - bias) / _normalised(probe, site)
+    return Affine(gain.flatten(0, -2)[0], bias.flatten(0, -2)[0])
 
 
 def _normalised(x: torch.Tensor, site: PlanSite) -> torch.Tensor:
