@@ -45,6 +45,7 @@ from larosa_fx.calibrate import calibrate
 from larosa_fx.loading import load_model
 from larosa_fx.plan import library_versions
 from larosa_fx.structure import BASES
+from larosa_fx.weights import STORE, Folded
 
 #: Model type and configuration, as published.
 MODELS = {
@@ -124,6 +125,7 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
     if needed > setting.cache:
         raise ValueError(f"{needed} positions do not fit into a cache of {setting.cache}")
     cases = [(variant, sparsity) for variant in variants for sparsity in (sparsities if variant == "larosa" else [None])]
+    folded: list[Folded] = []  # held from one sparsity to the next, which needs the same
     with torch.no_grad():
         expected = Decoding(model, setting).step(model).float()
         if "larosa" in variants:
@@ -141,6 +143,7 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
             if variant == "larosa":
                 report = backend.last_report()
                 row |= {"rotation": setting.rotation, "byte_sparsity": report.byte_sparsity}
+                folded[:] = STORE.entries()
                 touched += (_rotations(report) * model.config.hidden_size ** 2 - _skipped(report)) * model.dtype.itemsize
             rate = touched / row["ms_per_token"] * 1e3
             yield row | {"weight_bytes_touched": touched, "achieved_gb_per_s": rate / 1e9,

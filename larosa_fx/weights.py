@@ -107,6 +107,10 @@ class FoldStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def entries(self) -> list[Folded]:
+        """The folded tensors there are now. Who holds the list keeps them for graphs that are compiled later."""
+        return list(self._entries.values())
+
     def get(self, recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], digest: str,
             dtype: torch.dtype, device: torch.device) -> Folded:
         """The folded tensor, evaluated anew, into the same memory, when a parameter changed in place.
