@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from larosa_fx.kernels import reference
+
 log = logging.getLogger(__name__)
 
 # With more rows the caller's one dense product wins, or soon will: together the rows leave few channels unread.
@@ -32,7 +34,6 @@ MAX_ROWS = 8
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in the kernels' enums
 _DIM = 64  # heads of so many channels, or multiples, fill whole vectors, their halves, too
-_GATES = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
 _UNTRIED = object()
 _library: object = _UNTRIED  # then a ctypes.CDLL, or None
@@ -139,7 +140,7 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     error = library.larosa_linear(
         x.data_ptr(), weight.data_ptr(), bias if bias is None else bias.data_ptr(),
         residual if residual is None else residual.data_ptr(), out.data_ptr(),
-        rows, channels, adapter, columns, k, -1.0 if eps is None else eps, _GATES[gate], _DTYPES[x.dtype],
+        rows, channels, adapter, columns, k, -1.0 if eps is None else eps, reference.GATE_CODES[gate], _DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     if error:
@@ -149,13 +150,8 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
 
 def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
     """Whether ``decode_attention`` takes q, [B, H, 1, d], a cache of [B, Hkv, S, d] and a mask; they may be fake tensors."""
-    if not q.is_cpu or q.dtype not in _DTYPES or keys.dtype != q.dtype or not keys.is_contiguous():
-        return False
-    (batch, heads, tokens, dim), shape = q.shape, keys.shape
-    if not all(isinstance(n, int) for n in (batch, *shape)) or tokens != 1 or dim % _DIM or heads % shape[1]:
-        return False
-    fits = mask is None or (mask.dtype == torch.bool and mask.shape[0] in (1, batch) and mask.shape[1:] == (1, 1, shape[2]))
-    return fits and _load() is not None
+    served = q.is_cpu and q.dtype in _DTYPES and q.shape[-1] % _DIM == 0 and reference.over_cache(q, keys, mask)
+    return served and _load() is not None
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, k: Tensor | None,

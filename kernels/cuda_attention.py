@@ -8,6 +8,7 @@ from torch import Tensor
 
 from larosa_fx.kernels import nvrtc
 from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
+from larosa_fx.kernels.reference import over_cache
 
 _SOURCE = Path(__file__).with_name("decode_attention.cu")
 _THREADS = 256  # as in the kernel
@@ -17,17 +18,12 @@ _MAX_SPLITS = 8  # blocks in a portable cluster
 
 def serves(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernel takes q, [B, H, 1, d], a cache of [B, Hkv, S, d] and a mask; they may be fake tensors."""
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or keys.dtype != q.dtype:
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or not over_cache(q, keys, mask):
         return False
-    batch, heads, tokens, dim = q.shape
-    if tokens != 1 or dim not in _DIMS or heads % keys.shape[1] or heads // keys.shape[1] * dim > 1024:
-        return False  # a group of heads fits in a block's static shared memory
-    if not all(isinstance(n, int) for n in (batch, *keys.shape)) or not keys.is_contiguous():
+    dim, group = q.shape[-1], q.shape[1] // keys.shape[1]
+    if dim not in _DIMS or group * dim > 1024:  # a group of heads fits in a block's static shared memory
         return False
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape[1:]) != (1, 1, keys.shape[2])
-                             or mask.shape[0] not in (1, batch)):
-        return False
-    return nvrtc.available() and torch.cuda.get_device_capability(q.device)[0] >= 9
+    return nvrtc.available() and nvrtc.properties(q.device).major >= 9
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, k: Tensor | None,
@@ -35,7 +31,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     """Launch on the tensors' device, which must be the current one, with arguments that ``serves`` has passed."""
     batch, heads, _, dim = q.shape
     _, shared_heads, length, _ = keys.shape
-    splits = min(_MAX_SPLITS, 1 << (max(_multiprocessors(q.device) // (batch * shared_heads), 1).bit_length() - 1))
+    multiprocessors = nvrtc.properties(q.device).multi_processor_count
+    splits = min(_MAX_SPLITS, 1 << (max(multiprocessors // (batch * shared_heads), 1).bit_length() - 1))
     kernel = _kernel(heads // shared_heads, dim, splits, q.dtype == torch.float16, mask is not None, k is not None,
                      cos is not None, q.device)
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -47,15 +44,11 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
 def _kernel(group: int, dim: int, splits: int, half: bool, mask: bool, write: bool, rope: bool,
             device: torch.device) -> nvrtc.Kernel:
     constants = {"GROUP": group, "DIM": dim, "SPLITS": splits, "HALF": int(half), "MASK": int(mask), "WRITE": int(write),
                  "ROPE": int(rope)}
-    cubin = nvrtc.compile(_SOURCE, constants, torch.cuda.get_device_capability(device))
+    properties = nvrtc.properties(device)
+    cubin = nvrtc.compile(_SOURCE, constants, (properties.major, properties.minor))
     signature = (*[POINTER] * 10, INT, INT, FLOAT)
     return nvrtc.Kernel(cubin, "decode_attention", signature, threads=_THREADS, shared=0)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from larosa_fx.kernels import nvrtc
 from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
+from larosa_fx.kernels.reference import GATE_CODES
 
 _SOURCE = Path(__file__).with_name("sparse_linear.cu")
-_GATES = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 _MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
 
 
@@ -61,11 +61,11 @@ def serves(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool
         return False  # the adapter's rows are summed with the others, which the norm's scalar and the gate then meet
     if channels % 4 or adapter % 8 or columns % (16 if gate else 8) or channels >= _MAX_CHANNELS:
         return False
-    if x.device.type != "cuda" or not nvrtc.available() or _properties(x.device).major < 8:
+    if x.device.type != "cuda" or not nvrtc.available() or nvrtc.properties(x.device).major < 8:
         return False
     shape = Shape(channels, columns, adapter, False, x.dtype == torch.float16, gate, norm, False, False, False)
-    c = config(shape, _properties(x.device).multi_processor_count)
-    return c.tile <= c.threads and shared_bytes(shape, c) <= _properties(x.device).shared_memory_per_block_optin
+    c = config(shape, nvrtc.properties(x.device).multi_processor_count)
+    return c.tile <= c.threads and shared_bytes(shape, c) <= nvrtc.properties(x.device).shared_memory_per_block_optin
 
 
 def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None,
@@ -84,21 +84,16 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     return y
 
 
-@cache
-def _properties(device: torch.device):
-    return torch.cuda.get_device_properties(device)
-
-
 def constants(shape: Shape, c: Config) -> dict[str, int]:
     """The macros that sparse_linear.cu is compiled with."""
     return {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "TILE": c.tile,
-            "THREADS": c.threads, "BATCH": c.batch, "SHARED": shared_bytes(shape, c), "GATE": _GATES[shape.gate],
+            "THREADS": c.threads, "BATCH": c.batch, "SHARED": shared_bytes(shape, c), "GATE": GATE_CODES[shape.gate],
             **{flag.upper(): int(getattr(shape, flag)) for flag in ("full", "half", "norm", "bias", "residual", "early")}}
 
 
 @cache
 def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[nvrtc.Kernel, int]:
-    properties = _properties(device)
+    properties = nvrtc.properties(device)
     c = using or config(shape, properties.multi_processor_count)
     cubin = nvrtc.compile(_SOURCE, constants(shape, c), (properties.major, properties.minor))
     signature = (POINTER, POINTER, POINTER, POINTER, POINTER, INT, FLOAT)

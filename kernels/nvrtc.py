@@ -34,6 +34,12 @@ def available() -> bool:
     return True
 
 
+@functools.cache
+def properties(device: torch.device):
+    """``torch.cuda.get_device_properties``, asked once."""
+    return torch.cuda.get_device_properties(device)
+
+
 def compile(source: Path, constants: Mapping[str, int], capability: tuple[int, int]) -> bytes:
     """The cubin of ``source`` for a compute capability, each constant a macro. CompileError with NVRTC's log."""
     from cuda.bindings import nvrtc

@@ -5,7 +5,6 @@ None has a derivative: the ops are for inference.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from larosa_fx.kernels import cpu, reference
 
 
 def _op(function: Callable, mutates_args: tuple[str, ...] = ()) -> torch._ops.OpOverload:
-    """``torch.ops.larosa.NAME.default`` of a function that serves every device without a kernel of its own.
+    """``torch.ops.larosa.NAME.default`` of a reference function, which serves every device without a kernel of its own.
 
     ``torch.library.custom_op`` without its autograd wrapper, which takes longer than all the rest of a call on a CPU. What
     is lost with it is of no use here: the version count of mutated arguments, and an error that says "no derivative".
@@ -27,267 +26,123 @@ def _op(function: Callable, mutates_args: tuple[str, ...] = ()) -> torch._ops.Op
     return overload
 
 
-@_op
-def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k channels of every row with the largest magnitude (LaRoSA's Top-K activation, arXiv 2507.01299).
+def _kernel(name: str, device: str) -> Callable[[Callable], Callable]:
+    """Register a device's kernel for an op; where it answers None, the reference serves the case."""
+    fallback = getattr(reference, name)
 
-    Args:
-        x: [..., K], bfloat16, float16, float32 or float64, any strides.
-        k: how many channels of each row to keep, 1 <= k <= K; k == K keeps the row as it is.
+    def register(kernel: Callable) -> Callable:
+        def serve(*args):
+            y = kernel(*args)
+            return fallback(*args) if y is None else y
 
-    Returns:
-        values [..., k] in x's dtype, with their signs, and indices [..., k] int32, both in ascending channel order.
-        Every row gets exactly k: equal magnitudes at the threshold are taken from the lowest channel up. The
-        magnitude is the bit pattern without its sign, so -0 equals +0 and NaN ranks above Inf: it is never dropped
-        while anything finite is kept.
+        torch.library.impl(f"larosa::{name}", device)(serve)
+        return kernel
 
-    Raises:
-        TypeError: x has another dtype.
-        ValueError: x is a scalar, or k is out of range.
-    """
-    return reference.topk_select(x, k)
+    return register
 
 
-@torch.library.impl("larosa::topk_select", "cpu")
-def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    chosen = cpu.topk_select(x, k)
-    return reference.topk_select(x, k) if chosen is None else chosen
+# ---- topk_select ---------------------------------------------------------------------------------------------------
+
+topk_select = _op(reference.topk_select)
+_kernel("topk_select", "cpu")(cpu.topk_select)
 
 
-@torch.library.impl("larosa::topk_select", "cuda")
-def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+@_kernel("topk_select", "cuda")
+def _(x, k):
     reference.check_select(x, k)
     from larosa_fx.kernels import triton_topk  # here, because Triton need not be installed where there is no GPU
 
     if not triton_topk.serves(x):
-        return reference.topk_select(x, k)
+        return None
     with torch.cuda.device(x.device):  # Triton launches on the current device
         return triton_topk.topk_select(x, k)
 
 
 @torch.library.register_fake("larosa::topk_select")
-def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _(x, k):
     reference.check_select(x, k)
     shape = (*x.shape[:-1], k)
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
 
 
-@_op
-def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """``y[..., n] = sum_j values[..., j] * weight[indices[..., j], n]``: a product that reads the listed rows only.
+# ---- sparse_gemv ---------------------------------------------------------------------------------------------------
 
-    Args:
-        values: [..., k], bfloat16, float16, float32 or float64.
-        indices: [..., k] int32, the channel of each value. They must differ within a row, as ``topk_select`` makes
-            them, and lie in 0..K-1, which a GPU does not check: it would have to wait for the answer.
-        weight: [K, N] in values' dtype, contiguous: the transpose of ``nn.Linear``'s layout.
-
-    Returns:
-        y [..., N] in values' dtype, accumulated in float32 (float64 for float64) and rounded once. Up to
-        ``reference.GATHER_ROWS`` rows are gathered; the same inputs then give the same bits every time. More rows go
-        through one dense product: the device's matmul, its settings (TF32, reduced-precision reduction) and its
-        treatment of a non-finite weight in a row that was not selected.
-
-    Raises:
-        TypeError: a dtype is not as above.
-        ValueError: a shape is not as above, weight is not contiguous, or the tensors are on several devices.
-    """
-    return reference.sparse_gemv(values, indices, weight)
+sparse_gemv = _op(reference.sparse_gemv)
+_kernel("sparse_gemv", "cpu")(cpu.sparse_gemv)
 
 
-@torch.library.impl("larosa::sparse_gemv", "cpu")
-def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    y = cpu.sparse_gemv(values, indices, weight)
-    return reference.sparse_gemv(values, indices, weight) if y is None else y
-
-
-@torch.library.impl("larosa::sparse_gemv", "cuda")
-def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+@_kernel("sparse_gemv", "cuda")
+def _(values, indices, weight):
     reference.check_gemv(values, indices, weight)
     from larosa_fx.kernels import triton_gemv
 
     if values.shape[:-1].numel() > reference.GATHER_ROWS or not triton_gemv.serves(values):
-        return reference.sparse_gemv(values, indices, weight)
+        return None
     with torch.cuda.device(values.device):
         return triton_gemv.sparse_gemv(values, indices, weight)
 
 
 @torch.library.register_fake("larosa::sparse_gemv")
-def _(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+def _(values, indices, weight):
     reference.check_gemv(values, indices, weight)
     return values.new_empty((*values.shape[:-1], weight.shape[1]))
 
 
-@_op
-def sparse_linear(
-    x: Tensor,
-    k: int,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    eps: float | None = None,
-    gate: str = "",
-    early: bool = False,
-) -> Tensor:
-    """A whole sparse site in one launch: norm, selection, product, and what follows it element by element.
+# ---- sparse_linear -------------------------------------------------------------------------------------------------
 
-    ``y = gate(rms_norm(top_k(x)) @ weight[:K] + bias) + residual``, every part but the product optional. RMSNorm without
-    a gain does not change the ranking, so the k channels are those of x itself, chosen as ``topk_select`` does, and the
-    norm's scalar, over all of x, is applied to the product.
-
-    Args:
-        x: [..., K], bfloat16, float16, float32 or float64.
-        k: channels kept, 1 <= k <= K.
-        weight: [K, N], contiguous, as for ``sparse_gemv``; or [K + D, N]: the last D rows are the residual adapter.
-        bias: [N], added before the gate.
-        residual: added last. [..., N] (N/2 behind a gate); with an adapter [..., D], which adds
-            ``residual @ weight[K:]``, every row of it read.
-        eps: of the RMSNorm, ``rsqrt(mean(x ** 2) + eps)``; None for no norm.
-        gate: "silu", "gelu", "gelu_tanh" or "relu" makes the result ``gate(y[..., :N/2]) * y[..., N/2:]``.
-        early: what produces x reads residual, too, so that an adapter may be applied before x is there.
-
-    Returns:
-        y, [..., N] or [..., N/2], in x's dtype; everything is computed in float32 (float64 for float64) and rounded once.
-        The same inputs give the same bits every time.
-
-    Raises:
-        TypeError, ValueError: as the other ops, naming the argument.
-    """
-    return reference.sparse_linear(x, k, weight, bias, residual, eps, gate)
+sparse_linear = _op(reference.sparse_linear)
 
 
-@torch.library.impl("larosa::sparse_linear", "cpu")
-def _(
-    x: Tensor,
-    k: int,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    eps: float | None = None,
-    gate: str = "",
-    early: bool = False,
-) -> Tensor:
+@_kernel("sparse_linear", "cpu")
+def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False):
     reference.check_linear(x, k, weight, bias, residual, eps, gate)
-    y = cpu.sparse_linear(x, k, weight, bias, residual, eps, gate)
-    return reference.sparse_linear(x, k, weight, bias, residual, eps, gate) if y is None else y
+    return cpu.sparse_linear(x, k, weight, bias, residual, eps, gate)
 
 
-@torch.library.impl("larosa::sparse_linear", "cuda")
-def _(
-    x: Tensor,
-    k: int,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    eps: float | None = None,
-    gate: str = "",
-    early: bool = False,
-) -> Tensor:
+@_kernel("sparse_linear", "cuda")
+def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False):
     reference.check_linear(x, k, weight, bias, residual, eps, gate)
     from larosa_fx.kernels import cuda_linear
 
     if not cuda_linear.serves(x, weight.shape[1], weight.shape[0] - x.shape[-1], eps is not None, gate):
-        return reference.sparse_linear(x, k, weight, bias, residual, eps, gate)
+        return None
     with torch.cuda.device(x.device):
         return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early)
 
 
 @torch.library.register_fake("larosa::sparse_linear")
-def _(
-    x: Tensor,
-    k: int,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    eps: float | None = None,
-    gate: str = "",
-    early: bool = False,
-) -> Tensor:
+def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False):
     return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate)))
 
 
-@partial(_op, mutates_args=("keys", "values"))
-def decode_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    position: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> Tensor:
-    """Attention of one token a sequence over a static cache, with the cache's update and the rotary embedding.
+# ---- decode_attention ----------------------------------------------------------------------------------------------
 
-    Args:
-        q: [B, H, 1, d].
-        keys, values: the cache, [B, Hkv, S, d], H a multiple of Hkv: a head is shared by H / Hkv consecutive queries.
-        mask: bool, [B or 1, 1, 1, S], True where a position takes part; None for all.
-        scale: of the scores.
-        k, v: [B, Hkv, 1, d], written to the cache at ``position``, [1] int64, before the cache is read; None where that is
-            done already.
-        cos, sin: [1, 1, 1, d], the rotary embedding of q and k in halves (GPT-NeoX's order); None where that is done.
-
-    Returns:
-        [B, H, 1, d] in q's dtype, softmax and sums in float32.
-    """
-    return reference.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
+decode_attention = _op(reference.decode_attention, mutates_args=("keys", "values"))
 
 
-@torch.library.impl("larosa::decode_attention", "cpu")
-def _(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    position: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> Tensor:
-    serve = cpu if cpu.attends(q, keys, mask) and values.is_contiguous() else reference
-    return serve.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
+@_kernel("decode_attention", "cpu")
+def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin=None):
+    if not values.is_contiguous() or not cpu.attends(q, keys, mask):
+        return None
+    return cpu.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
 
 
-@torch.library.impl("larosa::decode_attention", "cuda")
-def _(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    position: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> Tensor:
-    if not attends(q, keys, mask):
-        return reference.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
+@_kernel("decode_attention", "cuda")
+def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin=None):
     from larosa_fx.kernels import cuda_attention
 
+    if not values.is_contiguous() or not cuda_attention.serves(q, keys, mask):
+        return None
     with torch.cuda.device(q.device):
         return cuda_attention.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
 
 
 @torch.library.register_fake("larosa::decode_attention")
-def _(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    position: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> Tensor:
+def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin=None):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+# ---- what passes ask -----------------------------------------------------------------------------------------------
 
 
 def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:

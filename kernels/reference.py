@@ -1,6 +1,7 @@
-"""Both ops in plain torch, for any device: what the kernels are measured against and what serves the cases they do not.
+"""The ops in plain torch, for any device: what the kernels are measured against and what serves the cases they do not.
 
-The argument checks live here too, so that every implementation refuses the same inputs in the same words.
+Their signatures and docstrings are the ops' own. The argument checks live here too, so that every implementation refuses
+the same inputs in the same words.
 """
 
 import torch
@@ -22,6 +23,9 @@ GATES = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+
+# How the kernels number them; 0 is no gate.
+GATE_CODES = {"": 0, **{gate: i for i, gate in enumerate(GATES, 1)}}
 
 # Above this many rows one dense product over all channels is cheaper than gathering each row's weights.
 GATHER_ROWS = 8
@@ -103,8 +107,34 @@ def check_linear(
     return out
 
 
+def over_cache(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
+    """Whether these, real or fake, are what attention kernels are made for: one query token a sequence, whole groups of
+    heads, a contiguous cache of known size in q's dtype, and a mask of its positions."""
+    (batch, heads, tokens, _), (_, shared, length, _) = q.shape, keys.shape
+    if not all(isinstance(n, int) for n in (batch, *keys.shape)) or tokens != 1 or heads % shared:
+        return False
+    if keys.dtype != q.dtype or not keys.is_contiguous():
+        return False
+    return mask is None or (mask.dtype == torch.bool and mask.shape[0] in (1, batch) and mask.shape[1:] == (1, 1, length))
+
+
 def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See :func:`larosa_fx.kernels.ops.topk_select`."""
+    """The k channels of every row with the largest magnitude (LaRoSA's Top-K activation, arXiv 2507.01299).
+
+    Args:
+        x: [..., K], bfloat16, float16, float32 or float64, any strides.
+        k: how many channels of each row to keep, 1 <= k <= K; k == K keeps the row as it is.
+
+    Returns:
+        values [..., k] in x's dtype, with their signs, and indices [..., k] int32, both in ascending channel order.
+        Every row gets exactly k: equal magnitudes at the threshold are taken from the lowest channel up. The
+        magnitude is the bit pattern without its sign, so -0 equals +0 and NaN ranks above Inf: it is never dropped
+        while anything finite is kept.
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: x is a scalar, or k is out of range.
+    """
     check_select(x, k)
     channels = x.shape[-1]
     # Without its sign bit an IEEE pattern, read as an integer, orders by magnitude: -0 == +0 < ... < Inf < NaN.
@@ -121,7 +151,24 @@ def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """See :func:`larosa_fx.kernels.ops.sparse_gemv`."""
+    """``y[..., n] = sum_j values[..., j] * weight[indices[..., j], n]``: a product that reads the listed rows only.
+
+    Args:
+        values: [..., k], bfloat16, float16, float32 or float64.
+        indices: [..., k] int32, the channel of each value. They must differ within a row, as ``topk_select`` makes
+            them, and lie in 0..K-1, which a GPU does not check: it would have to wait for the answer.
+        weight: [K, N] in values' dtype, contiguous: the transpose of ``nn.Linear``'s layout.
+
+    Returns:
+        y [..., N] in values' dtype, accumulated in float32 (float64 for float64) and rounded once. Up to
+        ``reference.GATHER_ROWS`` rows are gathered; the same inputs then give the same bits every time. More rows go
+        through one dense product: the device's matmul, its settings (TF32, reduced-precision reduction) and its
+        treatment of a non-finite weight in a row that was not selected.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape is not as above, weight is not contiguous, or the tensors are on several devices.
+    """
     check_gemv(values, indices, weight)
     return _gemv(values, indices, weight).to(values.dtype)
 
@@ -134,8 +181,32 @@ def sparse_linear(
     residual: Tensor | None = None,
     eps: float | None = None,
     gate: str = "",
+    early: bool = False,
 ) -> Tensor:
-    """See :func:`larosa_fx.kernels.ops.sparse_linear`."""
+    """A whole sparse site in one launch: norm, selection, product, and what follows it element by element.
+
+    ``y = gate(rms_norm(top_k(x)) @ weight[:K] + bias) + residual``, every part but the product optional. RMSNorm without
+    a gain does not change the ranking, so the k channels are those of x itself, chosen as ``topk_select`` does, and the
+    norm's scalar, over all of x, is applied to the product.
+
+    Args:
+        x: [..., K], bfloat16, float16, float32 or float64.
+        k: channels kept, 1 <= k <= K.
+        weight: [K, N], contiguous, as for ``sparse_gemv``; or [K + D, N]: the last D rows are the residual adapter.
+        bias: [N], added before the gate.
+        residual: added last. [..., N] (N/2 behind a gate); with an adapter [..., D], which adds
+            ``residual @ weight[K:]``, every row of it read.
+        eps: of the RMSNorm, ``rsqrt(mean(x ** 2) + eps)``; None for no norm.
+        gate: "silu", "gelu", "gelu_tanh" or "relu" makes the result ``gate(y[..., :N/2]) * y[..., N/2:]``.
+        early: what produces x reads residual, too, so that an adapter may be applied before x is there.
+
+    Returns:
+        y, [..., N] or [..., N/2], in x's dtype; everything is computed in float32 (float64 for float64) and rounded once.
+        The same inputs give the same bits every time.
+
+    Raises:
+        TypeError, ValueError: as the other ops, naming the argument.
+    """
     check_linear(x, k, weight, bias, residual, eps, gate)
     channels = x.shape[-1]
     wide = _wide(x.dtype)
@@ -187,7 +258,20 @@ def decode_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`larosa_fx.kernels.ops.decode_attention`."""
+    """Attention of one token a sequence over a static cache, with the cache's update and the rotary embedding.
+
+    Args:
+        q: [B, H, 1, d].
+        keys, values: the cache, [B, Hkv, S, d], H a multiple of Hkv: a head is shared by H / Hkv consecutive queries.
+        mask: bool, [B or 1, 1, 1, S], True where a position takes part; None for all.
+        scale: of the scores.
+        k, v: [B, Hkv, 1, d], written to the cache at ``position``, [1] int64, before the cache is read; None where that is
+            done already.
+        cos, sin: [1, 1, 1, d], the rotary embedding of q and k in halves (GPT-NeoX's order); None where that is done.
+
+    Returns:
+        [B, H, 1, d] in q's dtype, softmax and sums in float32.
+    """
     if cos is not None:
         q, k = (x * cos + torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1) * sin for x in (q, k))
     if k is not None:
