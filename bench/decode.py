@@ -10,7 +10,7 @@ Weights are random: the time depends on shapes and on k, not on values. The comp
   for), byte_sparsity (as compiled: share of the decoder layers' weight bytes not read);
 - ms_per_token (median), p20, p80, tokens_per_second, host_ms_per_token: what it takes to launch a step without waiting
   for it; where that is not clearly below ms_per_token, the host sets the pace;
-- ratio_to_best_dense: how many times faster than the fastest dense variant of the same model in the file;
+- ratio_to_best_dense: how many times faster than the fastest dense variant of the same model in the file, in any dtype;
 - weight_bytes_touched a step, head and adapters included, achieved_gb_per_s, and share_of_byte_limit: against a plain
   read of memory measured in the same run;
 - logit_error: largest difference to the eager dense logits of the first step over the largest of them; compile_seconds
@@ -248,10 +248,10 @@ def build(name: str, layers: int | None, dtype: torch.dtype, device: str) -> tor
 def merge(rows: Sequence[Row], new: Row) -> list[Row]:
     """``rows`` with ``new`` in place of the same case's, and ``ratio_to_best_dense`` of its model's rows renewed."""
     def case(row: Row) -> tuple:
-        return *model(row), row["variant"], row["rotation"], row["sparsity"]
+        return *model(row), row["dtype"], row["variant"], row["rotation"], row["sparsity"]
 
     def model(row: Row) -> tuple:
-        return row["model"], row["layers"], row["dtype"], row["device"]
+        return row["model"], row["layers"], row["device"]
 
     merged = [row for row in rows if case(row) != case(new)] + [new]
     beside = [row for row in merged if model(row) == model(new)]
@@ -299,7 +299,7 @@ def main() -> int:
     parser.add_argument("--rotation", default="layer", choices=list(BASES))
     parser.add_argument("--mode", help="Inductor's for larosa; max-autotune on a GPU, its default on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128, help="steps measured")
@@ -312,7 +312,7 @@ def main() -> int:
         page = Path(__file__).parent.parent / "README.md"
         page.write_text(readme(page.read_text(), args.json.name, json.loads(args.json.read_text())["rows"]))
         return 0
-    kind, dtype = torch.device(args.device).type, getattr(torch, args.dtype)
+    kind = torch.device(args.device).type
     setting = Setting(args.prompt, args.tokens, args.cache, args.rotation,
                       args.mode or ("max-autotune" if kind == "cuda" else None))
     bandwidth = read_bandwidth(args.device)
@@ -320,22 +320,22 @@ def main() -> int:
               "command": " ".join(["python bench/decode.py", *sys.argv[1:]])}
     header = {"device": origin["device"], "versions": library_versions(), "read_gb_per_s": bandwidth / 1e9,
               "prompt": args.prompt, "cache": args.cache}
-    print(f"{origin['device']}, {args.dtype}, plain read {bandwidth / 1e9:.0f} GB/s", flush=True)
+    print(f"{origin['device']}, {', '.join(args.dtype)}, plain read {bandwidth / 1e9:.0f} GB/s", flush=True)
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     wrong = []
-    for name in args.model:
-        model = build(name, args.layers, dtype, args.device)
-        about = {"model": name, "layers": model.config.num_hidden_layers, "dtype": args.dtype}
+    for name, dtype in itertools.product(args.model, args.dtype):
+        model = build(name, args.layers, getattr(torch, dtype), args.device)
+        about = {"model": name, "layers": model.config.num_hidden_layers, "dtype": dtype}
         measured: list[Row] = []
         for row in measure(model, args.variants or VARIANTS[kind], args.sparsity, setting, bandwidth=bandwidth):
             row = about | row | origin
             rows, measured = merge(rows, row), [*measured, row]
-            print(f"{name} {row['variant']} {row['byte_sparsity']:.0%}: {row['ms_per_token']:.3f} ms", flush=True)
+            print(f"{name} {dtype} {row['variant']} {row['byte_sparsity']:.0%}: {row['ms_per_token']:.3f} ms", flush=True)
             if args.json:
                 args.json.write_text(json.dumps({"rows": rows, "provenance": header}, indent=1) + "\n")
-            if not row["logit_error"] < (TOLERANCE[dtype] if row["byte_sparsity"] == 0 else math.inf):
+            if not row["logit_error"] < (TOLERANCE[model.dtype] if row["byte_sparsity"] == 0 else math.inf):
                 wrong.append(row)
-        print(f"\n{name}, {about['layers']} layers\n{table(measured)}\n", flush=True)
+        print(f"\n{name}, {about['layers']} layers, {dtype}\n{table(measured)}\n", flush=True)
         del model
     for row in wrong:
         print(f"WRONG: {row['model']} {row['variant']} at {row['byte_sparsity']:.0%}: logit error {row['logit_error']:.1e}")

@@ -34,6 +34,7 @@ class TrainingOptions:
     temperature: width of the selection's soft boundary in log |z|; None passes gradients straight through the mask, which
     tells scales and allocation nothing.
     rotations, heads, scales, allocation: what is trained; the last two at lr_scales and lr_allocation (of logarithms).
+        scales: the kinds of sites that have one.
     weighted: scales of rotated sites start from the norms of the weight columns behind each channel (WINA's score), not from
         1; at other sites that start was no better.
     validate_every: steps between validations; the best state seen, the start among them, is the outcome.
@@ -49,7 +50,7 @@ class TrainingOptions:
     temperature: float | None = 0.1
     rotations: bool = True
     heads: bool = True
-    scales: bool = True
+    scales: tuple[str, ...] = ("h1", "h2", "h3", "h4")
     allocation: bool = True
     weighted: bool = True
     validate_every: int = 100
@@ -140,12 +141,9 @@ class State:
         bases = dict.fromkeys(site.basis for site in self.sites if site.basis is not None)
         self.rotations = {name: plan.rotations[name].to(self.device).clone() for name in bases}
         self.heads = {site.name: self._head_maps(site) for site in self.sites
-                      if site.blocks and (options.heads or options.scales)}
-        self.scales: dict[str, torch.Tensor] = {}
-        if options.scales:
-            for site in self.sites:
-                if site.gain is not None or site.source is not None:
-                    self.scales[site.name] = self._first_scale(model, site)
+                      if site.blocks and (options.heads or site.kind in options.scales)}
+        self.scales = {site.name: self._first_scale(model, site) for site in self.sites
+                       if site.kind in options.scales and (site.gain is not None or site.source is not None)}
         c = torch.tensor([coefficient(plan.coefficients, site) for site in self.sites], dtype=torch.float64)
         self.shares = c.log().float().to(self.device)
         self._bytes = torch.tensor([site.in_features * site.out_features for site in self.sites], dtype=torch.float32,

@@ -32,8 +32,8 @@ def divergence(model, plan, tokens, sparsity):
 
 
 @pytest.mark.parametrize("change", [
-    {}, {"heads": False}, {"scales": False, "allocation": False}, {"rotations": False}, {"rows": 1}],
-    ids=["all", "no heads", "rotations", "no rotations", "row by row"])
+    {}, {"heads": False}, {"scales": (), "allocation": False}, {"rotations": False}, {"rows": 1}, {"scales": ("h2", "h4")}],
+    ids=["all", "no heads", "rotations", "no rotations", "row by row", "scales of outer sites"])
 def test_training_lowers_the_divergence(start, change):
     model, plan, tokens = start
     before = [p.clone() for p in model.parameters()]
