@@ -7,19 +7,23 @@ A text is a file, or lines START to STOP of a jsonl file with "text". The JSON h
 there is not measured again. --train makes a plan: a name, then fields of TrainingOptions and ``rotation`` as key=value.
 Rows: method, byte_sparsity, reached (mean and standard deviation over tokens), nominal (the paper's p: mean share of
 channels), text, window, ppl, dense_ppl, delta_nll and delta_se (paired by window); tasks: acc, acc_norm and their
-differences with paired standard errors.
+differences with paired standard errors. adapter_share: bytes that a method reads besides, adapters or online rotations, over
+those of the decoder layers' linears; byte_sparsity does not count them.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,13 +41,9 @@ def main() -> None:
     args = _arguments()
     bench = Bench(args)
     for name in args.methods:
-        bench.measure(name, methods.METHODS[name])
-    for spec in args.train:
-        name, plan = bench.trained(spec)
-        bench.measure(name, methods.from_plan(plan))
-    for spec in args.plan:
-        name, _, path = spec.partition("=")
-        bench.measure(name, methods.from_plan(Plan.load(path)))
+        bench.measure(name, methods.METHODS[name], bench.lab.plan if name == "larosa" else None)
+    for name, plan in itertools.chain(map(bench.trained, args.train), map(bench.saved, args.plan)):
+        bench.measure(name, methods.from_plan(plan), plan)
     bench.save()
     for text in bench.texts:
         print(summary(bench.rows, text))
@@ -78,7 +78,7 @@ class Bench:
         with self._timed("calibration"):
             plan = self.plan_of("layer")
         self.lab = methods.Lab(self.model, plan, self.calibration, args.rows)
-        self.measure("dense", lambda lab, sparsity: nullcontext(), [0.0])
+        self.measure("dense", lambda lab, sparsity: nullcontext(), None, [0.0])
 
     def plan_of(self, rotation: str, basis: str = "pca") -> Plan:
         key = f"{rotation} {basis}"
@@ -110,7 +110,16 @@ class Bench:
             plan.save(path)
         return name, plan
 
-    def measure(self, name: str, method: methods.Method, sparsities: list[float] | None = None) -> None:
+    @staticmethod
+    def saved(spec: str) -> tuple[str, Plan]:
+        """(name, plan) of a --plan argument."""
+        name, _, path = spec.partition("=")
+        return name, Plan.load(path)
+
+    def measure(self, name: str, method: methods.Method, plan: Plan | None, sparsities: list[float] | None = None) -> None:
+        """Rows of a method; ``plan``: what it carries out, if it is that."""
+        online = replace(self.lab.plan, rotation="online") if name in methods.ONLINE else None
+        adapters = (plan or online).adapter_share if plan or online else 0.0
         for sparsity in self.args.sparsity if sparsities is None else sparsities:
             wanted = [t for t in self.texts if self._row(name, sparsity, t) is None]
             questions = [t for t in self.tasks if self._row(name, sparsity, t) is None
@@ -121,6 +130,9 @@ class Bench:
                 with self._timed(f"{name} {sparsity:.0%}"), method(self.lab, sparsity):
                     for text in wanted:
                         self._perplexity(name, sparsity, text)
+                        self.rows[-1]["adapter_share"] = adapters
+                        if plan is not None:
+                            self.rows[-1]["nominal"] = _nominal(plan, sparsity)
                     for task in questions:
                         self._task(name, sparsity, task)
             except methods.Unreachable as error:
@@ -137,7 +149,8 @@ class Bench:
         row = {"method": name, "byte_sparsity": sparsity, "text": text, "window": self.args.window, "windows": len(nll),
                "ppl": math.exp(nll.mean()), "nll": [round(x, 5) for x in nll.tolist()]}
         if reached is not None:
-            row |= {"reached": reached.mean().item(), "reached_sd": reached.std().item(),
+            row |= {"nominal": self.lab.meter.nominal(),
+                    "reached": reached.mean().item(), "reached_sd": reached.std().item(),
                     "reached_p5_p95": reached.quantile(torch.tensor([0.05, 0.95], device=reached.device)).tolist()}
         if name != "dense":
             dense = self._row("dense", 0.0, text)
@@ -210,6 +223,11 @@ class _Timed:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[self.what] = time.perf_counter() - self.started
+
+
+def _nominal(plan: Plan, sparsity: float) -> float:
+    k = plan.k_at(sparsity)
+    return statistics.fmean(1 - k[site.name] / site.in_features for site in plan.sites)
 
 
 def plot(rows: list[dict], path: str) -> None:

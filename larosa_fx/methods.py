@@ -44,6 +44,11 @@ class Meter:
         total = sum(site.in_features * site.out_features for site in self.sites)
         return -sum(torch.cat(calls) for calls in self._read.values()) / total
 
+    def nominal(self) -> float:
+        """The paper's p: mean over sites of the share of bytes, so of channels, that was not read."""
+        size = {site.name: site.in_features * site.out_features for site in self.sites}
+        return -sum(torch.cat(calls).mean().item() / size[name] for name, calls in self._read.items()) / len(size)
+
 
 class Lab:
     """What methods are made from: the model, a plan that names its sites and holds its layer PCA, calibration text.
@@ -319,6 +324,9 @@ METHODS: dict[str, Method] = {
     "larosa-released-own": lambda lab, sparsity: released(lab, sparsity, own=True), "teal": teal, "cats": cats, "wina": wina,
     "wina-svd": lambda lab, sparsity: wina(lab, sparsity, svd=True), "norsa": norsa, "r-sparse": r_sparse,
 }
+
+#: Methods whose bases nothing folds: they rotate at run time, two matrices a rotated site.
+ONLINE = frozenset({"larosa-released", "larosa-released-own", "norsa", "wina-svd"})
 
 
 class Unreachable(ValueError):

@@ -68,12 +68,16 @@ def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(x).scatter(-1, order[..., :k], x.gather(-1, order[..., :k]))
 
 
-def largest(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest(score: torch.Tensor, k: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(mask of the k largest scores of each row of [..., D], the k-th largest itself, [..., 1]).
 
-    Ties at the threshold are all kept, as the released code does. Nothing is sorted, which matters on a GPU.
+    Ties at the threshold are all kept, as the released code does. k may be a tensor, [1] int64, which nobody waits for;
+    the rows are then sorted.
     """
-    threshold = score.kthvalue(score.shape[-1] - k + 1, dim=-1, keepdim=True).values
+    if isinstance(k, torch.Tensor):
+        threshold = score.sort(dim=-1).values.index_select(-1, score.shape[-1] - k)
+    else:
+        threshold = score.kthvalue(score.shape[-1] - k + 1, dim=-1, keepdim=True).values
     return score >= threshold, threshold
 
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from larosa_fx.allocate import coefficient
 from larosa_fx.plan import ATTACHED, Plan, PlanSite
 from larosa_fx.reference import Affine, Replacement, largest, map_heads, replaced
+from larosa_fx.replay import Replayed
 from larosa_fx.rotations import orthonormal
 
 
@@ -146,8 +147,9 @@ class State:
                        if site.kind in options.scales and (site.gain is not None or site.source is not None)}
         c = torch.tensor([coefficient(plan.coefficients, site) for site in self.sites], dtype=torch.float64)
         self.shares = c.log().float().to(self.device)
-        self._bytes = torch.tensor([site.in_features * site.out_features for site in self.sites], dtype=torch.float32,
-                                   device=self.device)
+        self._channels, outputs = (torch.tensor([getattr(site, name) for site in self.sites], dtype=torch.float32,
+                                                device=self.device) for name in ("in_features", "out_features"))
+        self._bytes = self._channels * outputs
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every trained tensor by name; the state is these and nothing else."""
@@ -161,22 +163,23 @@ class State:
         return [(turned, o.lr, True), (list(self.scales.values()), o.lr_scales, False),
                 ([self.shares] if o.allocation else [], o.lr_allocation, False)]
 
-    def dropped(self, sparsity: float) -> torch.Tensor:
+    def dropped(self, sparsity: float | torch.Tensor) -> torch.Tensor:
         """Share of channels dropped at each site, [sites]: proportional to the coefficients, their bytes as asked."""
         c = self.shares.exp()
         return (c * (sparsity * self._bytes.sum() / (c * self._bytes).sum())).clamp(max=0.95)
 
-    def k_at(self, sparsity: float) -> dict[str, int]:
-        """Channels kept; those of the plan, up to the rounding to whole channels."""
-        return {site.name: max(round(site.in_features * (1 - share)), 1)
-                for site, share in zip(self.sites, self.dropped(sparsity).tolist(), strict=True)}
+    def kept(self, shares: torch.Tensor) -> torch.Tensor:
+        """Channels kept at each site, [sites] int64; those of the plan, up to the rounding to whole channels."""
+        return (self._channels * (1 - shares.detach())).round().clamp_min(1).long()
 
     @contextmanager
-    def applied(self, model: torch.nn.Module, sparsity: float) -> Iterator[torch.nn.Module]:
-        """The model sparsified as the state stands, differentiable in it."""
-        shares, k = self.dropped(sparsity), self.k_at(sparsity)
-        share_of = dict(zip((site.name for site in self.sites), shares.unbind(), strict=True))
-        with replaced(model, self.sites, lambda site: self._sparse(site, share_of[site.name], k[site.name])):
+    def applied(self, model: torch.nn.Module, sparsity: float | torch.Tensor) -> Iterator[torch.nn.Module]:
+        """The model sparsified as the state stands, differentiable in it. On a GPU nothing waits for the channel counts."""
+        shares = self.dropped(sparsity)
+        k = self.kept(shares)
+        k = list(k.split(1)) if k.is_cuda else k.tolist()
+        of = {site.name: (share, n) for site, share, n in zip(self.sites, shares.unbind(), k, strict=True)}
+        with replaced(model, self.sites, lambda site: self._sparse(site, *of[site.name])):
             yield model
 
     def plan(self) -> Plan:
@@ -197,7 +200,7 @@ class State:
             heads={name: m.float().cpu() for name, m in heads.items()},
             scales={name: s.float().cpu() for name, s in scales.items()})
 
-    def _sparse(self, site: PlanSite, share: torch.Tensor, k: int) -> Replacement:
+    def _sparse(self, site: PlanSite, share: torch.Tensor, k: int | torch.Tensor) -> Replacement:
         q, r, log_scale = (held.get(name) for held, name in (
             (self.rotations, site.basis), (self.heads, site.name), (self.scales, site.name)))
         if site.blocks:
@@ -287,6 +290,8 @@ class _Trainer:
         self.rates = [lr for _, lr, _ in groups]
         self.optimizers = [_Adam(tensors, orthogonal) for tensors, _, orthogonal in groups]
         self.trained = [t for tensors, _, _ in groups for t in tensors]
+        self.gradients = Replayed(self._gradients)
+        self.divergence = Replayed(torch.no_grad()(self._divergence))
         self.best: dict[str, torch.Tensor] = {}
         self.best_loss = float("inf")
         self.history: list[tuple[int, float]] = []
@@ -317,33 +322,38 @@ class _Trainer:
         o = self.options
         generator = torch.Generator().manual_seed(o.seed * 1_000_003 + step)  # a step's batch does not depend on resuming
         picked = self.tokens[torch.randint(len(self.tokens), (o.batch,), generator=generator)]
-        sparsity = o.sparsities[step % len(o.sparsities)]
-        for t in self.trained:
-            t.grad = None
-        total = torch.zeros((), device=self.device)
+        sparsity = self._tensor(o.sparsities[step % len(o.sparsities)])
+        total, summed = 0.0, [0.0] * len(self.trained)
         for ids in picked.split(o.rows):
-            loss = self._divergence(ids, sparsity) * (len(ids) / o.batch)
-            loss.backward()
-            total += loss.detach()
-        for t in self.trained:
-            t.grad = torch.zeros_like(t) if t.grad is None else t.grad / total  # of log KL
+            loss, gradients = self.gradients(ids.to(self.device), sparsity)
+            share = len(ids) / o.batch
+            total = total + loss * share
+            summed = [s + g * share for s, g in zip(summed, gradients, strict=True)]
+        for t, gradient in zip(self.trained, summed, strict=True):
+            t.grad = gradient / total  # of log KL
         cycle = one_cycle(step / o.steps)
         for optimizer, lr in zip(self.optimizers, self.rates, strict=True):
             optimizer.step(lr * cycle)
 
-    def _divergence(self, ids: torch.Tensor, sparsity: float) -> torch.Tensor:
-        """Mean KL(dense || sparse) over the tokens of [B, T], in nats."""
-        ids = ids.to(self.device)
+    def _gradients(self, ids: torch.Tensor, sparsity: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        with torch.enable_grad():
+            loss = self._divergence(ids, sparsity)
+        return loss.detach(), torch.autograd.grad(loss, self.trained, allow_unused=True, materialize_grads=True)
+
+    def _divergence(self, ids: torch.Tensor, sparsity: torch.Tensor) -> torch.Tensor:
+        """Mean KL(dense || sparse) over the tokens of [B, T], in nats; ``sparsity``: a scalar."""
         with torch.no_grad():
             target = self.model(ids, use_cache=False).logits.float().log_softmax(-1)
         with self.state.applied(self.model, sparsity):
             logits = self.model(ids, use_cache=False).logits.float()
         return F.kl_div(logits.log_softmax(-1).flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
 
-    @torch.no_grad()
+    def _tensor(self, sparsity: float) -> torch.Tensor:
+        return torch.tensor(sparsity, device=self.device)
+
     def _validate(self, step: int, bar: tqdm) -> None:
-        pieces = self.held_out.split(self.options.rows)
-        losses = torch.stack([sum(self._divergence(ids, s) * len(ids) for ids in pieces) / len(self.held_out)
+        pieces = self.held_out.to(self.device).split(self.options.rows)
+        losses = torch.stack([sum(self.divergence(ids, self._tensor(s)) * len(ids) for ids in pieces) / len(self.held_out)
                               for s in self.options.sparsities])
         loss = losses.log().mean().item()
         self.history.append((step, loss))

@@ -35,6 +35,9 @@ def run(lab, name, sparsity, tokens):
 def test_top_k_methods_leave_out_what_was_asked(lab, name):
     _, reached = run(lab, name, 0.5, ids(2, 20))
     assert reached.shape == (40,) and (reached - 0.5).abs().max() < 0.02
+    k = lab.plan.k_at(0.5)
+    share = 0.5 if "wina" in name else sum(1 - k[site.name] / site.in_features for site in lab.sites) / len(lab.sites)
+    assert lab.meter.nominal() == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)

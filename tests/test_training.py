@@ -49,6 +49,21 @@ def test_training_lowers_the_divergence(start, change):
     assert trained.byte_sparsity == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_replayed_steps_are_the_called_ones(start, monkeypatch):
+    model, plan, tokens = start
+    model = model.cuda()
+
+    def losses():
+        with torch.enable_grad():
+            trained = train(model, plan, tokens[:2], tokens[2:], replace(QUICK, rows=3), progress=False)
+        return torch.tensor([loss for _, loss in trained.provenance["training"]["validation_log_kl"]])
+
+    replayed = losses()
+    monkeypatch.setattr(training, "Replayed", lambda function: function)
+    torch.testing.assert_close(replayed, losses(), rtol=0, atol=2e-2)  # steps amplify rounding
+
+
 def test_the_trained_plan_is_what_was_validated(start, monkeypatch):
     """The state's own forward and the reference's simulation of its plan are one function."""
     model, tokens = llama(num_key_value_heads=4), start[2]  # GQA makes ties in the first token's h2
@@ -58,8 +73,9 @@ def test_the_trained_plan_is_what_was_validated(start, monkeypatch):
         with state.applied(model, 0.5):
             got = model(tokens[0]).logits
         trained = state.plan()
-        assert all(abs(trained.k_at(0.5)[name] - k) <= 1 for name, k in state.k_at(0.5).items())
-        monkeypatch.setattr(larosa_fx.Plan, "k_at", lambda plan, sparsity: state.k_at(sparsity))
+        kept = dict(zip((site.name for site in state.sites), state.kept(state.dropped(0.5)).tolist(), strict=True))
+        assert all(abs(trained.k_at(0.5)[name] - k) <= 1 for name, k in kept.items())
+        monkeypatch.setattr(larosa_fx.Plan, "k_at", lambda plan, sparsity: kept)
         with simulated(model, trained, 0.5):
             expected = model(tokens[0]).logits
     close = (got - expected).abs().amax(-1) < 1e-3 * expected.abs().max()
