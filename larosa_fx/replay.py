@@ -27,10 +27,13 @@ class Replayed:
             return self.function(*inputs)
         shapes = tuple(t.shape for t in inputs)
         if shapes not in self._graphs:
+            generator = torch.cuda.default_generators[inputs[0].device.index]
+            state = generator.clone_state()
             try:
                 self._graphs[shapes] = self._capture(inputs)
             except RuntimeError as error:
                 self.capturable = False
+                generator.graphsafe_set_state(state)  # a capture that failed leaves its own in recording
                 log.warning("%s cannot be replayed from a CUDA graph and runs kernel by kernel: %s",
                             self.function.__name__, str(error).splitlines()[0])
                 return self.function(*inputs)

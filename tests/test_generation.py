@@ -117,6 +117,8 @@ def test_cuda_graphs_replay_the_same_tokens(saved, dtype):
 ])
 def test_greedy_tokens_of_every_treatment(saved, name, rotation, treatment):
     model = tiny_model(name)
+    if "Moe" in name:
+        model.set_experts_implementation("batched_mm")  # what later versions of transformers choose for one token
     path = saved(model, rotation=rotation)
     prompt = ids(1, 9)
     expected = eager_tokens(model, prompt)

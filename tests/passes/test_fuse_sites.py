@@ -1,6 +1,5 @@
 """One op a site: the same model, the ops that are gone, and what is left alone because another reader needs it."""
 
-import operator
 
 import pytest
 import torch
@@ -58,7 +57,8 @@ def test_a_layer_is_four_ops(family, granularity, adapters):
                              **({"adapters": adapters} if adapters else {}),
                              **({"residuals": 2 * LAYERS - adapters} if adapters < 2 * LAYERS else {})}
     assert p.calls(F.silu) == 0 and p.calls(F.rms_norm) == 1 + 2 * LAYERS - norms.get("norms", 0)  # the last norm
-    assert p.calls(torch.matmul, operator.matmul) <= 1  # the inverse frequencies; no adapter on its own
+    # A tied table's way into the basis, but no adapter on its own; the models spell their products @.
+    assert p.calls(torch.matmul) == (family == "qwen2" and granularity != "none")
 
 
 def test_what_the_kernel_does_not_take_stays_outside():
