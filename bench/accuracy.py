@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -31,10 +30,12 @@ from tabulate import tabulate
 
 from larosa_fx import methods, tasks
 from larosa_fx.calibrate import calibrate
-from larosa_fx.evaluate import window_nll, windows
-from larosa_fx.loading import device_name, encode, load_model, read_text
+from larosa_fx.evaluate import window_nll
+from larosa_fx.loading import device_name, load_model
 from larosa_fx.plan import Plan, library_versions
 from larosa_fx.training import TrainingOptions, train
+from provenance import commit
+from texts import text_windows
 
 
 def main() -> None:
@@ -192,7 +193,7 @@ class Bench:
             return
         provenance = {
             "command": " ".join(["python bench/accuracy.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
-            "device": device_name(self.args.device), "dtype": "float32", "commit": _commit(), "versions": library_versions(),
+            "device": device_name(self.args.device), "dtype": "float32", "commit": commit(), "versions": library_versions(),
             "model": type(self.model).__name__ if self.args.model else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)",
             "calibration_tokens": self.calibration.numel(), "training_tokens": self.training.numel(),
             "seconds": {k: round(v, 1) for k, v in self.seconds.items()}, "training": self.trainings}
@@ -201,12 +202,7 @@ class Bench:
         part.replace(self.path)
 
     def _windows(self, spec: str, limit: int | None) -> torch.Tensor:
-        path, *lines = spec.split(":")
-        text = read_text(path)
-        if path.endswith(".jsonl"):
-            rows = [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
-            text = "\n\n".join(rows[slice(*map(int, lines))] if lines else rows)
-        return torch.cat(windows(encode(self.tokenizer, text), self.args.window, limit))
+        return text_windows(self.tokenizer, spec, self.args.window, limit)
 
     def _timed(self, what: str):
         return _Timed(self.seconds, what, torch.device(self.args.device))
@@ -268,12 +264,6 @@ def summary(rows: list[dict], text: str) -> str:
                 f" ({1 - (ppl - dense) / (released - dense):+.0%})" if released else ""))
         lines.append([method, *cells])
     return tabulate(lines, [f"{text}, dense {dense:.3f}", *(f"{s:.0%}" for s in sparsities)])
-
-
-def _commit() -> str:
-    """The checkout's commit; "unknown" outside one."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 def _arguments() -> argparse.Namespace:
