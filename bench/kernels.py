@@ -2,11 +2,13 @@
 
     python bench/kernels.py --model llama-2-7b --json bench/results/kernels-DEVICE.json
 
-Timed in a CUDA graph over enough copies of the weights that none is in L2 when it is read. Rows of three kinds:
+Timed in a CUDA graph over enough copies of the weights that none is in L2 when it is read. Rows of four kinds:
 
 - "site": one fused op of a layer at a sparsity; us, us_dense (F.linear on the same weights), bytes, achieved_gb_per_s,
   share_of_byte_limit, and us_selection: what keeping all channels but one costs more than keeping all, the same bytes read
   without selecting;
+- "teal", with --teal FILE, which is kernels/sparse_gemv.py of github.com/FasterDecoding/TEAL: its GEMV alone, in fp16 as it
+  is written, with a threshold that as many channels pass; norm, gate and residual are within "site" and not within this;
 - "chain": a layer's four sites one after the other, with and without its adapter;
 - "token": microseconds of a whole step by kernel, the last of several launched without waiting. Kernels overlap: each is
   charged from the end of those before it.
@@ -15,9 +17,11 @@ Timed in a CUDA graph over enough copies of the weights that none is in L2 when 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +109,42 @@ def sites(layer: Layer, sparsities: list[float], bandwidth: float) -> list[Row]:
     return rows
 
 
+def teal(layer: Layer, path: Path, sparsities: list[float], bandwidth: float) -> list[Row]:
+    gemv = _teal(path)
+    rows = []
+    for site, (x, columns, _) in layer.sites.items():
+        x = x.half()
+        channels = x.shape[-1]
+        copies = [layer.weights(site).half().t()]  # as TEAL has it: [N, K], each channel's weights next to each other
+        while sum(w.nbytes for w in copies) < 2 * _L2_BYTES:
+            copies.append(copies[0].clone())
+        for sparsity in sparsities:
+            k = kept(channels, sparsity)
+            threshold = x.abs().flatten().sort().values[channels - k - 1].item() if k < channels else -1.0
+            got = gemv(x, copies[0], threshold, int(sparsity * 100)).float()
+            expected = F.linear(x.masked_fill(x.abs() <= threshold, 0).float(), copies[0].float())
+            error = ((got - expected).abs().max() / expected.abs().max()).item()
+            us = microseconds(lambda x=x, c=copies, t=threshold, s=sparsity: [gemv(x, w, t, int(s * 100)) for w in c],
+                              len(copies))
+            touched = k * columns * 2
+            rows.append({"kind": "teal", "site": site, "channels": channels, "columns": columns, "sparsity": sparsity,
+                         "us": us, "error": error, "bytes": touched, "achieved_gb_per_s": touched / us / 1e3,
+                         "share_of_byte_limit": touched / us * 1e6 / bandwidth})
+        del copies
+    return rows
+
+
+def _teal(path: Path) -> Callable:
+    """``splitk_sparse_gemv`` of TEAL's file, without its wrapper for torch.compile."""
+    wrapper = types.ModuleType("compile_wrapper")
+    wrapper.BaseKernel = object
+    sys.modules["compile_wrapper"] = wrapper
+    spec = importlib.util.spec_from_file_location("teal_sparse_gemv", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.splitk_sparse_gemv
+
+
 def chains(layer: Layer, sparsities: list[float], bandwidth: float) -> list[Row]:
     rows = []
     op = torch.ops.larosa.sparse_linear
@@ -171,12 +211,17 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.25, 0.4, 0.5, 0.75])
     parser.add_argument("--rotation", default="layer")
     parser.add_argument("--layers", type=int, help="of the whole token, instead of the model's own number")
+    parser.add_argument("--teal", type=Path, metavar="FILE", help="TEAL's kernels/sparse_gemv.py, to be timed beside")
+    parser.add_argument("--teal-sparsity", type=float, nargs="+", default=[0.5], help="its autotuning takes long")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     bandwidth = read_bandwidth("cuda")
     layer = Layer(MODELS[args.model][1])
     found = sites(layer, args.sparsity, bandwidth)
     print(table(found, ["site", "channels", "columns", "sparsity", "us", "us_dense", "us_selection", "share_of_byte_limit"]))
+    if args.teal:
+        found += (beside := teal(layer, args.teal, args.teal_sparsity, bandwidth))
+        print(table(beside, ["site", "channels", "columns", "sparsity", "us", "error", "share_of_byte_limit"]), flush=True)
     found += (chain := chains(layer, args.sparsity, bandwidth))
     print(table(chain, ["adapter", "sparsity", "us", "share_of_byte_limit"]), flush=True)
     found += (spent := token(args.model, 0.5, args.rotation, args.layers))
