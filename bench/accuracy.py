@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from larosa_fx.evaluate import window_nll
 from larosa_fx.loading import device_name, load_model
 from larosa_fx.plan import Plan, library_versions
 from larosa_fx.training import TrainingOptions, train
+from overhead import overhead_of, shapes_of
 from provenance import commit
 from texts import text_windows
 
@@ -119,8 +119,8 @@ class Bench:
 
     def measure(self, name: str, method: methods.Method, plan: Plan | None, sparsities: list[float] | None = None) -> None:
         """Rows of a method; ``plan``: what it carries out, if it is that."""
-        online = replace(self.lab.plan, rotation="online") if name in methods.ONLINE else None
-        adapters = (plan or online).adapter_share if plan or online else 0.0
+        rotation = plan.rotation if plan else "online" if name in methods.ONLINE else "none"
+        adapters = overhead_of(shapes_of(self.lab.sites), rotation, False)["adapter_share"]
         for sparsity in self.args.sparsity if sparsities is None else sparsities:
             wanted = [t for t in self.texts if self._row(name, sparsity, t) is None]
             questions = [t for t in self.tasks if self._row(name, sparsity, t) is None

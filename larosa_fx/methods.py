@@ -325,7 +325,7 @@ METHODS: dict[str, Method] = {
     "wina-svd": lambda lab, sparsity: wina(lab, sparsity, svd=True), "norsa": norsa, "r-sparse": r_sparse,
 }
 
-#: Methods whose bases nothing folds: they rotate at run time, two matrices a rotated site.
+#: Methods whose bases nothing folds: they rotate at run time, a matrix a rotated site.
 ONLINE = frozenset({"larosa-released", "larosa-released-own", "norsa", "wina-svd"})
 
 

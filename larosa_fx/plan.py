@@ -9,7 +9,6 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -100,18 +99,6 @@ class Plan:
     def byte_sparsity(self) -> float:
         """Share of the sites' weight bytes not read with ``k``."""
         return byte_sparsity(self.sites, self.k)
-
-    @property
-    def adapter_share(self) -> float:
-        """Bytes of the D x D matrices that a token meets on its way, over the sites' weight bytes.
-
-        An adapter where the basis changes from one site of the stream to the next, or two matrices a site online; without
-        the two ends of a model with tied embeddings.
-        """
-        inner = [site for site in self.sites if site.basis is not None]
-        count = 2 * len(inner) if self.rotation == "online" else sum(a.basis != b.basis for a, b in pairwise(inner))
-        total = sum(site.in_features * site.out_features for site in self.sites)
-        return count * inner[0].in_features**2 / total if count else 0.0
 
     @cached_property
     def digest(self) -> str:

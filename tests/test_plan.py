@@ -96,14 +96,6 @@ def test_sparsity_is_the_plans_own_or_another(p):
     assert plan.k_at(0) == {site.name: site.in_features for site in plan.sites}
 
 
-@pytest.mark.parametrize("rotation, matrices", [("none", 0), ("model", 0), ("layer", 1), ("block", 3), ("online", 8)])
-def test_bytes_of_rotations_at_run_time(p, rotation, matrices):
-    plan = plan_of(p, rotation)  # two layers
-    sizes = {site.name: site.in_features * site.out_features for site in plan.sites}
-    width = next(site.in_features for site in plan.sites if site.kind == "h1")
-    assert plan.adapter_share == pytest.approx(matrices * width**2 / sum(sizes.values()))
-
-
 def test_digest_names_rotations(p):
     plan = plan_of(p)
     same, other = plan_of(p), plan_of(p)
