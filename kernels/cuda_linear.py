@@ -79,7 +79,8 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
                   eps is not None, bias is not None, residual is not None and not adapter, early and adapter > 0)
     kernel, blocks = _kernel(shape, x.device, using)
     y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
-    pointers = [t.contiguous().data_ptr() if t is not None else 0 for t in (x, weight, bias, residual)]
+    inputs = [None if t is None else t.contiguous() for t in (x, weight, bias, residual)]
+    pointers = [0 if t is None else t.data_ptr() for t in inputs]
     kernel.launch((blocks, 1, 1), *pointers, y.data_ptr(), k, 0.0 if eps is None else eps)
     return y
 

@@ -279,10 +279,12 @@ def test_linear_repeats_its_bits(device, dtype, around, early, gen, make_linear)
     assert all(torch.equal(sparse_linear(*args, early), first) for _ in range(20))
 
 
-def test_linear_strided(linear, device, dtype, gen, make_linear, check_linear):
-    args = list(_on(device, make_linear((1e-5, "", True, "plain"), (4, 6), 96, 30, 64, 0, dtype, gen)))
+@pytest.mark.parametrize("rows", [1, 4])
+def test_linear_strided(linear, device, dtype, rows, gen, make_linear, check_linear):
+    args = list(_on(device, make_linear((1e-5, "", True, "plain"), (rows, 6), 96, 30, 64, 0, dtype, gen)))
     args[0], args[4] = args[0][:, -1:], args[4][:, -1:]
-    args[3] = args[3].repeat_interleave(2)[::2]
+    for i in (0, 3, 4):
+        args[i] = args[i].repeat_interleave(2, -1)[..., ::2]
     check_linear(args, linear(*args))
 
 
