@@ -120,7 +120,7 @@ def serves(x: Tensor, adapter: int, gate: str) -> bool:
 
 
 def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None,
-                  gate: str) -> Tensor | None:
+                  gate: str, gain: Tensor | None = None) -> Tensor | None:
     """The op of the same name (see ``ops``), for checked arguments; None if this case, or this machine, is not served.
 
     The same inputs on the same number of threads give the same bits. MemoryError where there is no room for the scratch.
@@ -133,13 +133,10 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     library = _load()
     if library is None:
         return None
-    x = x.contiguous()
-    residual = residual if residual is None else residual.contiguous()
-    bias = bias if bias is None else bias.contiguous()
     out = x.new_empty((*lead, columns // 2 if gate else columns))
+    inputs = [None if t is None else t.contiguous() for t in (x, weight, bias, residual, gain)]
     error = library.larosa_linear(
-        x.data_ptr(), weight.data_ptr(), bias if bias is None else bias.data_ptr(),
-        residual if residual is None else residual.data_ptr(), out.data_ptr(),
+        *[None if t is None else t.data_ptr() for t in inputs], out.data_ptr(),
         rows, channels, adapter, columns, k, -1.0 if eps is None else eps, reference.GATE_CODES[gate], _DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
@@ -239,7 +236,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library.larosa_init.argtypes, library.larosa_init.restype = [p], None
     library.larosa_select.argtypes, library.larosa_select.restype = [p, p, p, n, n, n, n, n], None
     library.larosa_gemv.argtypes, library.larosa_gemv.restype = [p, p, p, p, n, n, n, n, n, n], ctypes.c_int
-    library.larosa_linear.argtypes = [p, p, p, p, p, n, n, n, n, n, ctypes.c_double, n, n, n]
+    library.larosa_linear.argtypes = [p, p, p, p, p, p, n, n, n, n, n, ctypes.c_double, n, n, n]
     library.larosa_linear.restype = ctypes.c_int
     library.larosa_attention.argtypes = [*[p] * 10, *[n] * 6, ctypes.c_double, n, n]
     library.larosa_attention.restype = ctypes.c_int

@@ -538,24 +538,34 @@ static float mean_square(const typename D::T* x, int64_t n) {
   return sum / n;
 }
 
-// The list of every row: its k largest channels, scaled by its norm, and behind them all of the adapter's rows.
 template <class D>
-static int linear(const void* x_, const void* weight, const void* bias, const void* residual_, void* out, int64_t rows,
-                  int64_t channels, int64_t adapter, int64_t columns, int64_t k, double eps, int64_t gate,
+static void scale_channels(const typename D::T* x, const typename D::T* gain, int64_t n, typename D::T* out) {
+  vf a, b, c, d;
+  int64_t i = 0;
+  for (; i + PAIR <= n; i += PAIR) D::get(x + i, a, b), D::get(gain + i, c, d), D::put(out + i, a * c, b * d);
+  for (; i < n; i++) out[i] = D::put1(D::get1(x[i]) * D::get1(gain[i]));
+}
+
+// The list of every row: the k largest channels of x times gain, scaled by x's norm, and behind them all of the
+// adapter's rows.
+template <class D>
+static int linear(const void* x_, const void* weight, const void* bias, const void* residual_, const void* gain, void* out,
+                  int64_t rows, int64_t channels, int64_t adapter, int64_t columns, int64_t k, double eps, int64_t gate,
                   int64_t threads) {
   typedef typename D::T T;
   if (rows * columns == 0) return 0;
   const T *x = (const T*)x_, *residual = (const T*)residual_;
   int64_t listed = k + adapter;
-  float* wide = (float*)malloc(rows * listed * (sizeof(float) + sizeof(int32_t)) + k * sizeof(T));
+  float* wide = (float*)malloc(rows * listed * (sizeof(float) + sizeof(int32_t)) + (k + channels) * sizeof(T));
   if (!wide) return 2;
   int32_t* index = (int32_t*)(wide + rows * listed);
-  T* chosen = (T*)(index + rows * listed);
-  for (int64_t m = 0; m < rows; m++) {
+  T *chosen = (T*)(index + rows * listed), *gained = chosen + k;
+  for (int64_t m = 0; m < rows; m++, x += channels) {
     float* v = wide + m * listed;
     int32_t* list = index + m * listed;
-    select_row<typename D::Bits>(x + m * channels, channels, k, chosen, list);
-    float scale = eps < 0 ? 1 : 1 / sqrtf(mean_square<D>(x + m * channels, channels) + (float)eps);
+    if (gain) scale_channels<D>(x, (const T*)gain, channels, gained);
+    select_row<typename D::Bits>(gain ? gained : x, channels, k, chosen, list);
+    float scale = eps < 0 ? 1 : 1 / sqrtf(mean_square<D>(x, channels) + (float)eps);
     for (int64_t j = 0; j < k; j++) v[j] = D::get1(chosen[j]) * scale;
     for (int64_t j = 0; j < adapter; j++)
       v[k + j] = D::get1(residual[m * adapter + j]), list[k + j] = (int32_t)(channels + j);
@@ -694,13 +704,14 @@ extern "C" int larosa_gemv(const void* values, const int32_t* indices, const voi
 }
 
 // x [rows, channels], weight [channels + adapter, columns], bias [columns] or null, residual [rows, adapter], or if there
-// is no adapter like out, or null -> out [rows, columns], behind a gate [rows, columns / 2]. eps < 0: no norm; gate: see
-// Gate; no adapter behind a gate. rows <= ROWS / 2. Returns 0, or 2 if there is no memory for the scratch.
-extern "C" int larosa_linear(const void* x, const void* weight, const void* bias, const void* residual, void* out,
-                             int64_t rows, int64_t channels, int64_t adapter, int64_t columns, int64_t k, double eps,
-                             int64_t gate, int64_t dtype, int64_t threads) {
+// is no adapter like out, or null, gain [channels] or null -> out [rows, columns], behind a gate [rows, columns / 2].
+// eps < 0: no norm; gate: see Gate; no adapter behind a gate. rows <= ROWS / 2. Returns 0, or 2 if there is no memory for
+// the scratch.
+extern "C" int larosa_linear(const void* x, const void* weight, const void* bias, const void* residual, const void* gain,
+                             void* out, int64_t rows, int64_t channels, int64_t adapter, int64_t columns, int64_t k,
+                             double eps, int64_t gate, int64_t dtype, int64_t threads) {
   auto f = dtype == FP32 ? linear<Float> : dtype == FP16 ? linear<Half> : linear<BFloat>;
-  return f(x, weight, bias, residual, out, rows, channels, adapter, columns, k, eps, gate, threads);
+  return f(x, weight, bias, residual, gain, out, rows, channels, adapter, columns, k, eps, gate, threads);
 }
 
 // q [batch, heads * group, dim], keys and values [batch, heads, length, dim], mask of bytes [length] every mask_stride or

@@ -94,25 +94,25 @@ sparse_linear = _op(reference.sparse_linear)
 
 
 @_kernel("sparse_linear", "cpu")
-def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False):
-    reference.check_linear(x, k, weight, bias, residual, eps, gate)
-    return cpu.sparse_linear(x, k, weight, bias, residual, eps, gate)
+def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None):
+    reference.check_linear(x, k, weight, bias, residual, eps, gate, gain)
+    return cpu.sparse_linear(x, k, weight, bias, residual, eps, gate, gain)
 
 
 @_kernel("sparse_linear", "cuda")
-def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False):
-    reference.check_linear(x, k, weight, bias, residual, eps, gate)
+def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None):
+    reference.check_linear(x, k, weight, bias, residual, eps, gate, gain)
     from larosa_fx.kernels import cuda_linear
 
     if not cuda_linear.serves(x, weight.shape[1], weight.shape[0] - x.shape[-1], eps is not None, gate):
         return None
     with torch.cuda.device(x.device):
-        return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early)
+        return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early, gain)
 
 
 @torch.library.register_fake("larosa::sparse_linear")
-def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False):
-    return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate)))
+def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None):
+    return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate, gain)))
 
 
 # ---- decode_attention ----------------------------------------------------------------------------------------------

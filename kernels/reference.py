@@ -69,7 +69,8 @@ def check_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> None:
 
 
 def check_linear(
-    x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str
+    x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str,
+    gain: Tensor | None,
 ) -> int:
     """Raise TypeError or ValueError unless ``sparse_linear`` is defined for these; the columns of its result."""
     check_select(x, k)
@@ -99,7 +100,11 @@ def check_linear(
             f"sparse_linear: residual must be {(*x.shape[:-1], out)}, or [..., D] where weight has D more rows, "
             f"got {tuple(residual.shape)}"
         )
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+    if gain is not None and (gain.shape != (channels,) or not gain.is_contiguous()):
+        raise ValueError(
+            f"sparse_linear: gain must be [{channels}], contiguous, got shape {tuple(gain.shape)}, strides {gain.stride()}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual), ("gain", gain)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"sparse_linear: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
         if tensor is not None and tensor.device != x.device:
@@ -182,12 +187,13 @@ def sparse_linear(
     eps: float | None = None,
     gate: str = "",
     early: bool = False,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """A whole sparse site in one launch: norm, selection, product, and what follows it element by element.
 
-    ``y = gate(rms_norm(top_k(x)) @ weight[:K] + bias) + residual``, every part but the product optional. RMSNorm without
-    a gain does not change the ranking, so the k channels are those of x itself, chosen as ``topk_select`` does, and the
-    norm's scalar, over all of x, is applied to the product.
+    ``y = gate(top_k(rms_norm(x) * gain) @ weight[:K] + bias) + residual``, every part but the product optional. The
+    norm's scalar does not change the ranking, so the k channels are those of ``x * gain``, chosen as ``topk_select``
+    does, and the scalar, over all of x, is applied to the product.
 
     Args:
         x: [..., K], bfloat16, float16, float32 or float64.
@@ -199,18 +205,21 @@ def sparse_linear(
         eps: of the RMSNorm, ``rsqrt(mean(x ** 2) + eps)``; None for no norm.
         gate: "silu", "gelu", "gelu_tanh" or "relu" makes the result ``gate(y[..., :N/2]) * y[..., N/2:]``.
         early: what produces x reads residual, too, so that an adapter may be applied before x is there.
+        gain: [K], contiguous, of the norm; without eps x is scaled by it. What is ranked and multiplied, ``x * gain``, is
+            rounded to x's dtype, so that every implementation chooses the same channels; float16 must have the range for
+            it. A GPU may read it before the kernel in front has ended, which must not be what writes it.
 
     Returns:
-        y, [..., N] or [..., N/2], in x's dtype; everything is computed in float32 (float64 for float64) and rounded once.
-        The same inputs give the same bits every time.
+        y, [..., N] or [..., N/2], in x's dtype; everything behind ``x * gain`` is computed in float32 (float64 for
+        float64) and rounded once. The same inputs give the same bits every time.
 
     Raises:
         TypeError, ValueError: as the other ops, naming the argument.
     """
-    check_linear(x, k, weight, bias, residual, eps, gate)
+    check_linear(x, k, weight, bias, residual, eps, gate, gain)
     channels = x.shape[-1]
     wide = _wide(x.dtype)
-    y = _gemv(*topk_select(x, k), weight[:channels]).to(wide)
+    y = _gemv(*topk_select(x if gain is None else x * gain, k), weight[:channels]).to(wide)
     if eps is not None:
         y = y * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
     if bias is not None:

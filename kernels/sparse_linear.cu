@@ -7,7 +7,7 @@
 // Compiled at run time with these constants: CHANNELS (K), COLUMNS (N of the weight), ADAPTER (rows of the residual
 // adapter), TILE (columns of weight a block reads, a multiple of 16), THREADS, BATCH (rows a thread has in flight),
 // HALF (1 fp16, 0 bf16), GATE (0 none, 1 silu, 2 gelu, 3 gelu_tanh, 4 relu), SHARED (bytes of shared memory) and the
-// flags FULL (every channel is kept: nothing to select), NORM, BIAS, RESIDUAL and EARLY.
+// flags FULL (every channel is kept: nothing to select), NORM, BIAS, RESIDUAL, EARLY and GAIN.
 
 #include "common.cuh"
 
@@ -117,16 +117,15 @@ __device__ __forceinline__ float warp_sum(float v) {
 }
 
 // Lists the ``keep`` channels of largest magnitude, ascending; equal magnitudes from the lowest channel up. ``x``: this
-// thread's channels, two to a word, zero beyond the last. Returns the sum of squares of all channels.
-__device__ __forceinline__ float select(const u32 (&x)[EACH / 2], int keep, u32* histogram, u32* list, Scalars* s) {
+// thread's channels, two to a word, zero beyond the last. Returns the sum of the threads' ``squares``.
+__device__ __forceinline__ float select(const u32 (&x)[EACH / 2], float squares, int keep, u32* histogram, u32* list,
+                                        Scalars* s) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, mine = threadIdx.x * EACH;
-  float squares = 0.f;
 #pragma unroll
   for (int e = 0; e < EACH; e++)
     if (mine + e < CHANNELS) {
-      const u32 bits = (x[e >> 1] >> (e & 1) * 16) & 0xffff;
-      if (NORM) squares = fmaf(widen(bits), widen(bits), squares);
-      const int bin = min(max((int)((bits & MAGNITUDE) >> SHIFT) - FIRST, 0), BINS - 1);
+      const u32 key = (x[e >> 1] >> (e & 1) * 16) & MAGNITUDE;
+      const int bin = min(max((int)(key >> SHIFT) - FIRST, 0), BINS - 1);
       atomicAdd(&histogram[bin >> 1], 1u << (bin & 1) * 16);
     }
   if (NORM) squares = warp_sum(squares);
@@ -204,26 +203,31 @@ __device__ __forceinline__ float select(const u32 (&x)[EACH / 2], int keep, u32*
   return squares;
 }
 
-// Copies all channels to shared memory. Returns their sum of squares.
-__device__ __forceinline__ float copy(const u32 (&x)[EACH / 2], u16* to, Scalars* s) {
+// Copies all channels to shared memory. Returns the sum of the threads' ``squares``.
+__device__ __forceinline__ float copy(const u32 (&x)[EACH / 2], float squares, u16* to, Scalars* s) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, mine = threadIdx.x * EACH;
-  float squares = 0.f;
 #pragma unroll
   for (int e = 0; e < EACH; e += 2)
-    if (mine + e < CHANNELS) {
-      const float a = widen(x[e >> 1] & 0xffff), b = widen(x[e >> 1] >> 16);
-      squares = fmaf(b, b, fmaf(a, a, squares));
-      *reinterpret_cast<u32*>(to + mine + e) = x[e >> 1];
-    }
+    if (mine + e < CHANNELS) *reinterpret_cast<u32*>(to + mine + e) = x[e >> 1];
   squares = warp_sum(squares);
   if (lane == 0) s->squares[warp] = squares;
   __syncthreads();
   return warp_sum(lane < WARPS ? s->squares[lane] : 0.f);
 }
 
+// This thread's channels, two to a word, zero beyond the last.
+__device__ __forceinline__ void fetch(u32 (&to)[EACH / 2], const u16* from) {
+#pragma unroll
+  for (int i = 0; i < EACH / 4; i++) {
+    const int q = threadIdx.x * (EACH / 4) + i;
+    const uint2 v = q < CHANNELS / 4 ? __ldcg(reinterpret_cast<const uint2*>(from) + q) : make_uint2(0, 0);
+    to[2 * i] = v.x, to[2 * i + 1] = v.y;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u16* __restrict__ bias,
-              const u16* __restrict__ residual, u16* __restrict__ y, int keep, float eps) {
+              const u16* __restrict__ residual, const u16* __restrict__ gain, u16* __restrict__ y, int keep, float eps) {
   extern __shared__ __align__(16) char memory[];
   u32* histogram = reinterpret_cast<u32*>(memory);
   u32* list = reinterpret_cast<u32*>(memory + HISTOGRAM_BYTES);
@@ -241,6 +245,8 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
   float sum[8] = {};
   for (int i = t; !FULL && i < HISTOGRAM_BYTES / 16; i += THREADS)
     reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
+  u32 gains[EACH / 2];
+  if (GAIN) fetch(gains, gain);  // before the wait: a weight, which no kernel in flight writes
 
   // EARLY: the kernel before this one read the residual too, so it is complete although that kernel may not be.
   if (!EARLY) wait_for_producer();
@@ -256,19 +262,20 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
   if (RESIDUAL && blockIdx.x * OUT_TILE + t / FOLD < OUT_COLUMNS && t / FOLD < OUT_TILE)
     added = widen(__ldcg(residual + blockIdx.x * OUT_TILE + t / FOLD));
   u32 channels[EACH / 2];
+  fetch(channels, x);
+  float squares = 0.f;  // of x itself, without the gain
 #pragma unroll
-  for (int i = 0; i < EACH / 4; i++) {
-    const int q = t * (EACH / 4) + i;
-    const uint2 v = q < CHANNELS / 4 ? __ldcg(reinterpret_cast<const uint2*>(x) + q) : make_uint2(0, 0);
-    channels[2 * i] = v.x, channels[2 * i + 1] = v.y;
+  for (int i = 0; i < EACH / 2; i++) {
+    const float a = widen(channels[i] & 0xffff), b = widen(channels[i] >> 16);
+    if (NORM) squares = fmaf(b, b, fmaf(a, a, squares));
+    if (GAIN) channels[i] = narrow(a * widen(gains[i] & 0xffff)) | (u32)narrow(b * widen(gains[i] >> 16)) << 16;
   }
   __syncthreads();
-  float squares;
   if (FULL) {
-    squares = copy(channels, reinterpret_cast<u16*>(list), scalars);
+    squares = copy(channels, squares, reinterpret_cast<u16*>(list), scalars);
     stream<false>(mine, list, CHANNELS, reads, sum, policy);
   } else {
-    squares = select(channels, keep, histogram, list, scalars);
+    squares = select(channels, squares, keep, histogram, list, scalars);
     stream<true>(mine, list, keep, reads, sum, policy);
   }
   if (ADAPTER && !EARLY) stream<false>(mine + (u64)CHANNELS * COLUMNS, carried, ADAPTER, reads, sum, policy);

@@ -2,7 +2,7 @@
 
 A map of the values' heads, v M, goes through attention, which mixes positions only: v_proj's rows take M, o_proj's columns
 M^{-T}. Where mapped values would lie in a cache that others read unmapped, heads are mapped at the site, at run time. A
-scale s of an inner site is its norm's gain, of h4 up_proj's rows; columns take 1/s. At sparsity 0 nothing changes.
+scale s of an inner site joins its norm's gain, of h4 up_proj's rows; columns take 1/s. At sparsity 0 nothing changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class HalfRotatedError(RuntimeError):
 
 def run(gm: fx.GraphModule, structure: Structure, matrices: Mapping[str, torch.Tensor], rotate_cache: bool
         ) -> tuple[dict[str, str], PassResult]:
-    """Apply what ``matrices`` holds under "<site>/heads", [n, d, d], and "<site>/scale", [K]; gains must be folded.
+    """Apply what ``matrices`` holds under "<site>/heads", [n, d, d], and "<site>/scale", [K]; what folds gains comes first.
 
     ``rotate_cache``: values may be mapped in a cache. HalfRotatedError where it says so and a site's heads cannot be
     folded. Returns how each site's channels are mapped: "heads folded", "heads online" or "none"; siblings must not be
@@ -84,8 +84,10 @@ def _map_heads(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str,
 def _scale(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, torch.Tensor]) -> None:
     scale = g.rotation(gm, name, matrices[name])
     norm, source = site.norm, site.source
-    if g.calls(norm, F.rms_norm) and site.input is norm and norm.args[2] is None and g.only_read_by(norm, site.linears):
-        norm.args = (*norm.args[:2], scale, norm.args[3])
+    if g.calls(norm, F.rms_norm) and site.input is norm and g.only_read_by(norm, site.linears):
+        x, dims, gain, eps = norm.args
+        with gm.graph.inserting_before(norm):
+            norm.args = (x, dims, scale if gain is None else g.weight_call(gm.graph, torch.mul, gain, scale), eps)
     elif norm is None and source is not None and len(source.starts) == 1 and source.size == site.in_features:
         linear = source.linear
         with gm.graph.inserting_before(linear):

@@ -1,8 +1,8 @@
 """A sparse site becomes one op: the norm before it, and bias, gate, residual and adapter behind it, join its GEMV.
 
-RMSNorm without its gain scales all channels alike, so it does not change which are the k largest: the selection reads the
-raw stream and the norm's scalar multiplies the product. An adapter packed with a site's weight (``pack_adapters``) is read
-with it, every row.
+RMSNorm's scalar is common to all channels, so it does not change which are the k largest: the selection reads the raw
+stream, times the norm's gain where it has one, and the scalar multiplies the product. An adapter packed with a site's
+weight (``pack_adapters``) is read with it, every row.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class _Fused:
     adapter: int = 0  # rows of it, behind the weight's own
     eps: float | None = None
     gate: str = ""
+    gain: fx.Node | None = None
 
 
 def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> PassResult:
@@ -80,10 +81,12 @@ def _gemv(site: Site) -> _Fused | None:
 
 
 def _norm(f: _Fused) -> _Fused | None:
-    if not g.calls(f.x, F.rms_norm) or f.x.args[2] is not None or len(f.x.users) != 1:
+    if not g.is_norm(f.x) or g.is_layer_norm(f.x) or len(f.x.users) != 1:
         return None
-    x, _, _, eps = f.x.args
-    return replace(f, x=x, eps=torch.finfo(g.dtype(x)).eps if eps is None else eps)
+    x, _, gain, eps = f.x.args
+    if gain is not None and g.dtype(x) == torch.float16:
+        return None  # the raw stream times a gain may leave its range where the normed one does not
+    return replace(f, x=x, eps=torch.finfo(g.dtype(x)).eps if eps is None else eps, gain=gain)
 
 
 def _gate(f: _Fused) -> _Fused | None:
@@ -121,7 +124,10 @@ def _emit(graph: fx.Graph, f: _Fused) -> fx.Node:
     with graph.inserting_before(f.output):
         # What made x read the residual itself, so that is complete before x is.
         early = f.adapter > 0 and g.calls(f.x, _LINEAR) and f.x.args[0] is f.residual
-        fused = graph.call_function(_LINEAR, (f.x, f.k, f.weight, f.bias, f.residual, f.eps, f.gate, early))
+        gain = f.gain
+        if gain is not None and g.dtype(gain) not in (None, g.dtype(f.x)):  # Gemma's 1 + weight, in float32
+            gain = graph.call_method("to", (gain, g.dtype(f.x)))
+        fused = graph.call_function(_LINEAR, (f.x, f.k, f.weight, f.bias, f.residual, f.eps, f.gate, early, gain))
     fused.meta = dict(f.output.meta)
     f.output.replace_all_uses_with(fused)
     return fused

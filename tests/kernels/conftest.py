@@ -2,6 +2,7 @@
 
 import os
 import random
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -171,20 +172,35 @@ _ACTIVATIONS = {
     "relu": torch.relu,
 }
 
-# What stands round the product of ``sparse_linear``: name -> eps, gate, bias, residual ("", "plain" or "adapter").
+
+class Around(NamedTuple):
+    """What stands round the product of ``sparse_linear``. residual: "", "plain" or "adapter"."""
+
+    eps: float | None = None
+    gate: str = ""
+    bias: bool = False
+    residual: str = ""
+    gain: bool = False
+
+
 AROUND = {
-    "alone": (None, "", False, ""),
-    "norm": (1e-5, "", False, ""),
-    "norm, bias": (1e-6, "", True, ""),
-    "residual": (None, "", False, "plain"),
-    "bias, residual": (None, "", True, "plain"),
-    "adapter": (None, "", False, "adapter"),
-    "bias, adapter": (None, "", True, "adapter"),
-    "silu": (None, "silu", False, ""),
-    "norm, silu": (1e-5, "silu", False, ""),
-    "norm, gelu, bias": (1e-2, "gelu", True, ""),
-    "norm, gelu_tanh, bias, residual": (1e-6, "gelu_tanh", True, "plain"),
-    "relu": (None, "relu", False, ""),
+    "alone": Around(),
+    "norm": Around(1e-5),
+    "norm, bias": Around(1e-6, bias=True),
+    "residual": Around(residual="plain"),
+    "bias, residual": Around(bias=True, residual="plain"),
+    "adapter": Around(residual="adapter"),
+    "bias, adapter": Around(bias=True, residual="adapter"),
+    "silu": Around(gate="silu"),
+    "norm, silu": Around(1e-5, "silu"),
+    "norm, gelu, bias": Around(1e-2, "gelu", bias=True),
+    "norm, gelu_tanh, bias, residual": Around(1e-6, "gelu_tanh", bias=True, residual="plain"),
+    "relu": Around(gate="relu"),
+    "gain": Around(gain=True),
+    "norm, gain": Around(1e-5, gain=True),
+    "norm, gain, silu": Around(1e-5, "silu", gain=True),
+    "norm, gain, gelu, bias, residual": Around(1e-2, "gelu", bias=True, residual="plain", gain=True),
+    "gain, bias, adapter": Around(bias=True, residual="adapter", gain=True),
 }
 
 
@@ -195,19 +211,62 @@ def around(request):
 
 @pytest.fixture
 def make_linear():
-    """f(around, leading, K, k, N, adapter rows, dtype, generator) -> the op's arguments, on the CPU."""
+    """f(around, leading, K, k, N, adapter rows, dtype, generator) -> the op's arguments, on the CPU.
+
+    around: as in ``Around``, what stands at its end left out where it is the default.
+    """
 
     def make(around, leading, channels, k, columns, adapter, dtype, g):
-        eps, gate, bias, residual = around
+        eps, gate, bias, residual, gain = Around(*around)
         rows = channels + (adapter if residual == "adapter" else 0)
         weight = (torch.randn(rows, columns, generator=g) / channels**0.5).to(dtype)
         width = {"": None, "plain": columns // 2 if gate else columns, "adapter": adapter}[residual]
         return (
             _randn((*leading, channels), dtype, g), k, weight, _randn((columns,), dtype, g) if bias else None,
-            None if width is None else _randn((*leading, width), dtype, g), eps, gate,
+            None if width is None else _randn((*leading, width), dtype, g), eps, gate, False,
+            _randn((channels,), dtype, g) if gain else None,
         )  # fmt: skip
 
     return make
+
+
+def _selected(x, k, gain):
+    """x * gain, rounded once, with all but the k largest channels of each row zero."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scaled = x if gain is None else (x.to(wide) * gain.to(wide)).to(x.dtype)
+    patterns = _bits(scaled).numpy().reshape(-1, x.shape[-1]).astype(np.int64) & torch.iinfo(_INT[x.dtype]).max
+    kept = torch.zeros(patterns.shape, dtype=torch.bool)
+    for row, pattern in enumerate(patterns):
+        kept[row, np.lexsort((np.arange(x.shape[-1]), -pattern))[:k].copy()] = True
+    return torch.where(kept.reshape(x.shape), scaled, 0.0)
+
+
+# Gains that leave rows within 8 finite: name -> f(shape, dtype, generator).
+GAINS = {
+    "normal": _randn,
+    "negative": lambda s, d, g: -_randn(s, d, g).abs(),
+    "ties": lambda s, d, g: torch.randint(-3, 4, s, generator=g).to(d),
+    "signed_zeros": lambda s, d, g: _scatter(_randn(s, d, g), g, [0.0, -0.0]),
+    "huge": lambda s, d, g: (torch.rand(s, generator=g, dtype=torch.float64) - 0.5).mul(torch.finfo(d).max / 8).to(d),
+    "small": lambda s, d, g: (_randn(s, torch.float64, g) * 2.0**-14).to(d),
+}
+
+
+@pytest.fixture(params=GAINS)
+def check_gain(request, make_rows, dtype, gen):
+    """f(linear, device): bit for bit the channels, and the values, that the oracle selects from x * gain."""
+
+    def check(linear, device="cpu"):
+        x = make_rows((1, 1, 580), dtype, gen).nan_to_num(1, 2, 3).clamp(-8, 8)
+        gain = GAINS[request.param]((580,), dtype, gen)
+        identity = torch.eye(580, 592, dtype=dtype).to(device)
+        for k in (1, 200, 580):
+            y = linear(x.to(device), k, identity, None, None, None, "", False, gain.to(device))
+            # A matmul may flush what is denormal in float32.
+            torch.testing.assert_close(y.cpu()[..., :580], _selected(x, k, gain), rtol=0,
+                                       atol=torch.finfo(torch.float32).tiny)
+
+    return check
 
 
 @pytest.fixture
@@ -215,18 +274,15 @@ def check_linear():
     """f(arguments, y, ulp): within rounding of the same in fp64, on the channels that the oracle selects."""
 
     def check(args, y, ulp=0.5):
-        x, k, weight, bias, residual, eps, gate = (a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in args)
+        device = args[0].device
+        args = [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in args]
+        x, k, weight, bias, residual, eps, gate, _, gain = args
         channels, columns = x.shape[-1], weight.shape[1]
         assert y.shape == (*x.shape[:-1], columns // 2 if gate else columns)
-        assert y.dtype == x.dtype and y.device == args[0].device and y.is_contiguous()
-        patterns = _bits(x).numpy().reshape(-1, channels).astype(np.int64) & np.iinfo(_bits(x).numpy().dtype).max
-        kept = torch.zeros(patterns.shape, dtype=torch.bool)
-        for row, pattern in enumerate(patterns):
-            kept[row, np.lexsort((np.arange(channels), -pattern))[:k].copy()] = True
-        wide = x.double()
-        z = torch.where(kept.reshape(x.shape), wide, 0.0)
+        assert y.dtype == x.dtype and y.device == device and y.is_contiguous()
+        z = _selected(x, k, gain).double()
         if eps is not None:
-            z = z * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+            z = z * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps)
         w = weight[:channels].double()
         exact, magnitude = z @ w, z.abs() @ w.abs()
         if bias is not None:

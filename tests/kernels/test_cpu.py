@@ -1,5 +1,6 @@
 """The C++ kernels of the CPU: results on every path the compiler may build, threads, the cache, and life without one."""
 
+import functools
 import os
 import platform
 import shlex
@@ -229,12 +230,17 @@ def test_gemv_empty(native, leading, k, columns):
 # ---- sparse_linear ----
 
 
+def _linear(kernels, *args):
+    *args, _, gain = args  # early says nothing to a CPU
+    return kernels.sparse_linear(*args, gain)
+
+
 @needs_compiler
 @pytest.mark.parametrize("columns", [2, 62, 64, 578, 4200])
 def test_linear(kernels, dtype, around, columns, gen, make_linear, check_linear):
     for leading in ((), (3,)):
         args = make_linear(around, leading, 300, 141, columns, 37, dtype, gen)
-        check_linear(args, kernels.sparse_linear(*args))
+        check_linear(args, _linear(kernels, *args))
 
 
 @needs_compiler
@@ -243,10 +249,15 @@ def test_linear(kernels, dtype, around, columns, gen, make_linear, check_linear)
 def test_linear_threads(native, threads, dtype, around, leading, n, gen, make_linear, check_linear):
     threads(n)
     args = make_linear(around, leading, 1200, 555, 1154, 300, dtype, gen)
-    y = native.sparse_linear(*args)
+    y = _linear(native, *args)
     check_linear(args, y)
     for _ in range(3):
-        assert torch.equal(native.sparse_linear(*args), y)
+        assert torch.equal(_linear(native, *args), y)
+
+
+@needs_compiler
+def test_linear_selects_from_x_times_gain(kernels, check_gain):
+    check_gain(functools.partial(_linear, kernels))
 
 
 @needs_compiler

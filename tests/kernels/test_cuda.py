@@ -14,10 +14,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 def shapes():
     base = {"channels": 4096, "columns": 4096, "adapter": 0, "full": False, "half": False, "gate": "", "norm": False,
-            "bias": False, "residual": False, "early": False}
+            "bias": False, "residual": False, "early": False, "gain": False}
     more = [{}, {"norm": True, "bias": True}, {"norm": True, "gate": "silu", "columns": 22016}, {"residual": True},
             {"adapter": 4096, "early": True, "channels": 11008}, {"full": True, "norm": True},
-            {"channels": 64, "columns": 32}, {"channels": 28672, "columns": 8192, "adapter": 8192}]
+            {"channels": 64, "columns": 32}, {"channels": 28672, "columns": 8192, "adapter": 8192}, {"gain": True},
+            {"norm": True, "gain": True, "gate": "silu", "columns": 22016}, {"full": True, "norm": True, "gain": True},
+            {"channels": 28672, "norm": True, "gain": True}, {"adapter": 4096, "early": True, "gain": True}]
     return [cuda_linear.Shape(**base | extra | {"half": half}) for extra in more for half in (False, True)]
 
 
@@ -66,9 +68,10 @@ def test_declined_shapes_are_served_by_others(channels, columns, adapter, norm, 
 
 
 @needs_gpu
+@pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize("tile, threads, batch", [(16, 1024, 4), (32, 512, 8), (48, 256, 8), (160, 1024, 8), (512, 512, 4)])
-def test_other_configurations(tile, threads, batch, gen, make_linear, check_linear):
-    case = make_linear((1e-5, "", True, ""), (1,), 1500, 700, 1008, 0, torch.bfloat16, gen)
+def test_other_configurations(tile, threads, batch, gain, gen, make_linear, check_linear):
+    case = make_linear((1e-5, "", True, "", gain), (1,), 1500, 700, 1008, 0, torch.bfloat16, gen)
     case = [t.cuda() if isinstance(t, torch.Tensor) else t for t in case]
     check_linear(case, cuda_linear.sparse_linear(*case, using=cuda_linear.Config(tile, threads, batch)))
 
@@ -82,16 +85,16 @@ def test_overlapping_launches_in_a_graph(dtype, gen):
     def draw(*size):
         return torch.randn(*size, generator=gen).div(size[0] ** 0.5).to(dtype).cuda()
 
-    layers = [(draw(hidden, 3 * hidden), draw(hidden, hidden), draw(hidden, 2 * inner), draw(inner + hidden, hidden))
-              for _ in range(12)]
+    layers = [(draw(hidden, 3 * hidden), draw(hidden, hidden), 1 + draw(hidden), draw(hidden, 2 * inner),
+               draw(inner + hidden, hidden)) for _ in range(12)]
     stream = torch.randn(1, hidden, generator=gen).to(dtype).cuda()
 
     def chain(compute):
         x = stream
-        for qkv, o, gate_up, down in layers:
+        for qkv, o, gain, gate_up, down in layers:
             heads = compute(x, hidden // 2, qkv, eps=1e-5)[:, :hidden].contiguous()
             middle = compute(heads, hidden // 3, o, residual=x)
-            gated = compute(middle, hidden // 2, gate_up, eps=1e-5, gate="silu")
+            gated = compute(middle, hidden // 2, gate_up, eps=1e-5, gate="silu", gain=gain)
             x = compute(gated, inner // 2, down, residual=middle, early=True)
         return x
 

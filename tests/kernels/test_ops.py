@@ -249,9 +249,10 @@ def test_linear_float64(linear, device, around, gen, make_linear, check_linear):
     check_linear(args, linear(*args))
 
 
-def test_linear_many_rows(linear, device, dtype, gen, make_linear, check_linear):
+@pytest.mark.parametrize("gain", [False, True])
+def test_linear_many_rows(linear, device, dtype, gain, gen, make_linear, check_linear):
     """More than are gathered: one dense product, which rounds before the norm is applied."""
-    args = _on(device, make_linear((1e-5, "", False, ""), (12,), 300, 77, 66, 0, dtype, gen))
+    args = _on(device, make_linear((1e-5, "", False, "", gain), (12,), 300, 77, 66, 0, dtype, gen))
     check_linear(args, linear(*args), ulp=2.5)
 
 
@@ -259,6 +260,21 @@ def test_linear_selects_from_the_raw_row(linear, device, dtype, make_rows, gen, 
     args = list(_on(device, make_linear((1e-5, "", False, ""), (1, 1), 576, 100, 64, 0, dtype, gen)))
     args[0] = make_rows((1, 1, 576), dtype, gen).nan_to_num(1, 2, 3).clamp(-1e4, 1e4).to(device)
     check_linear(args, linear(*args))
+
+
+def test_linear_selects_from_x_times_gain(linear, device, check_gain):
+    check_gain(linear, device)
+
+
+def test_linear_gain_beyond_the_range(linear, device, dtype):
+    """What overflows ranks as Inf, equal ones from the lowest channel up; what is no number is not dropped."""
+    x = torch.tensor([[1, -4, 1, 4, 4, 0, 0, 0]], dtype=dtype, device=device)
+    gain = torch.full((8,), torch.finfo(dtype).max / 2, dtype=dtype, device=device)
+    weight = torch.full((8, 16), float("nan"), dtype=dtype, device=device)
+    weight[1], weight[3] = -1, 1
+    assert linear(x, 2, weight, gain=gain).isposinf().all()
+    x[0, 5], gain[5] = float("inf"), 0
+    assert linear(x, 1, torch.ones_like(weight), gain=gain).isnan().all()
 
 
 def test_linear_reads_the_listed_rows_and_the_adapter(linear, device, dtype, gen, make_linear):
@@ -274,15 +290,17 @@ def test_linear_reads_the_listed_rows_and_the_adapter(linear, device, dtype, gen
 
 @pytest.mark.parametrize("early", [False, True])
 def test_linear_repeats_its_bits(device, dtype, around, early, gen, make_linear):
-    args = _on(device, make_linear(around, (1, 1), 4096, 2048, 512, 512, dtype, gen))
-    first = sparse_linear(*args, early)
-    assert all(torch.equal(sparse_linear(*args, early), first) for _ in range(20))
+    *args, _, gain = _on(device, make_linear(around, (1, 1), 4096, 2048, 512, 512, dtype, gen))
+    first = sparse_linear(*args, early, gain)
+    assert all(torch.equal(sparse_linear(*args, early, gain), first) for _ in range(20))
 
 
-def test_linear_strided(linear, device, dtype, gen, make_linear, check_linear):
-    args = list(_on(device, make_linear((1e-5, "", True, "plain"), (4, 6), 96, 30, 64, 0, dtype, gen)))
+@pytest.mark.parametrize("rows", [1, 4])
+def test_linear_strided(linear, device, dtype, rows, gen, make_linear, check_linear):
+    args = list(_on(device, make_linear((1e-5, "", True, "plain", True), (rows, 6), 96, 30, 64, 0, dtype, gen)))
     args[0], args[4] = args[0][:, -1:], args[4][:, -1:]
-    args[3] = args[3].repeat_interleave(2)[::2]
+    for i in (0, 3, 4):
+        args[i] = args[i].repeat_interleave(2, -1)[..., ::2]
     check_linear(args, linear(*args))
 
 
@@ -298,6 +316,9 @@ def test_linear_refuses(device):
         (ValueError, r"bias must be \[6\], got \(5,\)", (x, 4, w, b[:5])),
         (ValueError, r"residual must be \(1, 6\).* got \(1, 5\)", (x, 4, w, None, x[:, :5])),
         (TypeError, "bias must have x's dtype torch.float32, got torch.float16", (x, 4, w, b.half())),
+        (ValueError, r"gain must be \[8\].* got shape \(1, 8\)", (x, 4, w, None, None, None, "", False, x)),
+        (ValueError, r"gain .*contiguous.*strides \(6,\)", (x, 4, w, None, None, None, "", False, w[:, 0])),
+        (TypeError, "gain must have x's dtype", (x, 4, w, None, None, None, "", False, x[0].half())),
         (ValueError, "one device", (x, 4, w.to("meta"))),
     ]:
         with pytest.raises(error, match=match):
@@ -331,7 +352,7 @@ def test_ops_are_where_graphs_look_for_them():
     )
     assert str(torch.ops.larosa.sparse_linear.default._schema) == (
         "larosa::sparse_linear(Tensor x, SymInt k, Tensor weight, Tensor? bias=None, Tensor? residual=None, "
-        'float? eps=None, str gate="", bool early=False) -> Tensor'
+        'float? eps=None, str gate="", bool early=False, Tensor? gain=None) -> Tensor'
     )
 
 

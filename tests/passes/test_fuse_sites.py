@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from larosa_fx import graph as g
 from larosa_fx.passes import fuse_sites
-from programs import CASES, assert_close, program, rewrite, rotations
-from tiny import SIZES
+from programs import CASES, assert_close, program, rewrite, rotations, tiny_model, trace
+from tiny import SIZES, ids
 
 LAYERS = SIZES["num_hidden_layers"]
 SELECT, GEMV, LINEAR = (getattr(torch.ops.larosa, name).default for name in ("topk_select", "sparse_gemv", "sparse_linear"))
@@ -23,12 +23,14 @@ def halved(p):
     return {site.name: site.in_features // 2 for site in p.structure.sites}
 
 
-def fused(family, granularity, fuses=everything, tokens=1, edit=lambda p: None):
-    """(the sparse program without fusing, with, counts), on the same rotations."""
+def fused(family, granularity, fuses=everything, tokens=1, edit=lambda p: None, scales=False):
+    """(the program with its sites fused, counts); it computes what it does without fusing, on the same matrices."""
     pair = [program(family, tokens=tokens) for _ in range(2)]
     for p in pair:
         edit(p)
     matrices = rotations(pair[0].structure, granularity)
+    if scales:
+        matrices |= {f"{s.name}/scale": (0.5 * torch.randn(s.in_features)).exp() for s in pair[0].structure.inner_sites()}
     plain = rewrite(pair[0], granularity, k=halved(pair[0]), matrices=matrices)
     done = rewrite(pair[1], granularity, k=halved(pair[1]), matrices=matrices, fuses=fuses)
     expected, got = pair[0].run(plain.binding), pair[1].run(done.binding)
@@ -46,19 +48,36 @@ def test_same_model(family, granularity):
 
 @pytest.mark.parametrize("granularity, adapters", [("layer", LAYERS - 1), ("block", LAYERS - 1), ("model", 0), ("none", 0)])
 @pytest.mark.parametrize("family", ["llama", "llama-biases", "phi3", "qwen2"])
-def test_a_layer_is_four_ops(family, granularity, adapters):
-    p, result = fused(family, granularity)
+@pytest.mark.parametrize("scales", [False, True])
+def test_a_layer_is_four_ops(family, granularity, adapters, scales):
+    p, result = fused(family, granularity, scales=scales)
     if granularity == "block":  # attention's adapter as well: its rows join o_proj's
         adapters += LAYERS
     if family == "qwen2" and granularity != "none":  # a tied table stays as it is: the last layer leaves the basis
         adapters += 1
-    norms = {} if granularity == "none" else {"norms": 2 * LAYERS}  # a gain changes the ranking, and is folded with Q
-    assert result.counts == {"sites": 4 * LAYERS, **norms, "gates": LAYERS,
+    assert result.counts == {"sites": 4 * LAYERS, "norms": 2 * LAYERS, "gates": LAYERS,
                              **({"adapters": adapters} if adapters else {}),
                              **({"residuals": 2 * LAYERS - adapters} if adapters < 2 * LAYERS else {})}
-    assert p.calls(F.silu) == 0 and p.calls(F.rms_norm) == 1 + 2 * LAYERS - norms.get("norms", 0)  # the last norm
+    gains = [node.args[8] is not None for node in p.gm.graph.find_nodes(op="call_function", target=LINEAR)]
+    assert sum(gains) == (2 * LAYERS if scales or granularity == "none" else 0)
+    assert p.calls(F.silu) == 0 and p.calls(F.rms_norm) == 1  # the last norm
     # A tied table's way into the basis, but no adapter on its own; the models spell their products @.
     assert p.calls(torch.matmul) == (family == "qwen2" and granularity != "none")
+
+
+@pytest.mark.parametrize("family, dtype, norms", [
+    ("llama", torch.bfloat16, 2 * LAYERS),
+    ("gemma", torch.bfloat16, 2 * LAYERS),  # its gain, 1 + weight, is computed in float32
+    ("llama", torch.float16, 0),  # the stream, not normed yet, times a gain may be beyond the range
+], ids=str)
+def test_gains_in_other_dtypes(family, dtype, norms):
+    p = trace(tiny_model(family).to(dtype), ids(1, 1), use_cache=False)
+    done = rewrite(p, "none", fuses=everything)
+    assert done.results["fuse_sites"].counts.get("norms", 0) == norms
+    gains = [node.args[8] for node in p.gm.graph.find_nodes(op="call_function", target=LINEAR)]
+    assert sum(gain is not None for gain in gains) == norms
+    assert all(gain is None or gain.op == "placeholder" for gain in gains)
+    assert_close(p.run(done.binding), p.expected, 4 * torch.finfo(dtype).eps)
 
 
 def test_what_the_kernel_does_not_take_stays_outside():

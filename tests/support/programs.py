@@ -18,6 +18,7 @@ from larosa_fx.capture import capture
 from larosa_fx.passes import (
     centre_layer_norms,
     fold_gain,
+    fold_maps,
     fold_rotations,
     fold_weights,
     fuse_sites,
@@ -181,7 +182,8 @@ class Rewritten:
 def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Mapping[str, int] | None = None,
             sparsify: str = "all", fuses: fuse_sites.Fuses | None = None,
             matrices: Mapping[str, torch.Tensor] | None = None) -> Rewritten:
-    """Run the passes behind matching in their order, up to and including ``until``, with random rotations.
+    """Run the passes behind matching in their order, up to and including ``until``, with a plan's matrices or random
+    rotations.
 
     fuses: what the device's kernel takes, where sites are to be fused.
     """
@@ -204,6 +206,7 @@ def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Map
         (folded, fold_rotations, p.gm, p.structure, matrices, granularity),
         (folded, insert_adapters, p.gm),
         (online, rotate_online, p.gm, p.structure, matrices, granularity),
+        (True, fold_maps, p.gm, p.structure, matrices, False),
         (True, merge_siblings, p.gm, p.structure),
         (True, lower_topk, p.gm, p.structure, k, sparsify),
         (True, pack_adapters, p.gm, p.structure),
