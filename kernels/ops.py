@@ -11,6 +11,9 @@ from torch import Tensor
 
 from larosa_fx.kernels import cpu, reference
 
+#: The ops' schemas. Compiled code spells out an op's arguments, so it is of no use to ops with others.
+SCHEMAS: list[str] = []
+
 
 def _op(function: Callable, mutates_args: tuple[str, ...] = ()) -> torch._ops.OpOverload:
     """``torch.ops.larosa.NAME.default`` of a reference function, which serves every device without a kernel of its own.
@@ -19,7 +22,9 @@ def _op(function: Callable, mutates_args: tuple[str, ...] = ()) -> torch._ops.Op
     is lost with it is of no use here: the version count of mutated arguments, and an error that says "no derivative".
     """
     name = f"larosa::{function.__name__}"
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutates_args))
+    schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+    SCHEMAS.append(name + schema)
+    torch.library.define(name, schema)
     torch.library.impl(name, "CompositeExplicitAutograd")(function)
     overload = getattr(torch.ops.larosa, function.__name__).default
     overload.__doc__ = function.__doc__

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import fx
@@ -14,6 +15,7 @@ from torch import fx
 from larosa_fx import compat
 from larosa_fx import graph as g
 from larosa_fx.capture import Capture, capture
+from larosa_fx.kernels import ops
 from larosa_fx.options import Options
 from larosa_fx.passes.fold_maps import HalfRotatedError
 from larosa_fx.pipeline import Runner, transform
@@ -199,6 +201,7 @@ class CompiledGraph:
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[object], at_run_time: bool) -> Callable:
         if self.options.compiler == "eager":
             return gm
+        inductor = partial(compat.compile_with_inductor, mode=self.options.mode, tag=" ".join(ops.SCHEMAS))
         if at_run_time:  # Dynamo's tracing context is gone; let it make a new one
-            return torch.compile(gm, options=compat.inductor_options(self.options.mode) or None)
-        return compat.compile_with_inductor(gm, inputs, self.options.mode)
+            return torch.compile(gm, backend=inductor)
+        return inductor(gm, inputs)

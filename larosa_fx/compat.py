@@ -78,8 +78,12 @@ def inductor_options(mode: str | None) -> dict[str, object]:
     return dict(modes[mode])
 
 
-def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[object], mode: str | None) -> Callable:
-    """``compile_fx`` with a mode's options; takes ownership of ``gm`` (2.11 to 2.13)."""
+def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[object], mode: str | None, tag: str) -> Callable:
+    """``compile_fx`` with a mode's options; takes ownership of ``gm`` (2.11 to 2.13).
+
+    ``tag`` becomes part of the key under which compiled code is kept on disk, beside the user's own.
+    """
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=inductor_options(mode) or None)
+    with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
+        return compile_fx(gm, list(example_inputs), config_patches=inductor_options(mode) or None)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 
 import larosa_fx
 from larosa_fx import backend
+from larosa_fx.kernels import ops
 from larosa_fx.reference import simulated
 from tiny import SIZES, batches, compiled, error, ids, llama
 
@@ -80,6 +84,23 @@ def test_inductor_sparse(saved):
     logits = compiled(model, "inductor", plan=path)(token).logits
     with simulated(model, larosa_fx.Plan.load(path)):
         assert error(logits, model(token).logits) < 1e-4
+
+
+def test_code_is_cached_for_the_ops_that_it_calls(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    model = llama()
+    path = saved(model)
+
+    def found():
+        torch.compiler.reset()
+        counters.clear()
+        compiled(model, "inductor", plan=path)(ids(1, 1))
+        return counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+
+    assert found() == 0
+    assert found() > 0
+    monkeypatch.setattr(ops, "SCHEMAS", [*ops.SCHEMAS, "another"])
+    assert found() == 0
 
 
 def test_prompt_lengths_share_one_graph(saved):
@@ -182,6 +203,7 @@ def test_weights_are_folded_once_for_all_graphs(saved):
     from larosa_fx.weights import STORE
 
     model = llama()
+    gc.collect()  # of earlier tests' models
     fast = compiled(model, plan=saved(model))
     fast(ids(1, 9))
     folded = len(STORE)
@@ -190,9 +212,6 @@ def test_weights_are_folded_once_for_all_graphs(saved):
 
 
 def test_nothing_outlives_the_model(saved):
-    import gc
-    import weakref
-
     from larosa_fx.weights import STORE
 
     model = llama()
