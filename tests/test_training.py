@@ -7,7 +7,7 @@ import torch
 
 import larosa_fx
 from larosa_fx import training
-from larosa_fx.reference import simulated
+from larosa_fx.reference import largest, simulated
 from larosa_fx.training import State, TrainingOptions, train
 from tiny import error, ids, llama
 
@@ -47,6 +47,13 @@ def test_training_lowers_the_divergence(start, change):
     for q in trained.rotations.values():
         assert (q.double().T @ q.double() - torch.eye(len(q))).abs().max() < 1e-6
     assert trained.byte_sparsity == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("k", [1, 8, 17])
+def test_channel_counts_may_be_tensors(k):
+    score = torch.rand(3, 5, 17).round(decimals=1)  # with ties
+    for a, b in zip(largest(score, k), largest(score, torch.tensor([k])), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
