@@ -45,6 +45,8 @@ def main() -> None:
         bench.measure(name, methods.METHODS[name], bench.lab.plan if name == "larosa" else None)
     for name, plan in itertools.chain(map(bench.trained, args.train), map(bench.saved, args.plan)):
         bench.measure(name, methods.from_plan(plan), plan)
+        if args.thresholds:
+            bench.measure(f"{name}-threshold", methods.thresholded(plan), plan)
     bench.save()
     for text in bench.texts:
         print(summary(bench.rows, text))
@@ -133,7 +135,7 @@ class Bench:
                         self._perplexity(name, sparsity, text)
                         self.rows[-1]["adapter_share"] = adapters
                         if plan is not None:
-                            self.rows[-1]["nominal"] = _nominal(plan, sparsity)
+                            self.rows[-1].setdefault("nominal", _nominal(plan, sparsity))
                     for task in questions:
                         self._task(name, sparsity, task)
             except methods.Unreachable as error:
@@ -278,6 +280,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", default=list(methods.METHODS), choices=list(methods.METHODS))
     parser.add_argument("--train", nargs="*", default=[], metavar='"NAME KEY=VALUE ..."', help="plans to train and measure")
     parser.add_argument("--plan", nargs="*", default=[], metavar="NAME=FILE", help="saved plans to measure")
+    parser.add_argument("--thresholds", action="store_true",
+                        help="measure plans with calibrated thresholds in place of Top-K as well, as NAME-threshold")
     parser.add_argument("--plans", metavar="DIR", help="keep trained plans and checkpoints here")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25, 0.4, 0.5, 0.6])
     parser.add_argument("--task-sparsity", type=float, nargs="*", default=[0.5])

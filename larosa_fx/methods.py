@@ -16,9 +16,11 @@ import torch
 
 from larosa_fx.allocate import allocate
 from larosa_fx.plan import Plan, PlanSite
-from larosa_fx.reference import Affine, Replacement, keep_largest, largest, replaced, simulated
+from larosa_fx.reference import Affine, Replacement, keep_largest, largest, mapped, replaced, simulated
 from larosa_fx.rotations import pca
 
+ROUNDS = 4  # of calibrating thresholds
+SCORES = 7  # one of so many entries is looked at for them
 GRID = 1001  # points of a site's calibrated distribution of scores
 UNIFORM = {"h1": 1.0, "h2": 1.0, "h3": 1.0, "h4": 1.0}
 
@@ -195,6 +197,42 @@ Method = Callable[[Lab, float], AbstractContextManager]
 def from_plan(plan: Plan) -> Method:
     """A plan's own method: mapped Top-K as ``torch.compile(backend="larosa")`` runs it."""
     return lambda lab, sparsity: simulated(lab.model, plan, sparsity, keep_largest)
+
+
+def thresholded(plan: Plan) -> Method:
+    """A plan's maps with a threshold of |z| at each site in place of its Top-K: tokens differ in what they leave out.
+
+    The thresholds are those that leave out as much as the Top-K over the calibration batch, in the sparse model itself:
+    the dense model's first, then, some times, those of the model that the last ones made sparse.
+    """
+    def method(lab: Lab, sparsity: float) -> AbstractContextManager:
+        limits: dict[str, torch.Tensor] = {}
+        for _ in range(ROUNDS):
+            limits = _limits(lab, plan, plan.k_at(sparsity), limits)
+
+        def select(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
+            read = z.abs() > limits[site.name]
+            lab.meter.add(site, read)
+            return z * read
+
+        return mapped(lab.model, plan, select)
+
+    return method
+
+
+def _limits(lab: Lab, plan: Plan, k: Mapping[str, int], before: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Site -> the |z| that on average k channels exceed, in the model that the limits ``before`` make sparse."""
+    found: dict[str, torch.Tensor] = {}
+
+    def look(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
+        scores = z.abs().flatten()[::SCORES].float()
+        dropped = round((1 - k[site.name] / site.in_features) * len(scores))
+        found[site.name] = scores.kthvalue(dropped).values if dropped else scores.new_tensor(-1.0)
+        return z if site.name not in before else z * (z.abs() > before[site.name])
+
+    with torch.no_grad(), mapped(lab.model, plan, look):
+        lab.model(lab.batch, use_cache=False)
+    return found
 
 
 def larosa(lab: Lab, sparsity: float) -> AbstractContextManager:

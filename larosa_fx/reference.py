@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -86,11 +86,17 @@ def keep_largest(x: torch.Tensor, k: int) -> torch.Tensor:
     return x * largest(x.abs(), k)[0]
 
 
-@contextmanager
 def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None,
-              keep: Callable[[torch.Tensor, int], torch.Tensor] = keep_top_k) -> Iterator[torch.nn.Module]:
+              keep: Callable[[torch.Tensor, int], torch.Tensor] = keep_top_k) -> AbstractContextManager[torch.nn.Module]:
     """Within the context ``model`` computes as if compiled with ``plan`` and ``sparsify="all"``, every token sparsified."""
     k = plan.k_at(sparsity)
+    return mapped(model, plan, lambda site, z: keep(z, k[site.name]))
+
+
+@contextmanager
+def mapped(model: torch.nn.Module, plan: Plan, select: Callable[[PlanSite, torch.Tensor], torch.Tensor]
+           ) -> Iterator[torch.nn.Module]:
+    """Within the context ``select(site, z)`` takes the place of z, the site's activation as ``plan`` maps and scales it."""
     device = next(model.parameters()).device
 
     def replacement(site: PlanSite) -> Replacement:
@@ -107,10 +113,10 @@ def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None,
             if heads is not None:
                 z = map_heads(z, heads.to(x))
             if scale is None:
-                z = keep(z, k[site.name])
+                z = select(site, z)
             else:
                 s = scale.to(x)
-                z = keep(z * s, k[site.name]) / s
+                z = select(site, z * s) / s
             if inverse is not None:
                 z = map_heads(z, inverse.to(x))
             return affine(z @ q.T.to(x)) if q is not None else z

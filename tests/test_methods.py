@@ -47,6 +47,18 @@ def test_thresholds_leave_out_about_what_was_asked(lab, name, sparsity):
     assert reached.mean().item() == pytest.approx(sparsity, abs=0.05) and reached.std() > 0
 
 
+@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+def test_thresholds_of_a_plan_leave_out_about_what_its_top_k_does(lab, sparsity):
+    with methods.thresholded(lab.plan)(lab, sparsity):
+        lab.meter = Meter(lab.sites)
+        got = lab.model(lab.batch).logits
+    reached = lab.meter.per_token()
+    assert reached.mean().item() == pytest.approx(sparsity, abs=0.03) and reached.std() > 0
+    with simulated(lab.model, lab.plan, sparsity):
+        assert not torch.equal(got, lab.model(lab.batch).logits)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lab.model.modules())
+
+
 def test_cats_stops_at_its_matrices(lab):
     for sparsity in (0.1, 0.3):
         _, reached = run(lab, "cats", sparsity, lab.batch)
