@@ -18,7 +18,6 @@ import ast
 import itertools
 import json
 import math
-import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -27,14 +26,15 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+import provenance
 from larosa_fx import methods, tasks
+from larosa_fx.allocate import nominal_sparsity
 from larosa_fx.calibrate import calibrate
-from larosa_fx.evaluate import window_nll
+from larosa_fx.evaluate import paired, window_nll
 from larosa_fx.loading import device_name, load_model
 from larosa_fx.plan import Plan, library_versions
 from larosa_fx.training import TrainingOptions, train
 from overhead import overhead_of, shapes_of
-from provenance import commit
 from texts import text_windows
 
 
@@ -132,10 +132,7 @@ class Bench:
             try:
                 with self._timed(f"{name} {sparsity:.0%}"), method(self.lab, sparsity):
                     for text in wanted:
-                        self._perplexity(name, sparsity, text)
-                        self.rows[-1]["adapter_share"] = adapters
-                        if plan is not None:
-                            self.rows[-1].setdefault("nominal", _nominal(plan, sparsity))
+                        self._perplexity(name, sparsity, text, plan, adapters)
                     for task in questions:
                         self._task(name, sparsity, task)
             except methods.Unreachable as error:
@@ -144,22 +141,23 @@ class Bench:
             self.save()
             print(self.table(name, sparsity), flush=True)
 
-    def _perplexity(self, name: str, sparsity: float, text: str) -> None:
+    def _perplexity(self, name: str, sparsity: float, text: str, plan: Plan | None, adapters: float) -> None:
         self.lab.meter = methods.Meter(self.lab.sites)
         nll = window_nll(self.model, self.texts[text], rows=self.args.rows, label=f"{name} {sparsity:.0%} {text}",
                          progress=not self.args.quiet)
         reached = self.lab.meter.per_token()
         row = {"method": name, "byte_sparsity": sparsity, "text": text, "window": self.args.window, "windows": len(nll),
-               "ppl": math.exp(nll.mean()), "nll": [round(x, 5) for x in nll.tolist()]}
+               "ppl": math.exp(nll.mean()), "nll": [round(x, 5) for x in nll.tolist()], "adapter_share": adapters}
+        if plan is not None:
+            row["nominal"] = nominal_sparsity(plan.sites, plan.k_at(sparsity))
         if reached is not None:
             row |= {"nominal": self.lab.meter.nominal(),
                     "reached": reached.mean().item(), "reached_sd": reached.std().item(),
                     "reached_p5_p95": reached.quantile(torch.tensor([0.05, 0.95], device=reached.device)).tolist()}
         if name != "dense":
             dense = self._row("dense", 0.0, text)
-            difference = nll - torch.tensor(dense["nll"], dtype=nll.dtype)
-            row |= {"dense_ppl": dense["ppl"], "delta_nll": difference.mean().item(),
-                    "delta_se": difference.std().item() / len(difference)**0.5}
+            delta, error = paired(nll, torch.tensor(dense["nll"], dtype=nll.dtype))
+            row |= {"dense_ppl": dense["ppl"], "delta_nll": delta, "delta_se": error}
         self.rows.append(row)
 
     def _task(self, name: str, sparsity: float, task: str) -> None:
@@ -172,9 +170,7 @@ class Bench:
             row |= {metric: right.mean().item(), f"{metric}_right": "".join(str(int(x)) for x in right)}
             if name != "dense":
                 dense = torch.tensor([float(c) for c in self._row("dense", 0.0, task)[f"{metric}_right"]])
-                difference = right - dense
-                row |= {f"{metric}_delta": difference.mean().item(),
-                        f"{metric}_delta_se": difference.std().item() / len(right)**0.5}
+                row[f"{metric}_delta"], row[f"{metric}_delta_se"] = paired(right, dense)
         self.rows.append(row)
 
     def _row(self, name: str, sparsity: float, on: str) -> dict | None:
@@ -186,21 +182,22 @@ class Bench:
         cells = []
         for r in (r for r in self.rows if (r["method"], r["byte_sparsity"]) == (name, sparsity)):
             cell = f"{r['text']} {r['ppl']:.3f}" if "text" in r else f"{r['task']} {r.get('acc_norm', r['acc']):.3f}"
-            cell += f" (+{r['delta_nll']:.4f} ± {r['delta_se']:.4f})" if "delta_nll" in r else ""
+            if "delta_nll" in r:
+                cell += f" (+{r['delta_nll']:.4f}" + ("" if r["delta_se"] is None else f" ± {r['delta_se']:.4f}") + ")"
             cells.append(cell + (f", reached {r['reached']:.1%} ± {r['reached_sd']:.1%}" if "reached" in r else ""))
         return f"{name:22} {sparsity:4.0%}  " + "; ".join(cells) + f"  {self.seconds.get(f'{name} {sparsity:.0%}', 0):.1f} s"
 
     def save(self) -> None:
         if self.path is None:
             return
-        provenance = {
-            "command": " ".join(["python bench/accuracy.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
-            "device": device_name(self.args.device), "dtype": "float32", "commit": commit(), "versions": library_versions(),
-            "model": type(self.model).__name__ if self.args.model else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)",
+        about = {
+            "command": provenance.command(), "device": device_name(self.args.device), "dtype": "float32",
+            "commit": provenance.commit(), "versions": library_versions(),
+            "model": provenance.model_name(self.model, self.args.model),
             "calibration_tokens": self.calibration.numel(), "training_tokens": self.training.numel(),
             "seconds": {k: round(v, 1) for k, v in self.seconds.items()}, "training": self.trainings}
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({"rows": self.rows, "provenance": provenance}) + "\n")
+        part.write_text(json.dumps({"rows": self.rows, "provenance": about}) + "\n")
         part.replace(self.path)
 
     def _windows(self, spec: str, limit: int | None) -> torch.Tensor:
@@ -221,11 +218,6 @@ class _Timed:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[self.what] = time.perf_counter() - self.started
-
-
-def _nominal(plan: Plan, sparsity: float) -> float:
-    k = plan.k_at(sparsity)
-    return statistics.fmean(1 - k[site.name] / site.in_features for site in plan.sites)
 
 
 def plot(rows: list[dict], path: str) -> None:

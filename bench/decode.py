@@ -317,7 +317,7 @@ def main() -> int:
                       args.mode or ("max-autotune" if kind == "cuda" else None))
     bandwidth = read_bandwidth(args.device)
     origin = {"device": provenance.device(args.device), "commit": provenance.commit(), "torch": torch.__version__,
-              "command": " ".join(["python bench/decode.py", *sys.argv[1:]])}
+              "command": provenance.command()}
     header = {"device": origin["device"], "versions": library_versions(), "read_gb_per_s": bandwidth / 1e9,
               "prompt": args.prompt, "cache": args.cache}
     print(f"{origin['device']}, {', '.join(args.dtype)}, plain read {bandwidth / 1e9:.0f} GB/s", flush=True)

@@ -85,12 +85,22 @@ def kept(channels: int, sparsity: float) -> int:
     return round((1 - sparsity) * channels)
 
 
+def beyond_l2(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The weights and as many copies of the first as it takes for none to be in L2 when its turn comes."""
+    while sum(w.nbytes for w in weights) < 2 * _L2_BYTES:
+        weights.append(weights[0].clone())
+    return weights
+
+
+def rates(touched: int, us: float, bandwidth: float) -> Row:
+    """What a row says of the bytes that were read in ``us`` microseconds; ``bandwidth``: of a plain read, bytes a second."""
+    return {"bytes": touched, "achieved_gb_per_s": touched / us / 1e3, "share_of_byte_limit": touched / us * 1e6 / bandwidth}
+
+
 def sites(layer: Layer, sparsities: list[float], bandwidth: float) -> list[Row]:
     rows = []
     for site, (x, columns, more) in layer.sites.items():
-        copies = [layer.weights(site) for _ in range(2)]
-        while sum(w.nbytes for w in copies) < 2 * _L2_BYTES:
-            copies.append(copies[0].clone())
+        copies = beyond_l2([layer.weights(site) for _ in range(2)])
         channels = x.shape[-1]
 
         def fused(k: int, x=x, copies=copies, more=more) -> float:
@@ -103,8 +113,7 @@ def sites(layer: Layer, sparsities: list[float], bandwidth: float) -> list[Row]:
             k = kept(channels, sparsity)
             us, touched = fused(k), k * columns * 2
             rows.append({"kind": "site", "site": site, "channels": channels, "columns": columns, "sparsity": sparsity,
-                         "us": us, "us_dense": dense, "us_selection": selection, "bytes": touched,
-                         "achieved_gb_per_s": touched / us / 1e3, "share_of_byte_limit": touched / us * 1e6 / bandwidth})
+                         "us": us, "us_dense": dense, "us_selection": selection, **rates(touched, us, bandwidth)})
         del copies, transposed
     return rows
 
@@ -115,9 +124,7 @@ def teal(layer: Layer, path: Path, sparsities: list[float], bandwidth: float) ->
     for site, (x, columns, _) in layer.sites.items():
         x = x.half()
         channels = x.shape[-1]
-        copies = [layer.weights(site).half().t()]  # as TEAL has it: [N, K], each channel's weights next to each other
-        while sum(w.nbytes for w in copies) < 2 * _L2_BYTES:
-            copies.append(copies[0].clone())
+        copies = beyond_l2([layer.weights(site).half().t()])  # as TEAL has it: [N, K], a channel's weights side by side
         for sparsity in sparsities:
             k = kept(channels, sparsity)
             threshold = x.abs().flatten().sort().values[channels - k - 1].item() if k < channels else -1.0
@@ -128,8 +135,7 @@ def teal(layer: Layer, path: Path, sparsities: list[float], bandwidth: float) ->
                               len(copies))
             touched = k * columns * 2
             rows.append({"kind": "teal", "site": site, "channels": channels, "columns": columns, "sparsity": sparsity,
-                         "us": us, "error": error, "bytes": touched, "achieved_gb_per_s": touched / us / 1e3,
-                         "share_of_byte_limit": touched / us * 1e6 / bandwidth})
+                         "us": us, "error": error, **rates(touched, us, bandwidth)})
         del copies
     return rows
 
@@ -164,8 +170,8 @@ def chains(layer: Layer, sparsities: list[float], bandwidth: float) -> list[Row]
             us = microseconds(run, len(weights))
             read = [small, small, small, large + (layer.x.shape[-1] if adapter else 0)]
             touched = sum(k * w.shape[1] * 2 for k, w in zip(read, weights[0], strict=True))
-            rows.append({"kind": "chain", "adapter": adapter, "sparsity": sparsity, "us": us, "bytes": touched,
-                         "achieved_gb_per_s": touched / us / 1e3, "share_of_byte_limit": touched / us * 1e6 / bandwidth})
+            rows.append({"kind": "chain", "adapter": adapter, "sparsity": sparsity, "us": us,
+                         **rates(touched, us, bandwidth)})
     return rows
 
 
@@ -228,7 +234,7 @@ def main() -> None:
     print(tabulate([[row["kernel"][:80], row["launches"], row["us"]] for row in spent[:16]], ["kernel", "launches", "us"],
                    floatfmt=".1f"), flush=True)
     if args.json:
-        header = {"command": " ".join(["python bench/kernels.py", *sys.argv[1:]]), "device": provenance.device("cuda"),
+        header = {"command": provenance.command(), "device": provenance.device("cuda"),
                   "commit": provenance.commit(), "versions": library_versions(), "read_gb_per_s": bandwidth / 1e9}
         rows = [{"model": args.model} | row for row in found]
         args.json.write_text(json.dumps({"rows": rows, "provenance": header}, indent=1) + "\n")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -60,9 +59,8 @@ def main() -> None:
               flush=True)
     if args.json:
         about = {
-            "command": " ".join(["python bench/perplexity.py", *(Path(a).name for a in sys.argv[1:])]),
-            "device": device_name(args.device), "dtype": "float32",
-            "model": type(model).__name__ if args.model else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)",
+            "command": provenance.command(), "device": device_name(args.device), "dtype": "float32",
+            "model": provenance.model_name(model, args.model),
             "commit": provenance.commit(), "versions": library_versions(),
             "calibration_tokens": sum(c.numel() for c in calibration)}
         Path(args.json).write_text(json.dumps({"rows": rows, "provenance": about}, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,20 @@ def commit() -> str:
     found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
                            cwd=Path(__file__).parent)
     return found.stdout.strip() or "unknown"
+
+
+def command() -> str:
+    """How this benchmark was called, its arguments without the folders of their paths."""
+    def short(argument: str) -> str:
+        name, equals, path = argument.rpartition("=")
+        return f"{name}{equals}{Path(path).name}" if "/" in path else argument
+
+    return " ".join([f"python bench/{Path(sys.argv[0]).name}", *map(short, sys.argv[1:])])
+
+
+def model_name(model: torch.nn.Module, named: str | None) -> str:
+    """The class of a model that was ``named``, or the one that ``load_model`` takes where none is."""
+    return type(model).__name__ if named else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)"
 
 
 def device(name: str) -> str:

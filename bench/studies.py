@@ -38,9 +38,9 @@ from tqdm.auto import tqdm
 import decode
 import provenance
 from larosa_fx import methods
-from larosa_fx.allocate import COEFFICIENTS, byte_sparsity
+from larosa_fx.allocate import COEFFICIENTS, byte_sparsity, nominal_sparsity
 from larosa_fx.calibrate import calibrate
-from larosa_fx.evaluate import window_nll
+from larosa_fx.evaluate import paired, window_nll
 from larosa_fx.loading import InputError, load_model
 from larosa_fx.plan import Plan, PlanSite, library_versions
 from larosa_fx.reference import keep_largest, replaced, simulated
@@ -156,12 +156,6 @@ class Bench:
         return window_nll(self.model, self.texts[text], rows=self.rows, label=f"{text} {label}", progress=self.progress)
 
 
-def paired(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float | None]:
-    """(mean of a - b, its standard error), by window; None for the error of a single window."""
-    difference = a - b
-    return difference.mean().item(), difference.std().item() / len(a)**0.5 if len(a) > 1 else None
-
-
 # ---- coefficients ------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +182,7 @@ def coefficients(bench: Bench, settings: Settings) -> Iterator[Row]:
             k = candidate.k_at(sparsity)
             searched.append({
                 "part": "search", "sparsity": sparsity, **c, "byte_sparsity": byte_sparsity(plan.sites, k),
-                "nominal": sum(1 - k[s.name] / s.in_features for s in plan.sites) / len(plan.sites),
+                "nominal": nominal_sparsity(plan.sites, k),
                 "kl": kl.mean().item(), "kl_over_released": over, "kl_over_released_se": over_error,
                 "ppl": math.exp(nll.mean()), "dense_ppl": math.exp(bench.held_out_nll.mean()),
                 "delta_nll": delta, "delta_se": error, "windows": len(kl)})
@@ -446,7 +440,7 @@ def main() -> int:
         print(f"{tables(study, found)}\n{seconds[study]} s\n", flush=True)
         if args.json:
             about = {
-                "command": " ".join(["python bench/studies.py", *(_short(a) for a in sys.argv[1:])]),
+                "command": provenance.command(),
                 "device": provenance.device(args.device), "dtype": "float32", "model": model_name,
                 "commit": provenance.commit(), "versions": library_versions(), "window": args.window,
                 "calibration_windows": {name: len(tokens) for name, tokens in bench.calibration.items()},
@@ -473,7 +467,7 @@ def _load(args: argparse.Namespace) -> tuple[Bench, str]:
     texts = {name: text_windows(tokenizer, spec, args.window, args.windows) for name, spec in _named(args.text)}
     bench = Bench(model, {name: pieces[:count] for name, pieces in shuffled.items()}, held_out, texts, rows=args.rows,
                   progress=not args.quiet)
-    return bench, type(model).__name__ if args.model else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)"
+    return bench, provenance.model_name(model, args.model)
 
 
 def _named(specs: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -482,12 +476,6 @@ def _named(specs: Iterable[str]) -> Iterator[tuple[str, str]]:
         if not path:
             raise InputError(f"{spec!r} is not NAME=TEXT")
         yield name, path
-
-
-def _short(argument: str) -> str:
-    """An argument without the folders of its path."""
-    name, equals, path = argument.rpartition("=")
-    return f"{name}{equals}{Path(path).name}" if "/" in path else argument
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -53,6 +53,11 @@ def coefficient(coefficients: Mapping[str, float], site: SiteShape) -> float:
     return coefficients[site.name] if site.name in coefficients else coefficients[site.kind]
 
 
+def nominal_sparsity(sites: Sequence[SiteShape], k: Mapping[str, int]) -> float:
+    """The paper's p: the mean over sites of the share of channels that are not read with ``k`` channels kept."""
+    return sum(1 - k[s.name] / s.in_features for s in sites) / len(sites)
+
+
 def byte_sparsity(sites: Sequence[SiteShape], k: Mapping[str, int]) -> float:
     """Share of the sites' weight bytes that are not read with ``k`` channels kept."""
     total = sum(s.in_features * s.out_features for s in sites)

@@ -76,6 +76,12 @@ def window_nll(model: Callable, ids: torch.Tensor, *, rows: int = 8, label: str 
     return torch.cat(found).double().cpu()
 
 
+def paired(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float | None]:
+    """(mean of a - b, its standard error) of values that pair up, [N]; None for the error of a single pair."""
+    difference = a - b
+    return difference.mean().item(), difference.std().item() / len(a)**0.5 if len(a) > 1 else None
+
+
 def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sparsities: Sequence[float], *,
           compiler: str = "inductor", progress: bool = True) -> list[dict[str, object]]:
     """Perplexity of ``model`` dense (first row) and compiled with the plan at ``plan``, every token sparsified.

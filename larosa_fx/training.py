@@ -286,6 +286,7 @@ class _Trainer:
                  device: torch.device, checkpoint: Path | None) -> None:
         self.model, self.state, self.options, self.device, self.checkpoint = model, state, options, device, checkpoint
         self.tokens, self.held_out = tokens, held_out
+        self.sparsities = torch.tensor(options.sparsities, device=device)
         groups = [(tensors, lr, orthogonal) for tensors, lr, orthogonal in state.groups() if tensors]
         self.rates = [lr for _, lr, _ in groups]
         self.optimizers = [_Adam(tensors, orthogonal) for tensors, _, orthogonal in groups]
@@ -322,7 +323,7 @@ class _Trainer:
         o = self.options
         generator = torch.Generator().manual_seed(o.seed * 1_000_003 + step)  # a step's batch does not depend on resuming
         picked = self.tokens[torch.randint(len(self.tokens), (o.batch,), generator=generator)]
-        sparsity = self._tensor(o.sparsities[step % len(o.sparsities)])
+        sparsity = self.sparsities[step % len(self.sparsities)]
         total, summed = 0.0, [0.0] * len(self.trained)
         for ids in picked.split(o.rows):
             loss, gradients = self.gradients(ids.to(self.device), sparsity)
@@ -348,13 +349,10 @@ class _Trainer:
             logits = self.model(ids, use_cache=False).logits.float()
         return F.kl_div(logits.log_softmax(-1).flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
 
-    def _tensor(self, sparsity: float) -> torch.Tensor:
-        return torch.tensor(sparsity, device=self.device)
-
     def _validate(self, step: int, bar: tqdm) -> None:
         pieces = self.held_out.to(self.device).split(self.options.rows)
-        losses = torch.stack([sum(self.divergence(ids, self._tensor(s)) * len(ids) for ids in pieces) / len(self.held_out)
-                              for s in self.options.sparsities])
+        losses = torch.stack([sum(self.divergence(ids, s) * len(ids) for ids in pieces) / len(self.held_out)
+                              for s in self.sparsities])
         loss = losses.log().mean().item()
         self.history.append((step, loss))
         bar.set_postfix_str("KL " + ", ".join(f"{s:.0%} {kl:.4f}" for s, kl in zip(

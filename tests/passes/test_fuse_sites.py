@@ -1,6 +1,5 @@
 """One op a site: the same model, the ops that are gone, and what is left alone because another reader needs it."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
