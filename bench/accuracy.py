@@ -6,9 +6,9 @@
 A text is a file, or lines START to STOP of a jsonl file with "text". The JSON holds {"rows", "provenance"}; a row that is
 there is not measured again. --train makes a plan: a name, then fields of TrainingOptions and ``rotation`` as key=value.
 Rows: method, byte_sparsity, reached (mean and standard deviation over tokens), nominal (the paper's p: mean share of
-channels), text, window, ppl, dense_ppl, delta_nll and delta_se (paired by window); tasks: acc, acc_norm and their
-differences with paired standard errors. adapter_share: bytes that a method reads besides, adapters or online rotations, over
-those of the decoder layers' linears; byte_sparsity does not count them.
+channels), text, window, ppl, dense_ppl, delta_nll and delta_se (paired by window), kl (mean KL(dense || sparse) of a token,
+nats); tasks: acc, acc_norm and their differences with paired standard errors. adapter_share: bytes that a method reads
+besides, adapters or online rotations, over those of the decoder layers' linears; byte_sparsity does not count them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import torch
 from tabulate import tabulate
 
 import provenance
-from larosa_fx import methods, tasks
+from larosa_fx import methods, reference, tasks
 from larosa_fx.allocate import nominal_sparsity
 from larosa_fx.calibrate import calibrate
-from larosa_fx.evaluate import paired, window_nll
+from larosa_fx.evaluate import paired, window_scores
 from larosa_fx.loading import device_name, load_model
 from larosa_fx.plan import Plan, library_versions
 from larosa_fx.training import TrainingOptions, train
@@ -45,8 +45,8 @@ def main() -> None:
         bench.measure(name, methods.METHODS[name], bench.lab.plan if name == "larosa" else None)
     for name, plan in itertools.chain(map(bench.trained, args.train), map(bench.saved, args.plan)):
         bench.measure(name, methods.from_plan(plan), plan)
-        if args.thresholds:
-            bench.measure(f"{name}-threshold", methods.thresholded(plan), plan)
+        if args.topk and plan.selection != "topk":
+            bench.measure(f"{name}-topk", methods.from_plan(plan, "topk"), plan)
     bench.save()
     for text in bench.texts:
         print(summary(bench.rows, text))
@@ -73,10 +73,12 @@ class Bench:
         self.tasks = {Path(path).stem: tasks.read_items(path, args.items) for path in args.tasks}
         pieces = [self._windows(path, None) for path in args.calibration]
         held = [max(1, len(p) // 20) for p in pieces]
-        self.training = torch.cat([p[:-n] for p, n in zip(pieces, held, strict=True)])
-        self.validation = torch.cat([p[-n:] for p, n in zip(pieces, held, strict=True)])
-        shuffled = self.training[torch.randperm(len(self.training), generator=torch.Generator().manual_seed(0))]
-        self.calibration = shuffled[:args.calibration_windows]
+        used = [_shuffled(p[:-n]) for p, n in zip(pieces, held, strict=True)]
+        share, most = args.calibration_windows // len(used), max(map(len, used))
+        check = max(1, min([*held, args.validation_windows // len(used)]))
+        self.calibration = _shuffled(torch.cat([p[:share] for p in used]))
+        self.training = torch.cat([p.repeat(round(most / len(p)), 1) for p in used])  # texts weigh about the same
+        self.validation = torch.cat([p[-check:] for p in pieces])
         self.plans: dict[str, Plan] = {}
         with self._timed("calibration"):
             plan = self.plan_of("layer")
@@ -103,7 +105,7 @@ class Bench:
         options = TrainingOptions(**{key: ast.literal_eval(value) for key, value in settings.items()})
         torch.set_float32_matmul_precision("high")  # TF32 where there is one; evaluation is in float32
         with self._timed(f"training {name}"):
-            plan = train(self.model, start, [self.training], [self.validation[:self.args.validation_windows]], options,
+            plan = train(self.model, start, [self.training], [self.validation], options,
                          checkpoint=path and path.with_suffix(".checkpoint"))
         torch.set_float32_matmul_precision("highest")
         self.trainings[name] = plan.provenance["training"]
@@ -143,8 +145,8 @@ class Bench:
 
     def _perplexity(self, name: str, sparsity: float, text: str, plan: Plan | None, adapters: float) -> None:
         self.lab.meter = methods.Meter(self.lab.sites)
-        nll = window_nll(self.model, self.texts[text], rows=self.args.rows, label=f"{name} {sparsity:.0%} {text}",
-                         progress=not self.args.quiet)
+        nll, kl = window_scores(self.model, self.texts[text], None if name == "dense" else self._dense, rows=self.args.rows,
+                                label=f"{name} {sparsity:.0%} {text}", progress=not self.args.quiet)
         reached = self.lab.meter.per_token()
         row = {"method": name, "byte_sparsity": sparsity, "text": text, "window": self.args.window, "windows": len(nll),
                "ppl": math.exp(nll.mean()), "nll": [round(x, 5) for x in nll.tolist()], "adapter_share": adapters}
@@ -157,8 +159,12 @@ class Bench:
         if name != "dense":
             dense = self._row("dense", 0.0, text)
             delta, error = paired(nll, torch.tensor(dense["nll"], dtype=nll.dtype))
-            row |= {"dense_ppl": dense["ppl"], "delta_nll": delta, "delta_se": error}
+            row |= {"dense_ppl": dense["ppl"], "delta_nll": delta, "delta_se": error, "kl": kl.mean().item()}
         self.rows.append(row)
+
+    def _dense(self, *args: object, **kwargs: object):
+        with reference.aside():
+            return self.model(*args, **kwargs)
 
     def _task(self, name: str, sparsity: float, task: str) -> None:
         found = tasks.score(self.model, self.tokenizer, self.tasks[task], label=f"{name} {task}",
@@ -183,7 +189,8 @@ class Bench:
         for r in (r for r in self.rows if (r["method"], r["byte_sparsity"]) == (name, sparsity)):
             cell = f"{r['text']} {r['ppl']:.3f}" if "text" in r else f"{r['task']} {r.get('acc_norm', r['acc']):.3f}"
             if "delta_nll" in r:
-                cell += f" (+{r['delta_nll']:.4f}" + ("" if r["delta_se"] is None else f" ± {r['delta_se']:.4f}") + ")"
+                cell += f" (+{r['delta_nll']:.4f}" + ("" if r["delta_se"] is None else f" ± {r['delta_se']:.4f}")
+                cell += f", KL {r['kl']:.4f})"
             cells.append(cell + (f", reached {r['reached']:.1%} ± {r['reached_sd']:.1%}" if "reached" in r else ""))
         return f"{name:22} {sparsity:4.0%}  " + "; ".join(cells) + f"  {self.seconds.get(f'{name} {sparsity:.0%}', 0):.1f} s"
 
@@ -205,6 +212,10 @@ class Bench:
 
     def _timed(self, what: str):
         return _Timed(self.seconds, what, torch.device(self.args.device))
+
+
+def _shuffled(rows: torch.Tensor) -> torch.Tensor:
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
 
 class _Timed:
@@ -272,8 +283,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", default=list(methods.METHODS), choices=list(methods.METHODS))
     parser.add_argument("--train", nargs="*", default=[], metavar='"NAME KEY=VALUE ..."', help="plans to train and measure")
     parser.add_argument("--plan", nargs="*", default=[], metavar="NAME=FILE", help="saved plans to measure")
-    parser.add_argument("--thresholds", action="store_true",
-                        help="measure plans with calibrated thresholds in place of Top-K as well, as NAME-threshold")
+    parser.add_argument("--topk", action="store_true", help="measure plans with thresholds by Top-K as well, NAME-topk")
     parser.add_argument("--plans", metavar="DIR", help="keep trained plans and checkpoints here")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25, 0.4, 0.5, 0.6])
     parser.add_argument("--task-sparsity", type=float, nargs="*", default=[0.5])

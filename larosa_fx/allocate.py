@@ -9,6 +9,10 @@ from typing import Protocol
 COEFFICIENTS = {"h1": 0.8, "h2": 1.2, "h3": 0.8, "h4": 1.2}
 
 
+#: The largest share of its channels that a site of a plan drops, where the others can make up for it.
+MOST = 0.95
+
+
 class SiteShape(Protocol):
     name: str
     kind: str
@@ -16,20 +20,22 @@ class SiteShape(Protocol):
     out_features: int
 
 
-def allocate(sites: Sequence[SiteShape], sparsity: float, coefficients: Mapping[str, float]) -> dict[str, int]:
+def allocate(sites: Sequence[SiteShape], sparsity: float, coefficients: Mapping[str, float], most: float = 1.0
+             ) -> dict[str, int]:
     """Channels kept, k, at each site, so that the byte sparsity of all sites is ``sparsity`` to the nearest channel.
 
-    A site drops the share min(scale * its coefficient, 1) of its channels, one common scale for all; coefficients hold
-    for a site, by name, or for all others of a kind. The scale is found by bisection; what rounding to whole channels
+    A site drops the share min(scale * its coefficient, most) of its channels, one common scale for all; coefficients hold
+    for a site, by name, or for all others of a kind. A ``most`` below ``sparsity`` is raised to it. The scale is found by bisection; what rounding to whole channels
     leaves over is settled on the sites that lie farthest from their share. At least one channel is kept.
     """
     if sparsity == 0:
         return {site.name: site.in_features for site in sites}
     total = sum(site.in_features * site.out_features for site in sites)
     target = sparsity * total  # weight elements not read
+    most = max(most, sparsity)
 
     def share(site: SiteShape, scale: float) -> float:
-        return min(scale * coefficient(coefficients, site) * site.in_features, site.in_features - 1)
+        return min(scale * coefficient(coefficients, site), most, 1 - 1 / site.in_features) * site.in_features
 
     low, high = 0.0, 1.0
     while sum(share(s, high) * s.out_features for s in sites) < target and high < 1e6:

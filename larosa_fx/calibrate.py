@@ -17,11 +17,12 @@ from larosa_fx import graph as g
 from larosa_fx import rotations as orthogonal
 from larosa_fx.allocate import COEFFICIENTS
 from larosa_fx.capture import Capture, capture
-from larosa_fx.options import check_sparsity
+from larosa_fx.options import check_choice, check_sparsity
 from larosa_fx.passes import insert_taps
 from larosa_fx.pipeline import Runner
-from larosa_fx.plan import ATTACHED, Plan, PlanSite, library_versions, sample
+from larosa_fx.plan import ATTACHED, SELECTIONS, Plan, PlanSite, library_versions, sample
 from larosa_fx.structure import BASES, Structure
+from larosa_fx.thresholds import with_thresholds
 
 log = logging.getLogger("larosa_fx")
 
@@ -30,8 +31,8 @@ BASIS_KINDS = ("pca", "random", "hadamard")
 
 def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsity: float = 0.5, rotation: str = "layer",
               basis: str = "pca", coefficients: Mapping[str, float] | None = None, damping: float = orthogonal.DAMPING,
-              seed: int = 0, statistics_bytes: int | None = None, provenance: Mapping[str, object] | None = None,
-              progress: bool = True) -> Plan:
+              seed: int = 0, selection: str = "topk", statistics_bytes: int | None = None,
+              provenance: Mapping[str, object] | None = None, progress: bool = True) -> Plan:
     """Calibrate ``model`` and attach the plan to its weights.
 
     batches: LongTensors of input_ids, [B, T]. sparsity: byte sparsity of the block linears, 0 <= sparsity < 1; another
@@ -39,7 +40,8 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
     by its trace, are added), "block" (a Q each), "model" (one Q), "online" (a Q each, applied at run time) or "none".
     basis: "pca", or "random" or "hadamard" for ablations. coefficients: relative sparsity per kind of site, by default
     those of the released code, {"h1": 0.8, "h2": 1.2, "h3": 0.8, "h4": 1.2}. damping: share of the mean variance added to
-    the covariance's diagonal. statistics_bytes: memory for fp64 covariances; where all do not fit, the batches are run
+    the covariance's diagonal. selection: "topk", or "threshold" to fit thresholds as well and select by them
+    (``larosa_fx.thresholds``). statistics_bytes: memory for fp64 covariances; where all do not fit, the batches are run
     several times, at least one basis at a time; by default half of what is free on the model's device. provenance: what
     to record about the text. progress: show a progress bar.
 
@@ -47,8 +49,9 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
     ValueError for bad arguments or batches; RuntimeError where the model is not understood, with the reason.
     """
     check_sparsity(sparsity)
-    _check_choice("rotation", rotation, BASES)
-    _check_choice("basis", basis, BASIS_KINDS)
+    check_choice("rotation", rotation, BASES)
+    check_choice("basis", basis, BASIS_KINDS)
+    check_choice("selection", selection, SELECTIONS)
     coefficients = {**COEFFICIENTS, **(coefficients or {})}
     tokens = [_check_batch(batch) for batch in batches]
     if not tokens:
@@ -86,6 +89,8 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
         {"method": "LaRoSA, arXiv 2507.01299", "model": type(model).__name__, "layers": structure.layers,
          "tokens": sum(t.numel() for t in tokens), "batches": len(tokens), "tokens_sha256": _digest(tokens),
          "damping": damping, "seed": seed, "versions": library_versions(), **(provenance or {})})
+    if selection == "threshold":
+        plan = with_thresholds(model, plan, tokens, progress=progress)
     plan.validate()
     ATTACHED.attach(plan, (w for tensors in weights.values() for w in tensors))
     return plan
@@ -182,11 +187,6 @@ def _check_batch(batch: object) -> torch.Tensor:
         got = f"{list(batch.shape)} of {batch.dtype}" if isinstance(batch, torch.Tensor) else type(batch).__name__
         raise ValueError(f"calibrate takes batches of input_ids, LongTensor [B, T]; got {got}")
     return batch.long()
-
-
-def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
 def _digest(tokens: Sequence[torch.Tensor]) -> str:

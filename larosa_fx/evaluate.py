@@ -59,21 +59,35 @@ def perplexity(model: Callable, batches: Sequence[torch.Tensor], *, label: str =
     return Perplexity(math.exp(total / count), total, count, batches[0].shape[1])
 
 
-@torch.no_grad()
 def window_nll(model: Callable, ids: torch.Tensor, *, rows: int = 8, label: str = "windows", progress: bool = True
                ) -> torch.Tensor:
     """Mean negative log-likelihood of each window of [N, T] in nats, [N] fp64 on the CPU; ``rows`` windows at once.
 
     Windows pair up: the standard error of a difference of two models is that of the windows' differences.
     """
+    return window_scores(model, ids, rows=rows, label=label, progress=progress)[0]
+
+
+@torch.no_grad()
+def window_scores(model: Callable, ids: torch.Tensor, dense: Callable | None = None, *, rows: int = 8,
+                  label: str = "windows", progress: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """(``window_nll``, mean KL(dense || model) of the next token over each window in nats, [N]; 0 without ``dense``)."""
     device = next(model.parameters()).device
-    found = []
+    nll, kl = [], []
     for piece in tqdm(ids.split(rows), label, disable=not progress, leave=False):
         piece = piece.to(device)
         logits = model(piece, use_cache=False).logits
-        found.append(torch.stack([F.cross_entropy(row[:-1].float(), target[1:]) for row, target in
-                                  zip(logits, piece, strict=True)]))
-    return torch.cat(found).double().cpu()
+        nll.append(torch.stack([F.cross_entropy(row[:-1].float(), target[1:]) for row, target in
+                                zip(logits, piece, strict=True)]))
+        kl.append(nll[-1] * 0 if dense is None else torch.stack([_divergence(*pair) for pair in zip(
+            dense(piece, use_cache=False).logits, logits, strict=True)]))
+    return torch.cat(nll).double().cpu(), torch.cat(kl).double().cpu()
+
+
+def _divergence(dense: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Mean KL(dense || logits) over the rows of [T, vocabulary], in nats."""
+    target, found = (x.float().log_softmax(-1) for x in (dense, logits))
+    return F.kl_div(found, target, log_target=True, reduction="batchmean")
 
 
 def paired(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float | None]:

@@ -16,11 +16,10 @@ import torch
 
 from larosa_fx.allocate import allocate
 from larosa_fx.plan import Plan, PlanSite
-from larosa_fx.reference import Affine, Replacement, keep_largest, largest, mapped, replaced, simulated
+from larosa_fx.reference import Affine, Replacement, at_least, keep_largest, largest, mapped, replaced, simulated
 from larosa_fx.rotations import pca
+from larosa_fx.thresholds import with_thresholds
 
-ROUNDS = 4  # of calibrating thresholds
-SCORES = 7  # one of so many entries is looked at for them
 GRID = 1001  # points of a site's calibrated distribution of scores
 UNIFORM = {"h1": 1.0, "h2": 1.0, "h3": 1.0, "h4": 1.0}
 
@@ -115,6 +114,11 @@ class Lab:
         return self._grids[kind][site.name][round(share * (GRID - 1))].item()
 
     @cached_property
+    def thresholded(self) -> Plan:
+        """The plan with thresholds."""
+        return with_thresholds(self.model, self.plan, self.batches, progress=False)
+
+    @cached_property
     def released_bases(self) -> dict[str, torch.Tensor]:
         """Inner site -> eigenvectors of the covariance of its input with the gain, as the released code takes them."""
         covariance: dict[str, torch.Tensor] = {}
@@ -194,24 +198,15 @@ GREEDY_STEP, GREEDY_UNTIL = 0.025, 0.65  # shares of a decoder layer's bytes
 Method = Callable[[Lab, float], AbstractContextManager]
 
 
-def from_plan(plan: Plan) -> Method:
-    """A plan's own method: mapped Top-K as ``torch.compile(backend="larosa")`` runs it."""
-    return lambda lab, sparsity: simulated(lab.model, plan, sparsity, keep_largest)
-
-
-def thresholded(plan: Plan) -> Method:
-    """A plan's maps with a threshold of |z| at each site in place of its Top-K: tokens differ in what they leave out.
-
-    The thresholds are those that leave out as much as the Top-K over the calibration batch, in the sparse model itself:
-    the dense model's first, then, some times, those of the model that the last ones made sparse.
-    """
+def from_plan(plan: Plan, selection: str | None = None) -> Method:
+    """A plan's own method, mapped Top-K or thresholds, as ``torch.compile(backend="larosa")`` runs it."""
     def method(lab: Lab, sparsity: float) -> AbstractContextManager:
-        limits: dict[str, torch.Tensor] = {}
-        for _ in range(ROUNDS):
-            limits = _limits(lab, plan, plan.k_at(sparsity), limits)
+        limits = plan.thresholds_at(sparsity, selection)
+        if limits is None:
+            return simulated(lab.model, plan, sparsity, keep_largest, "topk")
 
         def select(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
-            read = z.abs() > limits[site.name]
+            read = at_least(z.abs(), limits[site.name])
             lab.meter.add(site, read)
             return z * read
 
@@ -220,24 +215,14 @@ def thresholded(plan: Plan) -> Method:
     return method
 
 
-def _limits(lab: Lab, plan: Plan, k: Mapping[str, int], before: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Site -> the |z| that on average k channels exceed, in the model that the limits ``before`` make sparse."""
-    found: dict[str, torch.Tensor] = {}
-
-    def look(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
-        scores = z.abs().flatten()[::SCORES].float()
-        dropped = round((1 - k[site.name] / site.in_features) * len(scores))
-        found[site.name] = scores.kthvalue(dropped).values if dropped else scores.new_tensor(-1.0)
-        return z if site.name not in before else z * (z.abs() > before[site.name])
-
-    with torch.no_grad(), mapped(lab.model, plan, look):
-        lab.model(lab.batch, use_cache=False)
-    return found
-
-
 def larosa(lab: Lab, sparsity: float) -> AbstractContextManager:
     """LaRoSA as it can be folded: PCA of the gain-free activations, one rotation a layer."""
-    return from_plan(lab.plan)(lab, sparsity)
+    return from_plan(lab.plan, "topk")(lab, sparsity)
+
+
+def larosa_threshold(lab: Lab, sparsity: float) -> AbstractContextManager:
+    """The same rotations and coefficients, with thresholds in place of Top-K."""
+    return from_plan(lab.thresholded)(lab, sparsity)
 
 
 def released(lab: Lab, sparsity: float, own: bool = False) -> AbstractContextManager:
@@ -358,7 +343,7 @@ def r_sparse(lab: Lab, sparsity: float, share: float = 0.15) -> AbstractContextM
 
 
 METHODS: dict[str, Method] = {
-    "topk": topk, "larosa": larosa, "larosa-released": released,
+    "topk": topk, "larosa": larosa, "larosa-threshold": larosa_threshold, "larosa-released": released,
     "larosa-released-own": lambda lab, sparsity: released(lab, sparsity, own=True), "teal": teal, "cats": cats, "wina": wina,
     "wina-svd": lambda lab, sparsity: wina(lab, sparsity, svd=True), "norsa": norsa, "r-sparse": r_sparse,
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from larosa_fx import compat
 
 CHOICES = {
+    "selection": (None, "topk", "threshold"),
     "sparsify": ("decode", "all"),
     "weights": ("copy", "replace"),
     "compiler": ("inductor", "eager"),
@@ -22,6 +23,7 @@ class Options:
 
     plan: path of a saved plan; None takes the plan that ``calibrate`` attached to these weights.
     sparsity: byte sparsity of the block linears in [0, 1); None takes the plan's own.
+    selection: "topk" or "threshold" (``larosa_fx.thresholds``); None takes the plan's own.
     sparsify: "decode" keeps prefill dense and sparsifies graphs of one token a sequence; "all" sparsifies every token.
     mode: an Inductor mode ("reduce-overhead", "max-autotune", ...) or None. torch.compile refuses its own ``mode``
         beside ``options``; this one stands in for it.
@@ -43,6 +45,7 @@ class Options:
     weights: str = "copy"
     rotate_cache: bool = False
     compiler: str = "inductor"
+    selection: str | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, object] | None, mode: str | None = None) -> Options:
@@ -70,14 +73,19 @@ class Options:
                 raise ValueError(f"option {name!r} takes a path, not {type(value).__name__}; save the plan and pass "
                                  "its path" if name == "plan" else f"option {name!r} takes a path")
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"option {name!r} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+            check_choice(f"option {name!r}", getattr(self, name), allowed)
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         for name in ("strict", "rotate_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"option {name!r} is {getattr(self, name)!r}; choose True or False")
         compat.inductor_options(self.mode)
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
 
 
 def check_sparsity(value: object) -> float:

@@ -17,13 +17,15 @@ import safetensors.torch
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from larosa_fx.allocate import allocate, byte_sparsity
+from larosa_fx.allocate import MOST, allocate, byte_sparsity
 from larosa_fx.graph import PARAMETER, affine, is_layer_norm, upstream
 from larosa_fx.structure import BASES, Site
 
 FORMAT = "larosa-plan"
-VERSION = 2  # 2: maps of heads, scales, coefficients of single sites
+VERSION = 3  # 2: maps of heads, scales, coefficients of single sites; 3: thresholds
 SAMPLES = 32  # elements of each weight that identify it
+SELECTIONS = ("topk", "threshold")
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)  # byte sparsities for which thresholds are held
 ORTHOGONALITY = 1e-4  # largest |Q^T Q - I| accepted; fp32 rounding of a 8192 x 8192 rotation stays far below
 
 
@@ -72,7 +74,9 @@ class Plan:
     samples: site name -> [linears, SAMPLES] fp32, elements of its weights as ``weight_dtype`` held them.
     provenance: method, model, text, library versions, settings.
     heads: outer site -> M, [heads, d, d] fp32, invertible; each head of the values is mapped, v M. scales: site -> s,
-    [K] fp32, positive; the Top-K is taken of z s. Both are undone in the linears that read the site. Trained, or empty.
+    [K] fp32, positive; selected is by z s. Both are undone in the linears that read the site. Trained, or empty.
+    selection: "topk" keeps the same number of channels for every token; "threshold" those with |z s| >= t, a number that
+    differs from token to token and is k on average over calibration text. thresholds: site -> t at each of LEVELS, fp32.
     """
 
     rotation: str
@@ -86,6 +90,8 @@ class Plan:
     provenance: dict[str, object] = field(default_factory=dict)
     heads: dict[str, torch.Tensor] = field(default_factory=dict)
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    selection: str = "topk"
+    thresholds: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def k(self) -> dict[str, int]:
@@ -93,7 +99,22 @@ class Plan:
 
     def k_at(self, sparsity: float | None) -> dict[str, int]:
         """Channels kept at each site at a byte sparsity, None for the plan's own; needs no new calibration."""
-        return allocate(self.sites, self.sparsity if sparsity is None else sparsity, self.coefficients)
+        return allocate(self.sites, self.sparsity if sparsity is None else sparsity, self.coefficients, MOST)
+
+    def thresholds_at(self, sparsity: float | None = None, selection: str | None = None) -> dict[str, float] | None:
+        """Each site's threshold at a byte sparsity, linear between LEVELS; None where a Top-K selects.
+
+        Both arguments: None for the plan's own. PlanError where the plan holds no thresholds.
+        """
+        selection = self.selection if selection is None else selection
+        if selection not in SELECTIONS:
+            raise ValueError(f"selection is {selection!r}; choose one of {', '.join(SELECTIONS)}")
+        if selection == "topk":
+            return None
+        if not self.thresholds:
+            raise PlanError('the plan holds no thresholds; calibrate or train with selection="threshold"')
+        sparsity = self.sparsity if sparsity is None else sparsity
+        return {name: float(np.interp(sparsity, (0.0, *LEVELS), (0.0, *t.tolist()))) for name, t in self.thresholds.items()}
 
     @property
     def byte_sparsity(self) -> float:
@@ -120,12 +141,13 @@ class Plan:
         """Write the plan to ``path``; the file appears whole or not at all. Returns the path."""
         path = Path(path)
         tensors = {f"rotation/{name}": q.detach().cpu().float().contiguous() for name, q in self.rotations.items()}
-        for kind, held in (("heads", self.heads), ("scale", self.scales)):
+        for kind, held in (("heads", self.heads), ("scale", self.scales), ("thresholds", self.thresholds)):
             tensors |= {f"{kind}/{name}": t.detach().cpu().float().contiguous() for name, t in held.items()}
         tensors |= {f"samples/{name}": s.detach().cpu().float().contiguous() for name, s in self.samples.items()}
         header = {"rotation": self.rotation, "sparsity": self.sparsity, "coefficients": self.coefficients,
                   "sites": [asdict(site) for site in self.sites], "k": self.k, "byte_sparsity": self.byte_sparsity,
-                  "basis": self.basis, "weight_dtype": self.weight_dtype, "provenance": self.provenance}
+                  "basis": self.basis, "weight_dtype": self.weight_dtype, "provenance": self.provenance,
+                  "selection": self.selection}
         metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -160,7 +182,8 @@ class Plan:
             plan = cls(header["rotation"], header["sparsity"], header["coefficients"],
                        [PlanSite(**site) for site in header["sites"]], _under("rotation/", tensors),
                        _under("samples/", tensors), header["weight_dtype"], header["basis"], header["provenance"],
-                       _under("heads/", tensors), _under("scale/", tensors))
+                       _under("heads/", tensors), _under("scale/", tensors), header.get("selection", "topk"),
+                       _under("thresholds/", tensors))
             plan.validate(str(path))
             if header["k"] != plan.k:
                 raise PlanError(f"{path} is inconsistent: its k are not those of sparsity {plan.sparsity} and its "
@@ -190,6 +213,7 @@ class Plan:
             if error > ORTHOGONALITY:
                 raise PlanError(f"{name}: rotation {basis!r} is not orthogonal (max |Q^T Q - I| = {error:.1e})")
         self._validate_maps(name)
+        self._validate_selection(name)
         for site in self.sites:
             if site.basis is not None and self.rotations.get(site.basis, torch.empty(0)).shape[:1] != (site.in_features,):
                 raise PlanError(f"{name} has no rotation {site.basis!r} of {site.in_features} channels, which {site.name} "
@@ -210,6 +234,17 @@ class Plan:
                 raise PlanError(f"{name} scales {key}, where scales cannot be folded")
             if s.shape != (site.in_features,) or not (torch.isfinite(s).all() and (s > 0).all()):
                 raise PlanError(f"{name}: the scale of {key} is not {site.in_features} positive numbers")
+
+    def _validate_selection(self, name: str) -> None:
+        if self.selection not in SELECTIONS:
+            raise PlanError(f"{name} has the unknown selection {self.selection!r}; known: {', '.join(SELECTIONS)}")
+        if self.selection == "threshold" and not self.thresholds:
+            raise PlanError(f"{name} selects by thresholds but holds none")
+        if self.thresholds and self.thresholds.keys() != {site.name for site in self.sites}:
+            raise PlanError(f"{name} does not hold thresholds for each of its sites")
+        for key, t in self.thresholds.items():
+            if t.shape != (len(LEVELS),) or not (torch.isfinite(t).all() and (t >= 0).all()):
+                raise PlanError(f"{name}: the thresholds of {key} are not {len(LEVELS)} numbers, none negative")
 
     # ---- model -----------------------------------------------------------------------------------------------------
 

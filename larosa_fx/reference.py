@@ -1,4 +1,4 @@
-"""The method in plain words, with hooks on the eager model: map, keep the Top-K, map back. Slow, and independent.
+"""The method in plain words, with hooks on the eager model: map, select channels, map back. Slow, and independent.
 
 No graph, no folding, no adapters, no custom op: what the compiled model must agree with, and a way to simulate a plan.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -57,9 +58,24 @@ class _Turns:
         self.hooks.setdefault(module, []).append(hook)
 
     def __call__(self, module: torch.nn.Module, args: tuple) -> tuple | None:
+        if _aside.get():
+            return None
         turn = self._calls[module] % len(self.hooks[module])
         self._calls[module] += 1
         return self.hooks[module][turn](args)
+
+
+_aside: ContextVar[bool] = ContextVar("larosa_aside", default=False)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Within the context no site's activation is replaced: the model is the dense one again."""
+    token = _aside.set(True)
+    try:
+        yield
+    finally:
+        _aside.reset(token)
 
 
 def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -86,11 +102,22 @@ def keep_largest(x: torch.Tensor, k: int) -> torch.Tensor:
     return x * largest(x.abs(), k)[0]
 
 
+def at_least(score: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
+    """Mask of the scores that a threshold keeps, all but those below it: NaN stays."""
+    return ~(score < threshold)
+
+
 def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None,
-              keep: Callable[[torch.Tensor, int], torch.Tensor] = keep_top_k) -> AbstractContextManager[torch.nn.Module]:
-    """Within the context ``model`` computes as if compiled with ``plan`` and ``sparsify="all"``, every token sparsified."""
-    k = plan.k_at(sparsity)
-    return mapped(model, plan, lambda site, z: keep(z, k[site.name]))
+              keep: Callable[[torch.Tensor, int], torch.Tensor] = keep_top_k, selection: str | None = None
+              ) -> AbstractContextManager[torch.nn.Module]:
+    """Within the context ``model`` computes as if compiled with ``plan`` and ``sparsify="all"``, every token sparsified.
+
+    keep: the Top-K. selection: "topk" or "threshold", None for the plan's own.
+    """
+    k, thresholds = plan.k_at(sparsity), plan.thresholds_at(sparsity, selection)
+    if thresholds is None:
+        return mapped(model, plan, lambda site, z: keep(z, k[site.name]))
+    return mapped(model, plan, lambda site, z: z * at_least(z.abs(), thresholds[site.name]))
 
 
 @contextmanager

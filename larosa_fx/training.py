@@ -19,11 +19,16 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from larosa_fx.allocate import coefficient
-from larosa_fx.plan import ATTACHED, Plan, PlanSite
-from larosa_fx.reference import Affine, Replacement, largest, map_heads, replaced
+from larosa_fx.allocate import MOST, coefficient
+from larosa_fx.options import check_choice
+from larosa_fx.plan import ATTACHED, SELECTIONS, Plan, PlanSite
+from larosa_fx.reference import Affine, Replacement, at_least, largest, map_heads, replaced
 from larosa_fx.replay import Replayed
 from larosa_fx.rotations import orthonormal
+from larosa_fx.thresholds import quantile, with_thresholds
+
+SATURATING = 8  # rounds of handing on what saturated sites cannot drop; each can only saturate more
+THRESHOLD_ROWS = 64  # of the text, for the thresholds of a trained plan
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class TrainingOptions:
 
     steps, batch (sequences a step), rows (sequences that run at once: bounds memory), lr (peak, of rotations; one cycle).
     sparsities: byte sparsities, drawn in turn; the loss is log KL, so that none outweighs the others.
+    selection: "threshold" ranks the channels of all tokens that run at once together, as the thresholds will do that are
+        fitted at the end; "topk" each token's own.
     temperature: width of the selection's soft boundary in log |z|; None passes gradients straight through the mask, which
     tells scales and allocation nothing.
     rotations, heads, scales, allocation: what is trained; the last two at lr_scales and lr_allocation (of logarithms).
@@ -48,6 +55,7 @@ class TrainingOptions:
     lr_scales: float = 2e-3
     lr_allocation: float = 5e-3
     sparsities: tuple[float, ...] = (0.4, 0.5, 0.6)
+    selection: str = "threshold"
     temperature: float | None = 0.1
     rotations: bool = True
     heads: bool = True
@@ -68,6 +76,9 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
     ValueError where there is nothing to train on, or the checkpoint belongs to another training.
     """
     options = options or TrainingOptions()
+    check_choice("selection", options.selection, SELECTIONS)
+    if not options.sparsities or not all(0 < s < MOST for s in options.sparsities):
+        raise ValueError(f"sparsities are {options.sparsities}; training takes some between 0 and {MOST}")
     device = next(model.parameters()).device
     tokens = torch.cat([b.cpu() for b in batches]) if len(batches) else torch.empty(0, 0)
     if not tokens.numel() or not validation:
@@ -77,9 +88,12 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
     model.eval().requires_grad_(False)
     try:
         state = State(model, plan, options)
-        trainer = _Trainer(model, state, tokens, held_out, options, device, Path(checkpoint) if checkpoint else None)
-        losses = trainer.run(progress)
+        with _Trainer(model, state, tokens, held_out, options, device, Path(checkpoint) if checkpoint else None) as trainer:
+            losses = trainer.run(progress)
         trained = state.plan()
+        if options.selection == "threshold":
+            some = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(options.seed))[:THRESHOLD_ROWS]
+            trained = with_thresholds(model, trained, [tokens[some]], progress=progress)
     finally:
         model.train(mode)
         for p, needed in zip(model.parameters(), grads, strict=True):
@@ -92,18 +106,23 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
 
 
 class _Mask(torch.autograd.Function):
-    """z with all but its k entries of largest score |z| s set to zero; [..., D].
+    """z, [..., D], with all but the k entries of a row of largest score |z| s set to zero; k None: but a share of all rows'.
 
     Backward: the mask is a constant (straight through) plus, with a temperature t, half the derivative of the soft Top-K
-    sigmoid((log score - threshold) / t) that keeps its sum k. Half, because the loss is about quadratic around the dense
-    model: letting channel i in changes it by g_i z_i + h z_i^2 / 2, and g_i is -h z_i where channels do not interact.
+    sigmoid((log score - threshold) / t) that keeps its sum, over what is ranked together. Half, because the loss is about
+    quadratic around the dense model: letting channel i in changes it by g_i z_i + h z_i^2 / 2, and g_i is -h z_i where
+    channels do not interact.
     """
 
     @staticmethod
     def forward(ctx, z, log_scale, share, k, temperature):
         score = z.abs() if log_scale is None else z.abs() * log_scale.exp()
-        mask, threshold = largest(score, k)
-        ctx.temperature = temperature
+        if k is None:
+            threshold = quantile(score, share)
+            mask = at_least(score, threshold)
+        else:
+            mask, threshold = largest(score, k)
+        ctx.temperature, ctx.together = temperature, tuple(range(z.ndim)) if k is None else -1
         if temperature is None:
             ctx.save_for_backward(mask)
         else:
@@ -119,11 +138,11 @@ class _Mask(torch.autograd.Function):
         soft = torch.sigmoid(ratio.clamp_min(1e-12).log() / ctx.temperature)
         weight = soft * (1 - soft)
         gain = grad * z
-        mean = (weight * gain).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(1e-12)
+        mean = (weight * gain).sum(ctx.together, True) / weight.sum(ctx.together, True).clamp_min(1e-12)
         boundary = 0.5 / ctx.temperature * weight * (gain - mean)  # derivative in log score
         into_z = grad * mask + torch.where(weight > 1e-3, boundary / z, 0)
         into_scale = boundary.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        into_share = -0.5 * z.shape[-1] * mean.sum() if ctx.needs_input_grad[2] else None
+        into_share = -0.5 * z.numel() * mean.mean() if ctx.needs_input_grad[2] else None
         return into_z, into_scale, into_share, None, None
 
 
@@ -164,9 +183,14 @@ class State:
                 ([self.shares] if o.allocation else [], o.lr_allocation, False)]
 
     def dropped(self, sparsity: float | torch.Tensor) -> torch.Tensor:
-        """Share of channels dropped at each site, [sites]: proportional to the coefficients, their bytes as asked."""
+        """Share of channels dropped at each site, [sites]: proportional to the coefficients up to MOST, their bytes as asked."""
         c = self.shares.exp()
-        return (c * (sparsity * self._bytes.sum() / (c * self._bytes).sum())).clamp(max=0.95)
+        full = torch.zeros_like(c)
+        for _ in range(SATURATING):
+            missing = sparsity * self._bytes.sum() - MOST * (full * self._bytes).sum()
+            share = c * (missing / (c * self._bytes * (1 - full)).sum())
+            full = (share > MOST).to(c)
+        return share.clamp(max=MOST)
 
     def kept(self, shares: torch.Tensor) -> torch.Tensor:
         """Channels kept at each site, [sites] int64; those of the plan, up to the rounding to whole channels."""
@@ -176,8 +200,10 @@ class State:
     def applied(self, model: torch.nn.Module, sparsity: float | torch.Tensor) -> Iterator[torch.nn.Module]:
         """The model sparsified as the state stands, differentiable in it. On a GPU nothing waits for the channel counts."""
         shares = self.dropped(sparsity)
-        k = self.kept(shares)
-        k = list(k.split(1)) if k.is_cuda else k.tolist()
+        k = [None] * len(shares)
+        if self.options.selection == "topk":
+            k = self.kept(shares)
+            k = list(k.split(1)) if k.is_cuda else k.tolist()
         of = {site.name: (share, n) for site, share, n in zip(self.sites, shares.unbind(), k, strict=True)}
         with replaced(model, self.sites, lambda site: self._sparse(site, *of[site.name])):
             yield model
@@ -198,9 +224,9 @@ class State:
             coefficients={**self.start.coefficients,
                           **dict(zip((s.name for s in self.sites), self.shares.exp().tolist(), strict=True))},
             heads={name: m.float().cpu() for name, m in heads.items()},
-            scales={name: s.float().cpu() for name, s in scales.items()})
+            scales={name: s.float().cpu() for name, s in scales.items()}, selection="topk", thresholds={})
 
-    def _sparse(self, site: PlanSite, share: torch.Tensor, k: int | torch.Tensor) -> Replacement:
+    def _sparse(self, site: PlanSite, share: torch.Tensor, k: int | torch.Tensor | None) -> Replacement:
         q, r, log_scale = (held.get(name) for held, name in (
             (self.rotations, site.basis), (self.heads, site.name), (self.scales, site.name)))
         if site.blocks:
@@ -300,6 +326,12 @@ class _Trainer:
         for ids in (tokens, held_out):
             digest.update(ids.numpy().tobytes())
         self.fingerprint = digest.hexdigest()
+
+    def __enter__(self) -> _Trainer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self.gradients, self.divergence  # graphs of a whole step's memory, in a cycle with this object
 
     def run(self, progress: bool) -> dict[str, object]:
         o = self.options

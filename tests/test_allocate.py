@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from larosa_fx.allocate import COEFFICIENTS, allocate, byte_sparsity
+from larosa_fx.allocate import COEFFICIENTS, MOST, allocate, byte_sparsity
 
 
 @dataclass
@@ -67,6 +67,17 @@ def test_saturated_sites_leave_the_rest_to_others(rng):
     sites = [Shape("a", "h1", 100, 50), Shape("b", "h4", 100, 50)]
     k = allocate(sites, 0.9, {"h1": 1.0, "h4": 3.0})
     assert k == {"a": 19, "b": 1}  # 180 of 200 channels go: 99 where the share is threefold, 81 elsewhere
+
+
+def test_no_site_drops_more_than_most(rng):
+    sites = [Shape("a", "h1", 100, 50), Shape("b", "h4", 100, 50)]
+    assert allocate(sites, 0.9, {"h1": 1.0, "h4": 3.0}, MOST) == {"a": 15, "b": 5}
+    assert allocate(sites, 0.97, {"h1": 1.0, "h4": 3.0}, MOST) == {"a": 3, "b": 3}  # where all must, they do
+    for _ in range(100):
+        sites, c, sparsity = shapes(rng), coefficients(rng), rng.uniform(0.01, 0.95)
+        k = allocate(sites, sparsity, c, MOST)
+        assert abs(not_read(sites, k) - sparsity * elements(sites)) <= max(s.out_features for s in sites) / 2 + 1e-6
+        assert all(k[s.name] >= int(s.in_features * (1 - MOST)) for s in sites)
 
 
 def test_more_sparsity_keeps_fewer_channels(rng):

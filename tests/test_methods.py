@@ -5,9 +5,10 @@ import torch
 
 import larosa_fx
 from larosa_fx import methods
-from larosa_fx.evaluate import window_nll
+from larosa_fx.allocate import nominal_sparsity
+from larosa_fx.evaluate import window_nll, window_scores
 from larosa_fx.methods import METHODS, Lab, Meter, Unreachable
-from larosa_fx.reference import simulated
+from larosa_fx.reference import aside, simulated
 from tiny import error, ids, llama
 
 FIXED = ("topk", "larosa-released", "larosa-released-own", "wina", "wina-svd")
@@ -49,11 +50,11 @@ def test_thresholds_leave_out_about_what_was_asked(lab, name, sparsity):
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
 def test_thresholds_of_a_plan_leave_out_about_what_its_top_k_does(lab, sparsity):
-    with methods.thresholded(lab.plan)(lab, sparsity):
-        lab.meter = Meter(lab.sites)
-        got = lab.model(lab.batch).logits
-    reached = lab.meter.per_token()
-    assert reached.mean().item() == pytest.approx(sparsity, abs=0.03) and reached.std() > 0
+    got, reached = run(lab, "larosa-threshold", sparsity, lab.batch)
+    assert reached.mean().item() == pytest.approx(sparsity, abs=0.02) and reached.std() > 0.01
+    assert lab.meter.nominal() == pytest.approx(nominal_sparsity(lab.sites, lab.plan.k_at(sparsity)), abs=0.02)
+    with simulated(lab.model, lab.thresholded, sparsity):
+        assert torch.equal(got, lab.model(lab.batch).logits)
     with simulated(lab.model, lab.plan, sparsity):
         assert not torch.equal(got, lab.model(lab.batch).logits)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lab.model.modules())
@@ -72,6 +73,13 @@ def test_cats_stops_at_its_matrices(lab):
 def test_nothing_left_out_is_the_model(lab, name):
     tokens = ids(2, 9)
     assert error(run(lab, name, 0.0, tokens)[0], lab.model(tokens).logits) < 2e-2  # thresholds at the smallest score seen
+
+
+def test_aside_the_model_is_dense(lab):
+    tokens = ids(2, 9)
+    with METHODS["topk"](lab, 0.5), aside():
+        inside = lab.model(tokens).logits
+    assert torch.equal(inside, lab.model(tokens).logits)
 
 
 def test_larosa_is_the_plans_simulation(lab):
@@ -108,3 +116,19 @@ def test_windows_are_scored_one_by_one(lab):
     logits = lab.model(tokens).logits
     expected = [torch.nn.functional.cross_entropy(row[:-1], t[1:]).item() for row, t in zip(logits, tokens, strict=True)]
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_divergence_of_windows(lab):
+    tokens = ids(3, 12)
+    dense = lab.model(tokens).logits.log_softmax(-1)
+
+    def model(*args, **kwargs):
+        with aside():
+            return lab.model(*args, **kwargs)
+
+    with METHODS["topk"](lab, 0.5):
+        sparse = lab.model(tokens).logits.log_softmax(-1)
+        nll, kl = window_scores(lab.model, tokens, model, rows=2, progress=False)
+        assert torch.equal(nll, window_nll(lab.model, tokens, rows=2, progress=False))
+    expected = (dense.exp() * (dense - sparse)).sum(-1).mean(-1)
+    assert kl.tolist() == pytest.approx(expected.tolist(), rel=1e-4) and kl.min() > 0

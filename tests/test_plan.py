@@ -132,8 +132,8 @@ def test_another_safetensors_file(path, metadata):
 
 
 def test_newer_version(path):
-    rewrite_file(path, metadata={"version": "3"})
-    with pytest.raises(PlanError, match=r"plan version 3, .* reads up to 2: update larosa_fx or calibrate again"):
+    rewrite_file(path, metadata={"version": "4"})
+    with pytest.raises(PlanError, match=r"plan version 4, .* reads up to 3: update larosa_fx or calibrate again"):
         Plan.load(path)
 
 

@@ -7,7 +7,9 @@ import torch
 
 import larosa_fx
 from larosa_fx import training
-from larosa_fx.reference import largest, simulated
+from larosa_fx.allocate import MOST, byte_sparsity
+from larosa_fx.reference import at_least, largest, mapped, simulated
+from larosa_fx.thresholds import with_thresholds
 from larosa_fx.training import State, TrainingOptions, train
 from tiny import error, ids, llama
 
@@ -32,8 +34,9 @@ def divergence(model, plan, tokens, sparsity):
 
 
 @pytest.mark.parametrize("change", [
-    {}, {"heads": False}, {"scales": (), "allocation": False}, {"rotations": False}, {"rows": 1}, {"scales": ("h2", "h4")}],
-    ids=["all", "no heads", "rotations", "no rotations", "row by row", "scales of outer sites"])
+    {}, {"selection": "topk"}, {"heads": False}, {"scales": (), "allocation": False}, {"rotations": False}, {"rows": 1},
+    {"scales": ("h2", "h4")}],
+    ids=["all", "top-k", "no heads", "rotations", "no rotations", "row by row", "scales of outer sites"])
 def test_training_lowers_the_divergence(start, change):
     model, plan, tokens = start
     before = [p.clone() for p in model.parameters()]
@@ -47,6 +50,8 @@ def test_training_lowers_the_divergence(start, change):
     for q in trained.rotations.values():
         assert (q.double().T @ q.double() - torch.eye(len(q))).abs().max() < 1e-6
     assert trained.byte_sparsity == pytest.approx(0.5, abs=0.02)
+    assert trained.selection == change.get("selection", "threshold")
+    assert bool(trained.thresholds) == (trained.selection == "threshold")
 
 
 @pytest.mark.parametrize("k", [1, 8, 17])
@@ -74,7 +79,7 @@ def test_replayed_steps_are_the_called_ones(start, monkeypatch):
 def test_the_trained_plan_is_what_was_validated(start, monkeypatch):
     """The state's own forward and the reference's simulation of its plan are one function."""
     model, tokens = llama(num_key_value_heads=4), start[2]  # GQA makes ties in the first token's h2
-    state = State(model, larosa_fx.calibrate(model, tokens, progress=False), QUICK)
+    state = State(model, larosa_fx.calibrate(model, tokens, progress=False), replace(QUICK, selection="topk"))
     with torch.no_grad():
         state.scales["layers.0.h2"] += torch.randn_like(state.scales["layers.0.h2"])
         with state.applied(model, 0.5):
@@ -87,6 +92,57 @@ def test_the_trained_plan_is_what_was_validated(start, monkeypatch):
             expected = model(tokens[0]).logits
     close = (got - expected).abs().amax(-1) < 1e-3 * expected.abs().max()
     assert close.double().mean() > 0.9  # a channel at the threshold may flip by rounding
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.9])
+def test_saturated_sites_hand_on_what_they_cannot_drop(start, sparsity):
+    """The state's shares of channels are the plan's, the steepest allocation included."""
+    model, plan, _ = start
+    state = State(model, plan, QUICK)
+    with torch.no_grad():
+        state.shares.copy_(torch.randn_like(state.shares) * 1.5)
+    share, k = state.dropped(sparsity).tolist(), state.plan().k_at(sparsity)
+    assert max(share) <= MOST + 1e-6
+    for site, dropped in zip(state.sites, share, strict=True):
+        assert site.in_features - k[site.name] == pytest.approx(dropped * site.in_features, abs=1)
+
+
+def test_thresholds_are_those_of_the_training(start, monkeypatch):
+    """Fitted to the one batch that the state ranks they select what it selects."""
+    model, plan, tokens = start
+    state = State(model, plan, QUICK)
+    with torch.no_grad():
+        state.scales["layers.0.h3"] += torch.randn_like(state.scales["layers.0.h3"])
+        with state.applied(model, 0.5):
+            expected = model(tokens[0]).logits
+        kept = {site.name: site.in_features * (1 - share) for site, share in zip(
+            state.sites, state.dropped(0.5).tolist(), strict=True)}  # not rounded to whole channels
+        with monkeypatch.context() as patch:
+            patch.setattr(larosa_fx.Plan, "k_at", lambda plan, sparsity: kept)
+            trained = with_thresholds(model, state.plan(), tokens[:1], progress=False)
+        with simulated(model, trained, 0.5):
+            got = model(tokens[0]).logits
+    close = (got - expected).abs().amax(-1) < 1e-3 * expected.abs().max()
+    assert close.double().mean() > 0.9  # a channel at the threshold may flip by rounding
+
+
+def test_fitted_thresholds_leave_out_what_the_top_k_does(start):
+    model, plan, tokens = start
+    text = torch.cat(tokens)
+    fitted = with_thresholds(model, plan, tokens, progress=False)
+    assert fitted.selection == "threshold" and plan.selection == "topk" and plan.thresholds_at() is None
+    for sparsity in (0.3, 0.5, 0.55, 0.9):
+        limits, read = fitted.thresholds_at(sparsity), {}
+
+        def select(site, z, limits=limits, read=read):
+            mask = at_least(z.abs(), limits[site.name])
+            read[site.name] = mask.double().mean().item() * site.in_features
+            return z * mask
+
+        with torch.no_grad(), mapped(model, fitted, select):
+            model(text)
+        assert byte_sparsity(fitted.sites, read) == pytest.approx(sparsity, abs=0.02)
+    assert set(fitted.thresholds_at(0.0).values()) == {0.0}
 
 
 def test_an_interrupted_training_goes_on(start, tmp_path, monkeypatch):
