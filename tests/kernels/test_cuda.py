@@ -14,12 +14,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 def shapes():
     base = {"channels": 4096, "columns": 4096, "adapter": 0, "full": False, "half": False, "gate": "", "norm": False,
-            "bias": False, "residual": False, "early": False, "gain": False}
+            "bias": False, "residual": False, "early": False, "gain": False, "threshold": False}
     more = [{}, {"norm": True, "bias": True}, {"norm": True, "gate": "silu", "columns": 22016}, {"residual": True},
             {"adapter": 4096, "early": True, "channels": 11008}, {"full": True, "norm": True},
             {"channels": 64, "columns": 32}, {"channels": 28672, "columns": 8192, "adapter": 8192}, {"gain": True},
             {"norm": True, "gain": True, "gate": "silu", "columns": 22016}, {"full": True, "norm": True, "gain": True},
             {"channels": 28672, "norm": True, "gain": True}, {"adapter": 4096, "early": True, "gain": True}]
+    more += [extra | {"threshold": True} for extra in more if not extra.get("full")]
     return [cuda_linear.Shape(**base | extra | {"half": half}) for extra in more for half in (False, True)]
 
 
