@@ -120,7 +120,7 @@ def serves(x: Tensor, adapter: int, gate: str) -> bool:
 
 
 def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None,
-                  gate: str, gain: Tensor | None = None) -> Tensor | None:
+                  gate: str, gain: Tensor | None = None, threshold: float | None = None) -> Tensor | None:
     """The op of the same name (see ``ops``), for checked arguments; None if this case, or this machine, is not served.
 
     The same inputs on the same number of threads give the same bits. MemoryError where there is no room for the scratch.
@@ -137,8 +137,8 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     inputs = [None if t is None else t.contiguous() for t in (x, weight, bias, residual, gain)]
     error = library.larosa_linear(
         *[None if t is None else t.data_ptr() for t in inputs], out.data_ptr(),
-        rows, channels, adapter, columns, k, -1.0 if eps is None else eps, reference.GATE_CODES[gate], _DTYPES[x.dtype],
-        torch.get_num_threads(),
+        rows, channels, adapter, columns, k, -1.0 if threshold is None else threshold, -1.0 if eps is None else eps,
+        reference.GATE_CODES[gate], _DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if error:
         raise MemoryError("sparse_linear: no memory for the partial sums")
@@ -236,7 +236,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library.larosa_init.argtypes, library.larosa_init.restype = [p], None
     library.larosa_select.argtypes, library.larosa_select.restype = [p, p, p, n, n, n, n, n], None
     library.larosa_gemv.argtypes, library.larosa_gemv.restype = [p, p, p, p, n, n, n, n, n, n], ctypes.c_int
-    library.larosa_linear.argtypes = [p, p, p, p, p, p, n, n, n, n, n, ctypes.c_double, n, n, n]
+    library.larosa_linear.argtypes = [p, p, p, p, p, p, n, n, n, n, n, ctypes.c_double, ctypes.c_double, n, n, n]
     library.larosa_linear.restype = ctypes.c_int
     library.larosa_attention.argtypes = [*[p] * 10, *[n] * 6, ctypes.c_double, n, n]
     library.larosa_attention.restype = ctypes.c_int

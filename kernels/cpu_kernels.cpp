@@ -291,6 +291,22 @@ static void select_row(const typename D::T* x, int64_t channels, int64_t k, type
   compact<D>(x, cut, channels, over, values, indices, n, k);
 }
 
+// The lowest key whose magnitude times scale is not below t. A NaN never is, and MASK is one's.
+template <class D>
+static typename D::Key reaching(float t, float scale) {
+  typename D::Key lo = 0, hi = D::MASK;
+  while (lo < hi) {
+    typename D::Key mid = lo + (hi - lo) / 2;
+    typename D::T x;
+    memcpy(&x, &mid, sizeof x);
+    if (D::get1(x) * scale < t)
+      lo = mid + 1;
+    else
+      hi = mid;
+  }
+  return lo;
+}
+
 template <class D>
 struct Select {
   int64_t next, items;
@@ -383,14 +399,15 @@ constexpr int64_t SERIAL = 65536;  // bytes: with less to read, waking a thread 
 template <class D>
 struct Gemv {
   typedef typename D::T T;
-  const float* v;         // [rows, k], widened
-  const int32_t* index;   // [rows, k]
+  const float* v;         // [rows, stride], widened
+  const int32_t* index;   // [rows, stride]
   const T* w;             // [channels, columns]
   T* out;                 // [rows, outs]: gate(half of the columns) * the other half, or all of them
-  int64_t rows, columns, k;
+  int64_t rows, columns, stride;
   int64_t gate = NONE;
   const T* bias = nullptr;      // [columns]
   const T* residual = nullptr;  // [rows, outs]
+  int64_t length[ROWS];         // of every row's list
   int64_t next, items, halves, outs, slab, slabs, splits;
   float* partial;         // [splits, rows, columns] if splits > 1
   int* arrived;           // [slabs] if splits > 1
@@ -398,7 +415,6 @@ struct Gemv {
   // Item = one slab of outputs x one range of every row's list.
   void item(int64_t i) {
     int64_t s = i % slabs, split = i / slabs, c0 = s * slab, c1 = min(outs, c0 + slab);
-    int64_t j0 = k * split / splits, j1 = k * (split + 1) / splits;
     int64_t tile = ACC / (rows * halves) / SLICE * SLICE;
     alignas(VB) float acc[ACC];
     for (int64_t c = c0; c < c1; c += tile) {
@@ -406,9 +422,9 @@ struct Gemv {
       memset(acc, 0, rows * halves * tile * sizeof(float));
       for (int64_t h = 0; h < halves; h++)
         if (rows == 1)
-          run(acc + h * tile, width, 0, j0, j1, c + h * outs);
+          run(acc + h * tile, width, 0, start(0, split), start(0, split + 1), c + h * outs);
         else
-          blocked(acc + h * rows * tile, tile, width, j0, j1, c + h * outs);
+          blocked(acc + h * rows * tile, tile, width, split, c + h * outs);
       for (int64_t m = 0; m < rows; m++) {
         float* sum = acc + m * tile;
         if (splits == 1)
@@ -431,28 +447,31 @@ struct Gemv {
       }
   }
 
+  // Where a split of a row's list begins.
+  int64_t start(int64_t m, int64_t split) { return length[m] * split / splits; }
+
   // Several rows: their lists advance together, a block of channels at a time, so that what one row has fetched is
   // still in the cache when the next one wants it. Lists that do not ascend are only slower.
-  void blocked(float* acc, int64_t tile, int64_t width, int64_t j0, int64_t j1, int64_t c) {
-    int64_t at[ROWS];
-    for (int64_t m = 0; m < rows; m++) at[m] = j0;
+  void blocked(float* acc, int64_t tile, int64_t width, int64_t split, int64_t c) {
+    int64_t at[ROWS], end[ROWS];
+    for (int64_t m = 0; m < rows; m++) at[m] = start(m, split), end[m] = start(m, split + 1);
     bool more = true;
     for (int64_t limit = BLOCK; more; limit += BLOCK) {
       more = false;
       for (int64_t m = 0; m < rows; m++) {
-        const int32_t* list = index + m * k;
+        const int32_t* list = index + m * stride;
         int64_t j = at[m];
-        while (j < j1 && list[j] < limit) j++;
+        while (j < end[m] && list[j] < limit) j++;
         run(acc + m * tile, width, m, at[m], j, c);
         at[m] = j;
-        more |= j < j1;
+        more |= j < end[m];
       }
     }
   }
 
   void run(float* acc, int64_t width, int64_t m, int64_t j, int64_t end, int64_t c) {
-    const float* x = v + m * k;
-    const int32_t* list = index + m * k;
+    const float* x = v + m * stride;
+    const int32_t* list = index + m * stride;
     const T* base = w + c;
     for (; j + 2 * GROUP <= end; j += GROUP)
       add_rows<D, GROUP>(acc, width, x + j, list + j, base, columns, list + j + GROUP);
@@ -487,7 +506,9 @@ struct Gemv {
 
   // Deals out the work and does it. Returns whether there was memory for the partial sums.
   bool multiply(int64_t threads) {
-    if (rows * k * columns * (int64_t)sizeof(T) < SERIAL) threads = 1;
+    int64_t listed = 0, longest = 0;
+    for (int64_t m = 0; m < rows; m++) listed += length[m], longest = max(longest, length[m]);
+    if (listed * columns * (int64_t)sizeof(T) < SERIAL) threads = 1;
     halves = gate ? 2 : 1, outs = columns / halves;
     // Whole rows stream better than narrow slabs, so a few threads share a slab and split the list. Only a few, unless
     // the rows are short: adding up the splits is work, too.
@@ -495,7 +516,7 @@ struct Gemv {
     slabs = max(1, min(threads / splits, outs * (int64_t)sizeof(T) / NARROW));
     slab = max(SLICE, ((outs + slabs - 1) / slabs + SLICE - 1) / SLICE * SLICE);
     slabs = (outs + slab - 1) / slab;
-    splits = max(1, min(threads / slabs, k / 32));
+    splits = max(1, min(threads / slabs, longest / 32));
     items = slabs * splits;
 
     int64_t sums = splits > 1 ? splits * rows * columns : 0;
@@ -522,6 +543,7 @@ static int gemv(const void* values, const int32_t* index, const void* weight, vo
   if (!wide) return 2;
   for (int64_t j = 0; j < rows * k; j++) wide[j] = D::get1(((const T*)values)[j]);
   Gemv<D> job = {wide, index, (const T*)weight, (T*)out, rows, columns, k};
+  for (int64_t m = 0; m < rows; m++) job.length[m] = k;
   bool done = job.multiply(threads);
   free(wide);
   return done ? 0 : 2;
@@ -546,32 +568,39 @@ static void scale_channels(const typename D::T* x, const typename D::T* gain, in
   for (; i < n; i++) out[i] = D::put1(D::get1(x[i]) * D::get1(gain[i]));
 }
 
-// The list of every row: the k largest channels of x times gain, scaled by x's norm, and behind them all of the
-// adapter's rows.
+// The list of every row: the k largest channels of x times gain, or those that reach the threshold, scaled by x's norm,
+// and behind them all of the adapter's rows.
 template <class D>
 static int linear(const void* x_, const void* weight, const void* bias, const void* residual_, const void* gain, void* out,
-                  int64_t rows, int64_t channels, int64_t adapter, int64_t columns, int64_t k, double eps, int64_t gate,
-                  int64_t threads) {
+                  int64_t rows, int64_t channels, int64_t adapter, int64_t columns, int64_t k, double threshold, double eps,
+                  int64_t gate, int64_t threads) {
   typedef typename D::T T;
+  typedef typename D::Bits Bits;
   if (rows * columns == 0) return 0;
   const T *x = (const T*)x_, *residual = (const T*)residual_;
-  int64_t listed = k + adapter;
-  float* wide = (float*)malloc(rows * listed * (sizeof(float) + sizeof(int32_t)) + (k + channels) * sizeof(T));
+  int64_t most = k + adapter;
+  float* wide = (float*)malloc(rows * most * (sizeof(float) + sizeof(int32_t)) + (k + channels) * sizeof(T));
   if (!wide) return 2;
-  int32_t* index = (int32_t*)(wide + rows * listed);
-  T *chosen = (T*)(index + rows * listed), *gained = chosen + k;
-  for (int64_t m = 0; m < rows; m++, x += channels) {
-    float* v = wide + m * listed;
-    int32_t* list = index + m * listed;
-    if (gain) scale_channels<D>(x, (const T*)gain, channels, gained);
-    select_row<typename D::Bits>(gain ? gained : x, channels, k, chosen, list);
-    float scale = eps < 0 ? 1 : 1 / sqrtf(mean_square<D>(x, channels) + (float)eps);
-    for (int64_t j = 0; j < k; j++) v[j] = D::get1(chosen[j]) * scale;
-    for (int64_t j = 0; j < adapter; j++)
-      v[k + j] = D::get1(residual[m * adapter + j]), list[k + j] = (int32_t)(channels + j);
-  }
-  Gemv<D> job = {wide, index, (const T*)weight, (T*)out, rows, columns, listed, gate, (const T*)bias,
+  int32_t* index = (int32_t*)(wide + rows * most);
+  T *chosen = (T*)(index + rows * most), *gained = chosen + k;
+  Gemv<D> job = {wide, index, (const T*)weight, (T*)out, rows, columns, most, gate, (const T*)bias,
                  adapter ? nullptr : residual};
+  for (int64_t m = 0; m < rows; m++, x += channels) {
+    float* v = wide + m * most;
+    int32_t* list = index + m * most;
+    if (gain) scale_channels<D>(x, (const T*)gain, channels, gained);
+    const T* z = gain ? gained : x;
+    float scale = eps < 0 ? 1 : 1 / sqrtf(mean_square<D>(x, channels) + (float)eps);
+    int64_t n = k;
+    if (threshold < 0)
+      select_row<Bits>(z, channels, k, chosen, list);
+    else
+      n = compact<Bits>(z, 0, channels, reaching<D>((float)threshold, scale), chosen, list, 0, k);
+    for (int64_t j = 0; j < n; j++) v[j] = D::get1(chosen[j]) * scale;
+    for (int64_t j = 0; j < adapter; j++)
+      v[n + j] = D::get1(residual[m * adapter + j]), list[n + j] = (int32_t)(channels + j);
+    job.length[m] = n + adapter;
+  }
   bool done = job.multiply(threads);
   free(wide);
   return done ? 0 : 2;
@@ -705,13 +734,13 @@ extern "C" int larosa_gemv(const void* values, const int32_t* indices, const voi
 
 // x [rows, channels], weight [channels + adapter, columns], bias [columns] or null, residual [rows, adapter], or if there
 // is no adapter like out, or null, gain [channels] or null -> out [rows, columns], behind a gate [rows, columns / 2].
-// eps < 0: no norm; gate: see Gate; no adapter behind a gate. rows <= ROWS / 2. Returns 0, or 2 if there is no memory for
-// the scratch.
+// threshold < 0: the k largest channels, or else k == channels; eps < 0: no norm; gate: see Gate; no adapter behind a gate.
+// rows <= ROWS / 2. Returns 0, or 2 if there is no memory for the scratch.
 extern "C" int larosa_linear(const void* x, const void* weight, const void* bias, const void* residual, const void* gain,
                              void* out, int64_t rows, int64_t channels, int64_t adapter, int64_t columns, int64_t k,
-                             double eps, int64_t gate, int64_t dtype, int64_t threads) {
+                             double threshold, double eps, int64_t gate, int64_t dtype, int64_t threads) {
   auto f = dtype == FP32 ? linear<Float> : dtype == FP16 ? linear<Half> : linear<BFloat>;
-  return f(x, weight, bias, residual, gain, out, rows, channels, adapter, columns, k, eps, gate, threads);
+  return f(x, weight, bias, residual, gain, out, rows, channels, adapter, columns, k, threshold, eps, gate, threads);
 }
 
 // q [batch, heads * group, dim], keys and values [batch, heads, length, dim], mask of bytes [length] every mask_stride or

@@ -29,6 +29,7 @@ class Shape(NamedTuple):
     residual: bool
     early: bool
     gain: bool
+    threshold: bool
 
 
 class Config(NamedTuple):
@@ -49,8 +50,9 @@ def config(shape: Shape, sms: int) -> Config:
 
 def shared_bytes(shape: Shape, c: Config) -> int:
     """Shared memory of a block, as sparse_linear.cu lays it out."""
+    histogram = 0 if shape.threshold else 2 * 8192
     partial = 4 * (c.threads // (c.tile // 8)) * (c.tile + 4)
-    return 2 * 8192 + 4 * shape.channels + partial + 2 * shape.adapter + 8 * (c.threads // 32) + 16
+    return histogram + 4 * shape.channels + partial + 2 * shape.adapter + 8 * (c.threads // 32) + 16
 
 
 def serves(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:
@@ -64,26 +66,29 @@ def serves(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool
         return False
     if x.device.type != "cuda" or not nvrtc.available() or nvrtc.properties(x.device).major < 8:
         return False
-    shape = Shape(channels, columns, adapter, False, x.dtype == torch.float16, gate, norm, False, False, False, False)
+    # Top-K's kernel takes more room than a threshold's.
+    shape = Shape(channels, columns, adapter, False, x.dtype == torch.float16, gate, norm, *[False] * 5)
     c = config(shape, nvrtc.properties(x.device).multi_processor_count)
     return c.tile <= c.threads and shared_bytes(shape, c) <= nvrtc.properties(x.device).shared_memory_per_block_optin
 
 
 def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None,
-                  gate: str, early: bool = False, gain: Tensor | None = None, *, using: Config | None = None) -> Tensor:
+                  gate: str, early: bool = False, gain: Tensor | None = None, threshold: float | None = None, *,
+                  using: Config | None = None) -> Tensor:
     """Launch on the tensors' device, which must be the current one, with arguments that ``serves`` has passed.
 
     early: the kernel that produces x reads residual as well, so that the adapter's rows may be read before x is there.
     """
     adapter = weight.shape[0] - x.shape[-1]
-    shape = Shape(x.shape[-1], weight.shape[1], adapter, k == x.shape[-1], x.dtype == torch.float16, gate,
+    drops = bool(threshold)  # 0 drops nothing
+    shape = Shape(x.shape[-1], weight.shape[1], adapter, k == x.shape[-1] and not drops, x.dtype == torch.float16, gate,
                   eps is not None, bias is not None, residual is not None and not adapter, early and adapter > 0,
-                  gain is not None)
+                  gain is not None, drops)
     kernel, blocks = _kernel(shape, x.device, using)
     y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
     inputs = [None if t is None else t.contiguous() for t in (x, weight, bias, residual, gain)]
     pointers = [0 if t is None else t.data_ptr() for t in inputs]
-    kernel.launch((blocks, 1, 1), *pointers, y.data_ptr(), k, 0.0 if eps is None else eps)
+    kernel.launch((blocks, 1, 1), *pointers, y.data_ptr(), k, 0.0 if eps is None else eps, threshold or 0.0)
     return y
 
 
@@ -92,7 +97,7 @@ def constants(shape: Shape, c: Config) -> dict[str, int]:
     return {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "TILE": c.tile,
             "THREADS": c.threads, "BATCH": c.batch, "SHARED": shared_bytes(shape, c), "GATE": GATE_CODES[shape.gate],
             **{flag.upper(): int(getattr(shape, flag))
-               for flag in ("full", "half", "norm", "bias", "residual", "early", "gain")}}
+               for flag in ("full", "half", "norm", "bias", "residual", "early", "gain", "threshold")}}
 
 
 @cache
@@ -100,6 +105,6 @@ def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[n
     properties = nvrtc.properties(device)
     c = using or config(shape, properties.multi_processor_count)
     cubin = nvrtc.compile(_SOURCE, constants(shape, c), (properties.major, properties.minor))
-    signature = (*[POINTER] * 6, INT, FLOAT)
+    signature = (*[POINTER] * 6, INT, FLOAT, FLOAT)
     kernel = nvrtc.Kernel(cubin, "sparse_linear", signature, threads=c.threads, shared=shared_bytes(shape, c))
     return kernel, -(-shape.columns // c.tile)

@@ -99,25 +99,25 @@ sparse_linear = _op(reference.sparse_linear)
 
 
 @_kernel("sparse_linear", "cpu")
-def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None):
-    reference.check_linear(x, k, weight, bias, residual, eps, gate, gain)
-    return cpu.sparse_linear(x, k, weight, bias, residual, eps, gate, gain)
+def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None, threshold=None):
+    reference.check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
+    return cpu.sparse_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
 
 
 @_kernel("sparse_linear", "cuda")
-def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None):
-    reference.check_linear(x, k, weight, bias, residual, eps, gate, gain)
+def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None, threshold=None):
+    reference.check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
     from larosa_fx.kernels import cuda_linear
 
     if not cuda_linear.serves(x, weight.shape[1], weight.shape[0] - x.shape[-1], eps is not None, gate):
         return None
     with torch.cuda.device(x.device):
-        return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early, gain)
+        return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early, gain, threshold)
 
 
 @torch.library.register_fake("larosa::sparse_linear")
-def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None):
-    return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate, gain)))
+def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None, threshold=None):
+    return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)))
 
 
 # ---- decode_attention ----------------------------------------------------------------------------------------------

@@ -70,10 +70,14 @@ def check_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> None:
 
 def check_linear(
     x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str,
-    gain: Tensor | None,
+    gain: Tensor | None, threshold: float | None = None,
 ) -> int:
     """Raise TypeError or ValueError unless ``sparse_linear`` is defined for these; the columns of its result."""
     check_select(x, k)
+    if threshold is not None and not threshold >= 0:
+        raise ValueError(f"sparse_linear: threshold must be 0 or more, got {threshold}")
+    if threshold is not None and k != x.shape[-1]:
+        raise ValueError(f"sparse_linear: k must be K where a threshold decides, got k={k} for K={x.shape[-1]} channels")
     if gate and gate not in GATES:
         raise ValueError(f"sparse_linear: gate must be one of {', '.join(GATES)} or empty, got {gate!r}")
     if weight.dim() != 2 or not weight.is_contiguous():
@@ -188,16 +192,18 @@ def sparse_linear(
     gate: str = "",
     early: bool = False,
     gain: Tensor | None = None,
+    threshold: float | None = None,
 ) -> Tensor:
     """A whole sparse site in one launch: norm, selection, product, and what follows it element by element.
 
     ``y = gate(top_k(rms_norm(x) * gain) @ weight[:K] + bias) + residual``, every part but the product optional. The
     norm's scalar does not change the ranking, so the k channels are those of ``x * gain``, chosen as ``topk_select``
-    does, and the scalar, over all of x, is applied to the product.
+    does, and the scalar, over all of x, is applied to the product. With a threshold each row keeps the channels that
+    reach it, instead, whose number nobody knows beforehand.
 
     Args:
         x: [..., K], bfloat16, float16, float32 or float64.
-        k: channels kept, 1 <= k <= K.
+        k: channels kept, 1 <= k <= K; K with a threshold.
         weight: [K, N], contiguous, as for ``sparse_gemv``; or [K + D, N]: the last D rows are the residual adapter.
         bias: [N], added before the gate.
         residual: added last. [..., N] (N/2 behind a gate); with an adapter [..., D], which adds
@@ -208,6 +214,11 @@ def sparse_linear(
         gain: [K], contiguous, of the norm; without eps x is scaled by it. What is ranked and multiplied, ``x * gain``, is
             rounded to x's dtype, so that every implementation chooses the same channels; float16 must have the range for
             it. A GPU may read it before the kernel in front has ended, which must not be what writes it.
+        threshold: in the place of Top-K: channel i is dropped if ``|z_i| < threshold``, z being the normed row times gain,
+            that is ``x * gain``, rounded as above, times the norm's scalar where there is one; compared in float32
+            (float64 for float64). It is 0, which drops nothing, or more; NaN is never dropped, and none or all may be.
+            Every implementation keeps the same channels, but for those that a scalar a few ulps off puts on the other
+            side. A dropped channel's weights are not read by kernels made for this; elsewhere they meet a zero.
 
     Returns:
         y, [..., N] or [..., N/2], in x's dtype; everything behind ``x * gain`` is computed in float32 (float64 for
@@ -216,12 +227,18 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: as the other ops, naming the argument.
     """
-    check_linear(x, k, weight, bias, residual, eps, gate, gain)
+    check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
     channels = x.shape[-1]
     wide = _wide(x.dtype)
-    y = _gemv(*topk_select(x if gain is None else x * gain, k), weight[:channels]).to(wide)
+    z = x if gain is None else x * gain
+    scale = 1 if eps is None else torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    if threshold is None:
+        chosen = topk_select(z, k)
+    else:  # a list of all channels: how long the rows' own would be is not known without waiting for the device
+        chosen = z.masked_fill(z.to(wide).abs() * scale < threshold, 0), torch.arange(k, device=x.device).expand(z.shape)
+    y = _gemv(*chosen, weight[:channels]).to(wide)
     if eps is not None:
-        y = y * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+        y = y * scale
     if bias is not None:
         y = y + bias
     if gate:

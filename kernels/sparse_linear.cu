@@ -2,12 +2,12 @@
 //
 // A block owns a tile of output columns and every active row of it, so nothing is summed across blocks: no atomics on
 // results, no scratch, equal inputs give equal bits. Each block finds the Top-K itself (K is some thousands: cheaper than
-// a launch), compacts it to a list in shared memory, and streams the listed rows of its tile.
+// a launch), or what reaches the threshold, compacts it to a list in shared memory, and streams the listed rows of its tile.
 //
 // Compiled at run time with these constants: CHANNELS (K), COLUMNS (N of the weight), ADAPTER (rows of the residual
 // adapter), TILE (columns of weight a block reads, a multiple of 16), THREADS, BATCH (rows a thread has in flight),
 // HALF (1 fp16, 0 bf16), GATE (0 none, 1 silu, 2 gelu, 3 gelu_tanh, 4 relu), SHARED (bytes of shared memory) and the
-// flags FULL (every channel is kept: nothing to select), NORM, BIAS, RESIDUAL, EARLY and GAIN.
+// flags FULL (every channel is kept: nothing to select), NORM, BIAS, RESIDUAL, EARLY, GAIN and THRESHOLD (not Top-K).
 
 #include "common.cuh"
 
@@ -25,9 +25,9 @@ static_assert(!RESIDUAL || OUT_TILE * FOLD <= THREADS, "a thread adds one residu
 constexpr u32 MAGNITUDE = 0x7fff;
 constexpr int BINS = 8192, SHIFT = HALF ? 2 : 0, FIRST = HALF ? 0 : (127 - 40) << 7;
 
-// Shared memory: histogram | list | partial sums | residual | scalars.
+// Shared memory: histogram (for Top-K) | list | partial sums | residual | scalars.
 constexpr int PARTIAL_ROW = TILE + 4;  // lanes that add up a column meet other banks
-constexpr int HISTOGRAM_BYTES = BINS * 2, PARTIAL_AT = HISTOGRAM_BYTES + CHANNELS * 4;
+constexpr int HISTOGRAM_BYTES = THRESHOLD ? 0 : BINS * 2, PARTIAL_AT = HISTOGRAM_BYTES + CHANNELS * 4;
 constexpr int RESIDUAL_AT = PARTIAL_AT + GROUPS * PARTIAL_ROW * 4;
 
 struct Scalars {
@@ -45,6 +45,10 @@ __device__ __forceinline__ float gated(float gate, float up) {
     case 3: return .5f * gate * (1.f + tanhf(.7978845608028654f * (gate + .044715f * gate * gate * gate))) * up;
     default: return (gate > 0.f || gate != gate ? gate : 0.f) * up;
   }
+}
+
+__device__ __forceinline__ float norm_scale(float squares, float eps) {
+  return NORM ? rsqrtf(squares / CHANNELS + eps) : 1.f;
 }
 
 // 16 bytes of weight, read once: past L1, and first to leave L2.
@@ -116,6 +120,40 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
+// Sum of the threads' v, for each of them.
+__device__ __forceinline__ float block_sum(float v, float* scratch) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  v = warp_sum(v);
+  if (lane == 0) scratch[warp] = v;
+  __syncthreads();
+  return warp_sum(lane < WARPS ? scratch[lane] : 0.f);
+}
+
+// Lists channels, ascending, those for which ``rank`` of the magnitude is 1, and of those where it is 1 << 16 as many as
+// are ``missing``, the lowest ones; 0 drops. ``x``: this thread's channels, two to a word, zero beyond the last. Returns
+// how many have rank 1.
+template <class Rank>
+__device__ __forceinline__ int compact(const u32 (&x)[EACH / 2], u32 missing, u32* list, u32* scratch, Rank rank) {
+  const int mine = threadIdx.x * EACH;
+  u32 counts = 0;  // rank 1 in the lower half, 1 << 16 in the upper
+#pragma unroll
+  for (int e = 0; e < EACH; e++)
+    if (mine + e < CHANNELS) counts += rank((x[e >> 1] >> (e & 1) * 16) & MAGNITUDE);
+  if (!THRESHOLD) __syncthreads();  // else the scratch has not been used
+  const u32 scanned = warp_scan(counts), before = over_warps(scanned, scratch) + scanned - counts;
+  const u32 all = THRESHOLD ? __reduce_add_sync(~0u, (threadIdx.x & 31) < WARPS ? scratch[threadIdx.x & 31] : 0u) : 0u;
+  u32 over = before & 0xffff, at = before >> 16;
+#pragma unroll
+  for (int e = 0; e < EACH; e++)
+    if (mine + e < CHANNELS) {
+      const u32 bits = (x[e >> 1] >> (e & 1) * 16) & 0xffff, r = rank(bits & MAGNITUDE);
+      if (r == 1 || r && at < missing) list[over + min(at, missing)] = (u32)(mine + e) << 16 | bits;
+      over += r & 1, at += r >> 16;
+    }
+  __syncthreads();
+  return all;
+}
+
 // Lists the ``keep`` channels of largest magnitude, ascending; equal magnitudes from the lowest channel up. ``x``: this
 // thread's channels, two to a word, zero beyond the last. Returns the sum of the threads' ``squares``.
 __device__ __forceinline__ float select(const u32 (&x)[EACH / 2], float squares, int keep, u32* histogram, u32* list,
@@ -180,39 +218,18 @@ __device__ __forceinline__ float select(const u32 (&x)[EACH / 2], float squares,
       high = middle, above += upper;
   }
 
-  // The threshold is ``low``; of the channels at it as many as are missing, the lowest ones.
-  u32 counts = 0;  // above the threshold in the lower half, at it in the upper
-#pragma unroll
-  for (int e = 0; e < EACH; e++)
-    if (mine + e < CHANNELS) {
-      const u32 key = (x[e >> 1] >> (e & 1) * 16) & MAGNITUDE;
-      counts += key > low ? 1u : key == low ? 1u << 16 : 0u;
-    }
-  __syncthreads();
-  const u32 scanned = warp_scan(counts), before = over_warps(scanned, s->warp) + scanned - counts;
-  u32 over = before & 0xffff, at = before >> 16;
-  const u32 missing = keep - above;
-#pragma unroll
-  for (int e = 0; e < EACH; e++)
-    if (mine + e < CHANNELS) {
-      const u32 bits = (x[e >> 1] >> (e & 1) * 16) & 0xffff, key = bits & MAGNITUDE;
-      if (key > low || key == low && at < missing) list[over + min(at, missing)] = (u32)(mine + e) << 16 | bits;
-      over += key > low, at += key == low;
-    }
-  __syncthreads();
+  // The threshold is ``low``.
+  compact(x, keep - above, list, s->warp, [=](u32 key) { return key > low ? 1u : key == low ? 1u << 16 : 0u; });
   return squares;
 }
 
 // Copies all channels to shared memory. Returns the sum of the threads' ``squares``.
 __device__ __forceinline__ float copy(const u32 (&x)[EACH / 2], float squares, u16* to, Scalars* s) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, mine = threadIdx.x * EACH;
+  const int mine = threadIdx.x * EACH;
 #pragma unroll
   for (int e = 0; e < EACH; e += 2)
     if (mine + e < CHANNELS) *reinterpret_cast<u32*>(to + mine + e) = x[e >> 1];
-  squares = warp_sum(squares);
-  if (lane == 0) s->squares[warp] = squares;
-  __syncthreads();
-  return warp_sum(lane < WARPS ? s->squares[lane] : 0.f);
+  return block_sum(squares, s->squares);
 }
 
 // This thread's channels, two to a word, zero beyond the last.
@@ -227,7 +244,8 @@ __device__ __forceinline__ void fetch(u32 (&to)[EACH / 2], const u16* from) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u16* __restrict__ bias,
-              const u16* __restrict__ residual, const u16* __restrict__ gain, u16* __restrict__ y, int keep, float eps) {
+              const u16* __restrict__ residual, const u16* __restrict__ gain, u16* __restrict__ y, int keep, float eps,
+              float threshold) {
   extern __shared__ __align__(16) char memory[];
   u32* histogram = reinterpret_cast<u32*>(memory);
   u32* list = reinterpret_cast<u32*>(memory + HISTOGRAM_BYTES);
@@ -270,10 +288,16 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
     if (NORM) squares = fmaf(b, b, fmaf(a, a, squares));
     if (GAIN) channels[i] = narrow(a * widen(gains[i] & 0xffff)) | (u32)narrow(b * widen(gains[i] >> 16)) << 16;
   }
-  __syncthreads();
+  if (!THRESHOLD) __syncthreads();  // the histogram is empty
   if (FULL) {
     squares = copy(channels, squares, reinterpret_cast<u16*>(list), scalars);
     stream<false>(mine, list, CHANNELS, reads, sum, policy);
+  } else if (THRESHOLD) {
+    if (NORM) squares = block_sum(squares, scalars->squares);
+    const float scale = norm_scale(squares, eps);
+    const int kept = compact(channels, 0, list, scalars->warp,
+                             [=](u32 key) { return widen(key) * scale < threshold ? 0u : 1u; });
+    stream<true>(mine, list, kept, reads, sum, policy);
   } else {
     squares = select(channels, squares, keep, histogram, list, scalars);
     stream<true>(mine, list, keep, reads, sum, policy);
@@ -306,7 +330,7 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
       for (int half = 0; half <= (GATE ? 1 : 0); half++) total[half] += __shfl_xor_sync(~0u, total[half], o);
     const int to = blockIdx.x * OUT_TILE + i;
     if (t % FOLD || i >= OUT_TILE || to >= OUT_COLUMNS) continue;
-    const float scale = NORM ? rsqrtf(squares / CHANNELS + eps) : 1.f;
+    const float scale = norm_scale(squares, eps);
 #pragma unroll
     for (int half = 0; half <= (GATE ? 1 : 0); half++) {
       total[half] *= scale;

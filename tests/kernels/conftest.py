@@ -230,10 +230,24 @@ def make_linear():
     return make
 
 
-def _selected(x, k, gain):
-    """x * gain, rounded once, with all but the k largest channels of each row zero."""
+def _gained(x, gain):
+    """x * gain, rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    scaled = x if gain is None else (x.to(wide) * gain.to(wide)).to(x.dtype)
+    return x if gain is None else (x.to(wide) * gain.to(wide)).to(x.dtype)
+
+
+def _normed(x, gain, eps):
+    """What a threshold is compared with, in fp64."""
+    z = _gained(x, gain).double().abs()
+    return z if eps is None else z * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps)
+
+
+def _selected(x, k, gain, eps=None, threshold=None):
+    """x * gain, rounded once, with all but the k largest channels of each row zero, or those below the threshold."""
+    scaled = _gained(x, gain)
+    if threshold is not None:
+        edge = torch.tensor(threshold, dtype=torch.promote_types(x.dtype, torch.float32)).double()
+        return scaled.masked_fill(_normed(x, gain, eps) < edge, 0)
     patterns = _bits(scaled).numpy().reshape(-1, x.shape[-1]).astype(np.int64) & torch.iinfo(_INT[x.dtype]).max
     kept = torch.zeros(patterns.shape, dtype=torch.bool)
     for row, pattern in enumerate(patterns):
@@ -270,17 +284,57 @@ def check_gain(request, make_rows, dtype, gen):
 
 
 @pytest.fixture
+def with_threshold():
+    """f(arguments, share) -> the op's arguments with a threshold that about this share of the channels does not reach.
+
+    It lies in the widest gap of the magnitudes around, so that no rounding of the norm's scalar decides a channel.
+    """
+
+    def add(args, share):
+        x, _, *rest = args
+        *_, eps, _, _, gain = rest
+        sizes = _normed(x, gain, eps).flatten().unique()
+        at = int(share * len(sizes))
+        near = sizes[max(at - 20, 0) : at + 20]
+        gap = (near[1:] / near[:-1]).argmax()
+        assert near[gap + 1] > (1 + 1e-5) * near[gap]
+        return (x, x.shape[-1], *rest, near[gap : gap + 2].mean().item())
+
+    return add
+
+
+@pytest.fixture
+def check_threshold(make_rows, dtype, gen):
+    """f(linear, device): bit for bit what reaches a threshold at a magnitude of the row, a little above it, or far off."""
+
+    def check(linear, device="cpu"):
+        x = make_rows((1, 1, 580), dtype, gen).nan_to_num(1, 2, 3).clamp(-8, 8)
+        identity = torch.eye(580, 592, dtype=dtype).to(device)
+        sizes = x.float().abs().flatten()
+        at = sizes[torch.randint(len(sizes), (3,), generator=gen)]
+        inf = torch.tensor(torch.inf)
+        near = [at.double(), at.double().nextafter(inf.double()), at.nextafter(inf).double()]  # the second is rounded away
+        for threshold in [*torch.cat(near).tolist(), 0.0, 1e-60, 1e60]:
+            y = linear(x.to(device), 580, identity, None, None, None, "", False, None, threshold)
+            # A matmul may flush what is denormal in float32.
+            torch.testing.assert_close(y.cpu()[..., :580], _selected(x, 580, None, None, threshold), rtol=0,
+                                       atol=torch.finfo(torch.float32).tiny)
+
+    return check
+
+
+@pytest.fixture
 def check_linear():
     """f(arguments, y, ulp): within rounding of the same in fp64, on the channels that the oracle selects."""
 
     def check(args, y, ulp=0.5):
         device = args[0].device
         args = [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in args]
-        x, k, weight, bias, residual, eps, gate, _, gain = args
+        x, k, weight, bias, residual, eps, gate, _, gain, *threshold = args
         channels, columns = x.shape[-1], weight.shape[1]
         assert y.shape == (*x.shape[:-1], columns // 2 if gate else columns)
         assert y.dtype == x.dtype and y.device == device and y.is_contiguous()
-        z = _selected(x, k, gain).double()
+        z = _selected(x, k, gain, eps, *threshold).double()
         if eps is not None:
             z = z * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps)
         w = weight[:channels].double()

@@ -231,8 +231,7 @@ def test_gemv_empty(native, leading, k, columns):
 
 
 def _linear(kernels, *args):
-    *args, _, gain = args  # early says nothing to a CPU
-    return kernels.sparse_linear(*args, gain)
+    return kernels.sparse_linear(*args[:7], *args[8:])  # early says nothing to a CPU
 
 
 @needs_compiler
@@ -258,6 +257,45 @@ def test_linear_threads(native, threads, dtype, around, leading, n, gen, make_li
 @needs_compiler
 def test_linear_selects_from_x_times_gain(kernels, check_gain):
     check_gain(functools.partial(_linear, kernels))
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [2, 62, 578, 4200])
+def test_threshold(kernels, dtype, around, columns, gen, make_linear, with_threshold, check_linear):
+    for leading in ((), (3,)):
+        args = with_threshold(make_linear(around, leading, 300, 1, columns, 37, dtype, gen), 0.4)
+        check_linear(args, _linear(kernels, *args))
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("residual", ["", "adapter"])
+def test_threshold_threads(native, threads, dtype, n, residual, gen, make_linear, with_threshold, check_linear):
+    """Lists of any length side by side, empty ones too; the same bits each time."""
+    threads(n)
+    x, *rest = make_linear((None, "", True, residual), (8,), 1200, 1, 1154, 300, dtype, gen)
+    args = with_threshold((x * torch.tensor([1, 0, 3, 0.1, 1, 0, 10, 1]).to(dtype)[:, None], *rest), 0.5)
+    y = _linear(native, *args)
+    check_linear(args, y)
+    for _ in range(3):
+        assert torch.equal(_linear(native, *args), y)
+
+
+@needs_compiler
+def test_threshold_at_magnitudes(kernels, check_threshold):
+    check_threshold(functools.partial(_linear, kernels))
+
+
+@needs_compiler
+def test_threshold_reads_listed_rows_only(native, dtype, gen, make_linear, with_threshold):
+    x, k, weight, *rest = with_threshold(make_linear((1e-5,), (1,), 900, 1, 130, 0, dtype, gen), 0.7)
+    kept = x[0].abs() * torch.rsqrt(x.float().square().mean() + 1e-5) >= rest[-1]
+    poisoned = torch.full_like(weight, float("nan"))
+    poisoned[kept] = weight[kept]
+    expected = _linear(native, x, k, weight, *rest)
+    assert torch.equal(_linear(native, x, k, poisoned, *rest), expected)
+    poisoned[kept.nonzero()[3]] = float("nan")
+    assert _linear(native, x, k, poisoned, *rest).isnan().all()
 
 
 @needs_compiler

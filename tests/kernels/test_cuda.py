@@ -14,12 +14,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 def shapes():
     base = {"channels": 4096, "columns": 4096, "adapter": 0, "full": False, "half": False, "gate": "", "norm": False,
-            "bias": False, "residual": False, "early": False, "gain": False}
+            "bias": False, "residual": False, "early": False, "gain": False, "threshold": False}
     more = [{}, {"norm": True, "bias": True}, {"norm": True, "gate": "silu", "columns": 22016}, {"residual": True},
             {"adapter": 4096, "early": True, "channels": 11008}, {"full": True, "norm": True},
             {"channels": 64, "columns": 32}, {"channels": 28672, "columns": 8192, "adapter": 8192}, {"gain": True},
             {"norm": True, "gain": True, "gate": "silu", "columns": 22016}, {"full": True, "norm": True, "gain": True},
             {"channels": 28672, "norm": True, "gain": True}, {"adapter": 4096, "early": True, "gain": True}]
+    more += [extra | {"threshold": True} for extra in more if not extra.get("full")]
     return [cuda_linear.Shape(**base | extra | {"half": half}) for extra in more for half in (False, True)]
 
 
@@ -74,6 +75,49 @@ def test_other_configurations(tile, threads, batch, gain, gen, make_linear, chec
     case = make_linear((1e-5, "", True, "", gain), (1,), 1500, 700, 1008, 0, torch.bfloat16, gen)
     case = [t.cuda() if isinstance(t, torch.Tensor) else t for t in case]
     check_linear(case, cuda_linear.sparse_linear(*case, using=cuda_linear.Config(tile, threads, batch)))
+
+
+@needs_gpu
+@pytest.mark.parametrize("tile, threads, batch", [(16, 1024, 4), (48, 256, 8), (160, 1024, 8), (512, 512, 4)])
+@pytest.mark.parametrize("eps", [None, 1e-5])
+def test_threshold_in_other_configurations(tile, threads, batch, eps, gen, make_linear, with_threshold, check_linear):
+    case = with_threshold(make_linear((eps, "", True, "", True), (1,), 1500, 1, 1008, 0, torch.bfloat16, gen), 0.6)
+    case = [t.cuda() if isinstance(t, torch.Tensor) else t for t in case]
+    check_linear(case, cuda_linear.sparse_linear(*case, using=cuda_linear.Config(tile, threads, batch)))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("eps", [None, 1e-5])
+def test_threshold_reads_listed_rows_only(dtype, eps, gen, make_linear, with_threshold):
+    case = with_threshold(make_linear((eps,), (1,), 900, 1, 128, 0, dtype, gen), 0.7)
+    x, k, weight, *rest = [t.cuda() if isinstance(t, torch.Tensor) else t for t in case]
+    scale = 1 if eps is None else torch.rsqrt(x.float().square().mean() + eps)
+    kept = x[0].float().abs() * scale >= rest[-1]
+    poisoned = torch.full_like(weight, float("nan"))
+    poisoned[kept] = weight[kept]
+    assert torch.equal(linear(x, k, poisoned, *rest), linear(x, k, weight, *rest))
+    poisoned[kept.nonzero()[3]] = float("nan")
+    assert linear(x, k, poisoned, *rest).isnan().all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("eps", [None, 1e-5])
+def test_threshold_in_a_graph(dtype, eps, gen, make_linear):
+    """Replayed on rows that keep other numbers of channels each time, none among them: what a launch gives."""
+    x, _, *rest = [t.cuda() if isinstance(t, torch.Tensor) else t
+                   for t in make_linear((eps, "", True, "plain", True), (1,), 2048, 1, 512, 0, dtype, gen)]
+    linear(x, 2048, *rest, 0.5)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x, 2048, *rest, 0.5)
+    for replay in range(50):
+        x.copy_(torch.randn(1, 2048, generator=gen) ** (1 + replay % 3) * (0, 0.1, 1, 30)[replay % 4])
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, linear(x, 2048, *rest, 0.5))
 
 
 @needs_gpu

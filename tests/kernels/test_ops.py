@@ -304,6 +304,91 @@ def test_linear_strided(linear, device, dtype, rows, gen, make_linear, check_lin
     check_linear(args, linear(*args))
 
 
+@pytest.mark.parametrize(
+    ("leading", "channels", "columns", "adapter"),
+    [((), 3, 2, 1), ((1, 1), 577, 130, 7), ((1, 1), 4096, 256, 128), ((1,), 11008, 48, 48), ((2, 3), 300, 134, 33)],
+    ids=str,
+)
+def test_threshold(linear, device, dtype, around, leading, channels, columns, adapter, gen, make_linear, with_threshold,
+                   check_linear):
+    args = _on(device, with_threshold(make_linear(around, leading, channels, 1, columns, adapter, dtype, gen), 0.5))
+    check_linear(args, linear(*args))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.97])
+def test_threshold_float64(linear, device, around, share, gen, make_linear, with_threshold, check_linear):
+    args = _on(device, with_threshold(make_linear(around, (2,), 577, 1, 66, 5, torch.float64, gen), share))
+    check_linear(args, linear(*args))
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_threshold_many_rows(linear, device, dtype, gain, gen, make_linear, with_threshold, check_linear):
+    args = with_threshold(make_linear((1e-5, "", False, "", gain), (12,), 300, 1, 66, 0, dtype, gen), 0.6)
+    args = _on(device, args)
+    check_linear(args, linear(*args), ulp=2.5)
+
+
+def test_threshold_decides_each_row(linear, device, dtype, around, gen, make_linear, with_threshold, check_linear):
+    """Rows that keep none, some and all of their channels, together and one by one."""
+    x, *rest = make_linear(around, (5, 1), 304, 1, 96, 16, dtype, gen)
+    x = x * torch.tensor([0, 1, 1e-4, 10, 1]).to(dtype)[:, None, None]
+    x[4] = x[4].sign()
+    args = _on(device, with_threshold((x, *rest), 0.5))
+    masked = linear(*args[:2], torch.eye(304, dtype=dtype, device=device), None, None, args[5], "", *args[7:])
+    kept = masked.count_nonzero(-1).flatten()
+    assert kept[0] == 0 < kept.max() and len(kept.unique()) > 2
+    check_linear(args, linear(*args))
+    for m in range(5):
+        one = args[0][m], *args[1:4], None if args[4] is None else args[4][m], *args[5:]
+        check_linear(one, linear(*one))
+
+
+def test_threshold_at_magnitudes(linear, device, check_threshold):
+    check_threshold(linear, device)
+
+
+def test_threshold_keeps_what_is_not_finite(linear, device, dtype):
+    nan, inf = float("nan"), float("inf")
+    x = torch.tensor([[nan, 1, 0, -inf], [1, 0, -inf, 2], [1, 0, -3, 2]], dtype=dtype, device=device)
+    weight = torch.ones(4, 16, dtype=dtype, device=device)
+    expected = torch.tensor([[nan], [-inf], [0]], dtype=dtype, device=device).expand(3, 16)
+    for threshold in (1e30, inf):
+        for rows in ([x], x[:, None]):
+            y = torch.cat([linear(row, 4, weight, threshold=threshold) for row in rows])
+            torch.testing.assert_close(y, expected, equal_nan=True)
+            normed = torch.cat([linear(row, 4, weight, eps=1e-5, threshold=threshold) for row in rows])
+            assert normed[:2].isnan().all() and not normed[2].any()
+
+
+def test_threshold_where_the_norm_leaves_the_range(linear, device):
+    """A mean square of Inf makes all of a row 0, below every threshold; one of 0, without eps, makes NaN of zeros."""
+    x = torch.tensor([[1e30, -1e25, 0, 3], [0, 0, -0.0, 0]], device=device)
+    for dtype in (torch.bfloat16, torch.float32):
+        y = [linear(row.to(dtype), 4, torch.ones(4, 16, dtype=dtype, device=device), eps=0.0, threshold=1e-3) for row in x]
+        assert not y[0].any() and y[1].isnan().all()
+
+
+def test_threshold_of_zero_keeps_all(linear, device, dtype, around, gen, make_linear):
+    for leading in ((1, 1), (3,)):
+        args = _on(device, make_linear(around, leading, 320, 320, 64, 32, dtype, gen))
+        args[0][..., ::3] = 0
+        assert torch.equal(linear(*args, 0.0), linear(*args))
+
+
+def test_threshold_that_none_reaches_leaves_the_rest(linear, device, dtype, around, gen, make_linear, check_linear):
+    for leading in ((1, 1), (3,)):
+        args = _on(device, (*make_linear(around, leading, 320, 320, 64, 32, dtype, gen), 1e6))
+        check_linear(args, linear(*args))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_threshold_repeats_its_bits(device, dtype, around, early, gen, make_linear, with_threshold):
+    args = with_threshold(make_linear(around, (1, 1), 4096, 1, 512, 512, dtype, gen), 0.5)
+    args = _on(device, (*args[:7], early, *args[8:]))
+    first = sparse_linear(*args)
+    assert all(torch.equal(sparse_linear(*args), first) for _ in range(20))
+
+
 def test_linear_refuses(device):
     x, w, b = torch.ones(1, 8, device=device), torch.ones(8, 6, device=device), torch.ones(6, device=device)
     for error, match, args in [
@@ -320,6 +405,9 @@ def test_linear_refuses(device):
         (ValueError, r"gain .*contiguous.*strides \(6,\)", (x, 4, w, None, None, None, "", False, w[:, 0])),
         (TypeError, "gain must have x's dtype", (x, 4, w, None, None, None, "", False, x[0].half())),
         (ValueError, "one device", (x, 4, w.to("meta"))),
+        (ValueError, "k must be K .*k=4 for K=8", (x, 4, w, None, None, None, "", False, None, 0.5)),
+        (ValueError, "threshold must be 0 or more, got -0.5", (x, 8, w, None, None, None, "", False, None, -0.5)),
+        (ValueError, "threshold must be 0 or more, got nan", (x, 8, w, None, None, None, "", False, None, math.nan)),
     ]:
         with pytest.raises(error, match=match):
             sparse_linear(*args)
@@ -341,6 +429,7 @@ def test_opcheck(device, dtype, gen, make_gemv):
 def test_opcheck_linear(device, dtype, around, gen, make_linear):
     for leading in [(1, 1), (3,)]:
         torch.library.opcheck(sparse_linear, _on(device, make_linear(around, leading, 40, 17, 16, 8, dtype, gen)))
+    torch.library.opcheck(sparse_linear, _on(device, (*make_linear(around, (3,), 40, 40, 16, 8, dtype, gen), 0.5)))
 
 
 def test_ops_are_where_graphs_look_for_them():
@@ -352,7 +441,8 @@ def test_ops_are_where_graphs_look_for_them():
     )
     assert str(torch.ops.larosa.sparse_linear.default._schema) == (
         "larosa::sparse_linear(Tensor x, SymInt k, Tensor weight, Tensor? bias=None, Tensor? residual=None, "
-        'float? eps=None, str gate="", bool early=False, Tensor? gain=None) -> Tensor'
+        'float? eps=None, str gate="", bool early=False, Tensor? gain=None, '
+        "float? threshold=None) -> Tensor"
     )
 
 
