@@ -25,8 +25,9 @@ def allocate(sites: Sequence[SiteShape], sparsity: float, coefficients: Mapping[
     """Channels kept, k, at each site, so that the byte sparsity of all sites is ``sparsity`` to the nearest channel.
 
     A site drops the share min(scale * its coefficient, most) of its channels, one common scale for all; coefficients hold
-    for a site, by name, or for all others of a kind. A ``most`` below ``sparsity`` is raised to it. The scale is found by bisection; what rounding to whole channels
-    leaves over is settled on the sites that lie farthest from their share. At least one channel is kept.
+    for a site, by name, or for all others of a kind. A ``most`` below ``sparsity`` is raised to it. The scale is found by
+    bisection; what rounding to whole channels leaves over is settled on the sites that lie farthest from their share. At
+    least one channel is kept.
     """
     if sparsity == 0:
         return {site.name: site.in_features for site in sites}

@@ -136,7 +136,11 @@ class CompiledGraph:
 
     def _key(self, plan: Plan | None) -> object:
         """Plans with equal keys lead to the same graph, with other folded tensors."""
-        return plan and (plan.rotation, tuple(plan.matrices), tuple(plan.k_at(self.options.sparsity).items()))
+        if plan is None:
+            return None
+        thresholds = plan.thresholds_at(self.options.sparsity, self.options.selection)
+        return (plan.rotation, tuple(plan.matrices), tuple(plan.k_at(self.options.sparsity).items()),
+                thresholds and tuple(thresholds.items()))
 
     # ---- building --------------------------------------------------------------------------------------------------
 
@@ -186,7 +190,8 @@ class CompiledGraph:
                 raise LarosaError(f"larosa (strict): {report.reason}")
         try:
             return transform(captured.gm, structure, plan.matrices, plan.rotation, plan.k_at(self.options.sparsity),
-                             self.options.sparsify, self.options.rotate_cache, run, report)
+                             self.options.sparsify, self.options.rotate_cache, run, report,
+                             plan.thresholds_at(self.options.sparsity, self.options.selection))
         except HalfRotatedError as error:
             raise LarosaError(f"larosa: {error}") from error
 

@@ -12,7 +12,7 @@ import torch
 
 from larosa_fx import __version__
 from larosa_fx.options import check_sparsity
-from larosa_fx.plan import Plan, PlanError
+from larosa_fx.plan import SELECTIONS, Plan, PlanError
 from larosa_fx.smollm2 import DownloadError
 from larosa_fx.structure import BASES
 
@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--sparsity", type=_sparsity, default=0.5, help="byte sparsity the plan stands for")
     calibrate.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity of the rotations")
     calibrate.add_argument("--basis", default="pca", choices=("pca", "random", "hadamard"), help="how they are made")
+    calibrate.add_argument("--selection", choices=SELECTIONS, help="the same number of channels for each token, or "
+                           "those over thresholds; topk where not given, threshold with --train")
     calibrate.add_argument("--train", type=_positive, metavar="STEPS", help="train the plan end to end so many steps")
     calibrate.add_argument("--window", type=_positive, default=2048, help="tokens a window")
     calibrate.add_argument("--windows", type=_positive, default=16, help="windows to use")
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--plan", required=True, metavar="PLAN")
     evaluate.add_argument("--text", metavar="FILE", help="text; the other half of pydoc's topics where not given")
     evaluate.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.25, 0.4, 0.5, 0.6], metavar="S")
+    evaluate.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
     evaluate.add_argument("--window", type=_positive, default=2048, help="tokens a window")
     evaluate.add_argument("--windows", type=_positive, default=None, help="at most so many windows; all where not given")
     evaluate.add_argument("--compiler", default="inductor", choices=("inductor", "eager"), help="what runs the graph")
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--plan", metavar="PLAN", help="a plan; calibrated on the spot where not given")
     generate.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
+    generate.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
     generate.add_argument("--tokens", type=_positive, default=128, help="at most so many new tokens")
     generate.add_argument("--mode", default=None, help="an Inductor mode, such as reduce-overhead")
 
@@ -135,14 +139,15 @@ def _calibrate(args: argparse.Namespace) -> None:
     batches = windows(encode(tokenizer, text), args.window, args.windows)
     started = time.perf_counter()
     plan = calibrate(model, batches, sparsity=args.sparsity, rotation=args.rotation, basis=args.basis,
-                     provenance={"text": origin})
+                     selection="topk" if args.train else args.selection or "topk", provenance={"text": origin})
     if args.train:
+        options = TrainingOptions(steps=args.train, selection=args.selection or TrainingOptions.selection)
         held_out = max(1, len(batches) // 10)
-        plan = train(model, plan, batches[:-held_out], batches[-held_out:], TrainingOptions(steps=args.train),
+        plan = train(model, plan, batches[:-held_out], batches[-held_out:], options,
                      checkpoint=f"{args.output}.checkpoint")
     plan.save(args.output)
     print(f"{args.output}: {len(plan.rotations)} rotations, {len(plan.sites)} sites, byte sparsity "
-          f"{plan.byte_sparsity:.2%}, calibrated on {plan.provenance['tokens']} tokens in "
+          f"{plan.byte_sparsity:.2%} by {plan.selection}, calibrated on {plan.provenance['tokens']} tokens in "
           f"{time.perf_counter() - started:.0f} s")
 
 
@@ -155,7 +160,7 @@ def _eval(args: argparse.Namespace) -> None:
     model, tokenizer = _load(args)
     text, origin = _text(args, "held out")
     rows = sweep(model, args.plan, windows(encode(tokenizer, text), args.window, args.windows), args.sparsity,
-                 compiler=args.compiler, progress=not args.json)
+                 selection=args.selection, compiler=args.compiler, progress=not args.json)
     if args.json:
         print(json.dumps({"rows": rows, "provenance": {
             "text": origin, "rotation": plan.rotation, "basis": plan.basis, "device": device_name(args.device),
@@ -201,14 +206,14 @@ def _generate(args: argparse.Namespace) -> None:
     from larosa_fx.loading import encode, encode_prompt
 
     if args.plan:
-        Plan.load(args.plan)  # complain before loading a model
+        Plan.load(args.plan).thresholds_at(args.sparsity, args.selection)  # complain before loading a model
     model, tokenizer = _load(args)
     if not args.plan:
-        calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24))
+        calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24), selection=args.selection or "topk")
     inputs = encode_prompt(tokenizer, args.prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    generate(model, inputs.to(args.device), plan=args.plan, sparsity=args.sparsity, mode=args.mode, streamer=streamer,
-             max_new_tokens=args.tokens, do_sample=False)
+    generate(model, inputs.to(args.device), plan=args.plan, sparsity=args.sparsity, selection=args.selection,
+             mode=args.mode, streamer=streamer, max_new_tokens=args.tokens, do_sample=False)
 
 
 def _families(args: argparse.Namespace) -> int:

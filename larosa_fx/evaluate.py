@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from larosa_fx import backend
+from larosa_fx import backend, methods
+from larosa_fx.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -97,33 +98,52 @@ def paired(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float | None]:
 
 
 def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sparsities: Sequence[float], *,
-          compiler: str = "inductor", progress: bool = True) -> list[dict[str, object]]:
+          selection: str | None = None, compiler: str = "inductor", progress: bool = True) -> list[dict[str, object]]:
     """Perplexity of ``model`` dense (first row) and compiled with the plan at ``plan``, every token sparsified.
 
-    Rows: method ("dense" or "larosa"), byte_sparsity as compiled, ppl, ratio to dense, nll, tokens, window, seconds.
+    selection: see ``larosa_fx.options``. Rows: method ("dense" or "larosa"), byte_sparsity (thresholds: as counted on these
+    batches; they were fitted to others), selection, ppl, ratio to dense, nll, tokens, window, seconds.
     """
+    loaded = Plan.load(plan)
     rows: list[dict[str, object]] = []
     for sparsity in (None, *sparsities):
         started = time.perf_counter()
-        runs, label = model, "dense"
+        runs, label, bytes_not_read = model, "dense", 0.0
         if sparsity is not None:
             torch.compiler.reset()  # each sparsity is a graph of its own; Dynamo keeps few for one model
             label = f"{sparsity:.0%}"
             runs = torch.compile(model, backend="larosa", options={
-                "plan": plan, "sparsity": sparsity, "sparsify": "all", "compiler": compiler})
+                "plan": plan, "sparsity": sparsity, "selection": selection, "sparsify": "all", "compiler": compiler})
         found = perplexity(runs, batches, label=label, progress=progress)
+        if sparsity is not None:
+            report = backend.last_report()
+            bytes_not_read = report.byte_sparsity
+            if report.selection == "threshold":
+                bytes_not_read = reached(model, loaded, sparsity, batches)
         rows.append({"method": "dense" if sparsity is None else "larosa",
-                     "byte_sparsity": 0.0 if sparsity is None else backend.last_report().byte_sparsity, "ppl": found.ppl,
+                     "byte_sparsity": bytes_not_read, "selection": None if sparsity is None else report.selection,
+                     "ppl": found.ppl,
                      "ratio": found.ppl / (rows[0]["ppl"] if rows else found.ppl), "nll": found.nll,
                      "tokens": found.tokens, "window": found.window, "seconds": time.perf_counter() - started})
     return rows
 
 
+@torch.no_grad()
+def reached(model: torch.nn.Module, plan: Plan, sparsity: float, batches: Sequence[torch.Tensor]) -> float:
+    """Byte sparsity that a plan's thresholds reach on batches of input_ids; [B, T] each."""
+    lab = methods.Lab(model, plan, batches[0])
+    with methods.from_plan(plan, "threshold")(lab, sparsity):
+        for ids in batches:
+            model(ids.to(lab.device), use_cache=False)
+    return lab.meter.per_token().mean().item()
+
+
 def perplexity_table(rows: Sequence[dict[str, object]]) -> str:
     """The rows of ``sweep`` for people."""
     return tabulate(
-        [[r["method"], f"{r['byte_sparsity']:.1%}", f"{r['ppl']:.3f}", f"{r['ratio']:.4f}", f"{r['seconds']:.0f}"]
-         for r in rows], ["model", "weight bytes not read", "perplexity", "ratio to dense", "seconds"])
+        [[r["method"], r["selection"], f"{r['byte_sparsity']:.1%}", f"{r['ppl']:.3f}", f"{r['ratio']:.4f}",
+          f"{r['seconds']:.0f}"] for r in rows],
+        ["model", "selection", "weight bytes not read", "perplexity", "ratio to dense", "seconds"])
 
 
 @dataclass(frozen=True)

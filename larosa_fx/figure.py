@@ -19,7 +19,7 @@ rect { stroke: #888; fill: #fff } line, path { stroke: #555; fill: none } .norm 
 .site { fill: #ffe3c2; stroke: #d9822b } .folded { fill: #dce9fb; stroke: #3572b0 }
 .adapter { fill: #d5f0d8; stroke: #2e8540 } .sum { fill: #fff; stroke: #555 }
 """
-LEGEND = (("site", "site: a tensor whose Top-K channels are kept"), ("folded", "weights with rotations folded in"),
+LEGEND = (("site", "site: a tensor some of whose channels are kept"), ("folded", "weights with rotations folded in"),
           ("adapter", "residual adapter"), ("norm", "norm"))
 
 
@@ -71,7 +71,11 @@ def _block(drawing: _Drawing, inner: SiteReport, outers: Sequence[SiteReport], r
 
 
 def _site(drawing: _Drawing, site: SiteReport, rows: dict, folded: str, changed: bool) -> None:
-    kept = f"Top-{site.k} of {site.channels}" if changed and site.k < site.channels else f"{site.channels} channels"
+    kept = f"{site.channels} channels"
+    if changed and site.k < site.channels:
+        kept = f"Top-{site.k} of {site.channels}"
+        if site.threshold is not None:
+            kept = f"those of {site.channels} channels at {site.threshold:.3g} or more"
     drawing.box("site", f"{site.site.rpartition('.')[2]}: {kept}", pill=True)
     names = ", ".join(name.removesuffix(".weight").rpartition(".")[2] for name in rows[site.site]["weights"].split(", "))
     drawing.box(folded, names, site.weight if changed else f"{site.channels} → {site.outputs}")

@@ -26,8 +26,8 @@ def compile_config(*, fullgraph: bool = True, **options: object):
 
 
 def generate(model, inputs: torch.Tensor | Mapping[str, torch.Tensor], *, plan: Plan | str | os.PathLike | None = None,
-             sparsity: float | None = None, mode: str | None = None, strict: bool = False, weights: str = "copy",
-             rotate_cache: bool = False, dump_dir: str | None = None, compiler: str = "inductor",
+             sparsity: float | None = None, selection: str | None = None, mode: str | None = None, strict: bool = False,
+             weights: str = "copy", rotate_cache: bool = False, dump_dir: str | None = None, compiler: str = "inductor",
              **generate_kwargs: object) -> torch.Tensor:
     """``model.generate`` with sparse decoding; all further arguments go there.
 
@@ -38,8 +38,9 @@ def generate(model, inputs: torch.Tensor | Mapping[str, torch.Tensor], *, plan: 
     if isinstance(plan, Plan):
         plan.attach(model)
         plan = None
-    options = {"plan": None if plan is None else os.fspath(plan), "sparsity": sparsity, "mode": mode, "strict": strict,
-               "weights": weights, "rotate_cache": rotate_cache, "dump_dir": dump_dir, "compiler": compiler}
+    options = {"plan": None if plan is None else os.fspath(plan), "sparsity": sparsity, "selection": selection,
+               "mode": mode, "strict": strict, "weights": weights, "rotate_cache": rotate_cache, "dump_dir": dump_dir,
+               "compiler": compiler}
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     if weights == "replace" or rotate_cache:
         generate_kwargs.setdefault("prefill_chunk_size", arguments["input_ids"].shape[1])  # chunks run compiled

@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from larosa_fx import compat
+from larosa_fx.plan import SELECTIONS
 
 CHOICES = {
-    "selection": (None, "topk", "threshold"),
+    "selection": (None, *SELECTIONS),
     "sparsify": ("decode", "all"),
     "weights": ("copy", "replace"),
     "compiler": ("inductor", "eager"),

@@ -95,11 +95,13 @@ def _residual_edge(structure: Structure, site: Site) -> str | None:
 
 
 def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rotation: str, k: Mapping[str, int],
-              sparsify: str, rotate_cache: bool, run: Runner, report: Report) -> Binding:
+              sparsify: str, rotate_cache: bool, run: Runner, report: Report, thresholds: Mapping[str, float] | None = None
+              ) -> Binding:
     """All passes after matching. Rewrites ``gm`` in place and fills ``report``; returns how to call the result.
 
     ``rotations``: a plan's matrices: rotations, and maps of heads and scales, where it has them. ``rotation``: granularity.
-    ``k``: channels kept at each site. ``rotate_cache``: see ``larosa_fx.options``.
+    ``k``: channels kept at each site. ``rotate_cache``: see ``larosa_fx.options``. ``thresholds``: in place of Top-K, with
+    which each site keeps k channels on average.
     """
     report.structure = structure.rows()
     names = [node.meta.get(PARAMETER, str(node)) for node in placeholders(gm.graph)]
@@ -117,11 +119,12 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     report.sites = [SiteReport(
         site.name, site.in_features, site.out_features, len(site.linears),
         f"{report.treatment} {BASES[rotation](site)}" if site.inner and rotation != "none" else maps[site.name],
-        k[site.name], "", writes=_residual_edge(structure, site)) for site in structure.sites]
+        k[site.name], "", writes=_residual_edge(structure, site), threshold=thresholds and thresholds[site.name])
+        for site in structure.sites]
     run(merge_siblings, gm, structure)
     for row, site in zip(report.sites, structure.sites, strict=True):
         row.weight = formula(site.linears[0].args[1])
-    forms = run(lower_topk, gm, structure, k, sparsify)
+    forms = run(lower_topk, gm, structure, k, sparsify, thresholds)
     run(pack_adapters, gm, structure)
     run(fuse_sites, gm, structure)
     run(fuse_attention, gm)

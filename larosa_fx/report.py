@@ -29,7 +29,8 @@ class PassResult:
 
 @dataclass
 class SiteReport:
-    """One site as compiled. ``k`` of ``channels`` are kept; ``form`` is how the linears behind it run.
+    """One site as compiled. ``k`` of ``channels`` are kept, on average where a ``threshold`` decides; ``form`` is how the
+    linears behind it run.
 
     ``weight``: what their weights became, as a formula. ``writes``: what adds their output to the residual stream, if they
     do: the adapter's formula on the residual edge, "" without one.
@@ -44,6 +45,7 @@ class SiteReport:
     form: str
     weight: str = ""
     writes: str | None = None
+    threshold: float | None = None
 
     @property
     def byte_sparsity(self) -> float:
@@ -69,10 +71,15 @@ class Report:
 
     @property
     def byte_sparsity(self) -> float:
-        """Share of the block linears' weight bytes that a token does not read in this graph."""
+        """Share of the block linears' weight bytes that a token does not read in this graph; with thresholds, on average."""
         total = sum(s.channels * s.outputs for s in self.sites)
         sparse = sum((s.channels - s.k) * s.outputs for s in self.sites if s.form != "dense")
         return sparse / total if total else 0.0
+
+    @property
+    def selection(self) -> str:
+        """What decides which channels a token reads: "topk" or "threshold"."""
+        return "topk" if all(s.threshold is None for s in self.sites) else "threshold"
 
     @property
     def adapters(self) -> int:
@@ -86,14 +93,14 @@ class Report:
         return [entry for result in self.passes for entry in result.skipped]
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-ready: every field, and the derived byte sparsity and adapter count."""
-        return {**asdict(self), "byte_sparsity": self.byte_sparsity, "adapters": self.adapters}
+        """JSON-ready: every field, and the derived byte sparsity, selection and adapter count."""
+        return {**asdict(self), "byte_sparsity": self.byte_sparsity, "selection": self.selection, "adapters": self.adapters}
 
     def summary(self) -> str:
         linears = sum(s.linears for s in self.sites)
         text = (f"{self.treatment}: {self.layers} layers, {len(self.sites)} sites, {linears} linears lowered, "
-                f"{self.adapters} adapters, rotation {self.rotation}, byte sparsity {self.byte_sparsity:.1%}, "
-                f"{self.bytes_added / 2**20:.1f} MiB added")
+                f"{self.adapters} adapters, rotation {self.rotation}, byte sparsity {self.byte_sparsity:.1%} "
+                f"by {self.selection}, {self.bytes_added / 2**20:.1f} MiB added")
         return text + (f"\nreason: {self.reason}" if self.reason else "")
 
     def overview(self) -> str:
@@ -109,7 +116,7 @@ class Report:
         return "\n\n".join(parts)
 
     def __str__(self) -> str:
-        sites = [[s.site, s.channels, s.outputs, s.linears, s.rotation, s.k, f"{s.byte_sparsity:.1%}", s.form]
+        sites = [[s.site, s.channels, s.outputs, s.linears, s.rotation, s.k, s.threshold, f"{s.byte_sparsity:.1%}", s.form]
                  for s in self.sites]
-        headers = ["site", "channels", "outputs", "linears", "rotation", "k", "not read", "form"]
+        headers = ["site", "channels", "outputs", "linears", "rotation", "k", "threshold", "not read", "form"]
         return (tabulate(sites, headers) + "\n\n" if sites else "") + self.overview()

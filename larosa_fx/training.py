@@ -183,7 +183,7 @@ class State:
                 ([self.shares] if o.allocation else [], o.lr_allocation, False)]
 
     def dropped(self, sparsity: float | torch.Tensor) -> torch.Tensor:
-        """Share of channels dropped at each site, [sites]: proportional to the coefficients up to MOST, their bytes as asked."""
+        """Share of channels dropped at each site, [sites]: proportional to coefficients up to MOST, their bytes as asked."""
         c = self.shares.exp()
         full = torch.zeros_like(c)
         for _ in range(SATURATING):

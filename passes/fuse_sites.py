@@ -1,8 +1,8 @@
 """A sparse site becomes one op: the norm before it, and bias, gate, residual and adapter behind it, join its GEMV.
 
 RMSNorm's scalar is common to all channels, so it does not change which are the k largest: the selection reads the raw
-stream, times the norm's gain where it has one, and the scalar multiplies the product. An adapter packed with a site's
-weight (``pack_adapters``) is read with it, every row.
+stream, times the norm's gain where it has one, and the scalar multiplies the product (and what a threshold is compared
+with). An adapter packed with a site's weight (``pack_adapters``) is read with it, every row.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class _Fused:
     eps: float | None = None
     gate: str = ""
     gain: fx.Node | None = None
+    threshold: float | None = None
 
 
 def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> PassResult:
@@ -75,6 +76,8 @@ def _gemv(site: Site) -> _Fused | None:
     if g.calls(gemv, _GEMV):
         x, k = gemv.args[0].args[0].args
         return _Fused(linear, x, k, gemv.args[2], site.out_features, bias)
+    if g.calls(gemv, _LINEAR):
+        return _Fused(linear, *gemv.args, site.out_features, bias, threshold=gemv.kwargs["threshold"])
     x, weight = gemv.args
     dense = g.calls(gemv, torch.matmul) and math.prod(g.shape(x)[:-1]) == 1
     return _Fused(linear, x, site.in_features, weight, site.out_features, bias) if dense else None
@@ -127,7 +130,8 @@ def _emit(graph: fx.Graph, f: _Fused) -> fx.Node:
         gain = f.gain
         if gain is not None and g.dtype(gain) not in (None, g.dtype(f.x)):  # Gemma's 1 + weight, in float32
             gain = graph.call_method("to", (gain, g.dtype(f.x)))
-        fused = graph.call_function(_LINEAR, (f.x, f.k, f.weight, f.bias, f.residual, f.eps, f.gate, early, gain))
+        fused = graph.call_function(_LINEAR, (f.x, f.k, f.weight, f.bias, f.residual, f.eps, f.gate, early, gain,
+                                            f.threshold))
     fused.meta = dict(f.output.meta)
     f.output.replace_all_uses_with(fused)
     return fused

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,49 @@ def test_sparse_is_the_method_in_plain_words(saved, rotation, sparsity, tied):
     per_token = (logits - expected).abs().amax(-1) / expected.abs().max()
     assert (per_token < 1e-3).double().mean() >= 0.9  # of 40 tokens; a channel at the threshold may flip by rounding
     assert error(logits, model(x).logits) > 1e-2  # something was left out
+
+
+@pytest.mark.parametrize(("rotation", "compiler"), [("layer", "eager"), ("layer", "inductor"), ("online", "eager"),
+                                                    ("none", "eager")])
+def test_thresholds_are_the_method_in_plain_words(saved, rotation, compiler):
+    """Prompt and decoding; another sparsity needs no calibration, and the Top-K of the same plan no other plan."""
+    model = llama()
+    path = saved(model, rotation=rotation, selection="threshold")
+    plan, x = larosa_fx.Plan.load(path), ids(1, 40)
+    assert plan.selection == "threshold"
+    for options in ({}, {"sparsity": 0.35}, {"selection": "topk"}, {"sparsity": 0.0}):
+        torch.compiler.reset()
+        fast = compiled(model, compiler, plan=path, sparsify="all", strict=True, **options)
+        with simulated(model, plan, options.get("sparsity"), selection=options.get("selection")):
+            expected, single = model(x).logits, [model(x[:, i:i + 1]).logits for i in range(8)]
+        logits = fast(x).logits
+        per_token = (logits - expected).abs().amax(-1) / expected.abs().max()
+        assert (per_token < 1e-3).double().mean() >= 0.9
+        right = [error(fast(x[:, i:i + 1]).logits, single[i]) < 1e-3 for i in range(8)]
+        assert sum(right) >= 7
+        report = larosa_fx.last_report()
+        assert report.byte_sparsity == pytest.approx(options.get("sparsity", 0.5), abs=0.02)
+        assert report.selection == options.get("selection", "threshold")
+
+
+def test_thresholds_that_a_plan_does_not_hold(saved):
+    model = llama()
+    with pytest.raises(Exception, match=r'holds no thresholds; calibrate or train with selection="threshold"'):
+        compiled(model, plan=saved(model), selection="threshold")(ids(1, 1))
+
+
+def test_plans_that_differ_in_thresholds_do_not_share_code(saved):
+    model = llama()
+    plan = larosa_fx.calibrate(model, batches(), selection="threshold", progress=False)
+    fast, x = compiled(model), ids(1, 1)
+    first = fast(x).logits
+    other = replace(plan, thresholds={name: t * 2 for name, t in plan.thresholds.items()})
+    other.attach(model)
+    second = fast(x).logits
+    for p, logits in ((plan, first), (other, second)):
+        with simulated(model, p):
+            assert error(logits, model(x).logits) < 1e-4
+    assert error(first, second) > 1e-3
 
 
 def test_decode_sparsifies_single_tokens_only(saved):

@@ -49,6 +49,23 @@ def test_calibrate_eval_and_generate(directory, capsys):
     assert found["provenance"]["rotation"] == "layer"
 
 
+def test_thresholds_report_what_they_reach(directory, capsys):
+    assert larosa("calibrate", "-o", "m.larosa", "--text", "text.txt", "--window", "32", "--windows", "8", "--selection",
+                  "threshold") == 0
+    assert "by threshold, calibrated on" in capsys.readouterr().out
+    rows = {}
+    for selection in ("threshold", "topk"):
+        assert larosa("eval", "--plan", "m.larosa", "--text", "text.txt", "--window", "32", "--windows", "3", "--sparsity",
+                      "0.5", "--selection", selection, "--compiler", "eager", "--json") == 0
+        rows[selection] = json.loads(capsys.readouterr().out)["rows"][1]
+    assert [row["selection"] for row in rows.values()] == ["threshold", "topk"]
+    assert rows["threshold"]["byte_sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert rows["threshold"]["byte_sparsity"] != rows["topk"]["byte_sparsity"] == pytest.approx(0.5, abs=0.02)
+    assert rows["threshold"]["ppl"] != pytest.approx(rows["topk"]["ppl"], rel=1e-4)
+    assert larosa("inspect", "--plan", "m.larosa", "--html", "layer.html") == 0
+    assert "channels at 0." in (directory / "layer.html").read_text(encoding="utf-8")
+
+
 def test_inspect_needs_no_plan(directory, capsys):
     assert larosa("inspect", "--json", "--sparsity", "0.4", "--dump-dir", "dumps") == 0
     found = json.loads(capsys.readouterr().out)

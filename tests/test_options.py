@@ -38,6 +38,7 @@ def test_unknown_option_like_none_lists_all():
     ("sparsity", "0.5", "0 <= sparsity < 1"),
     ("sparsity", True, "0 <= sparsity < 1"),
     ("sparsify", "prefill", "choose one of decode, all"),
+    ("selection", "largest", "choose one of None, topk, threshold"),
     ("weights", "move", "choose one of copy, replace"),
     ("compiler", None, "choose one of inductor, eager"),
     ("strict", 1, "choose True or False"),

@@ -10,7 +10,7 @@ import torch
 
 from larosa_fx.allocate import COEFFICIENTS, byte_sparsity
 from larosa_fx.graph import placeholders
-from larosa_fx.plan import ATTACHED, SAMPLES, Plan, PlanError, PlanSite, sample
+from larosa_fx.plan import ATTACHED, LEVELS, SAMPLES, Plan, PlanError, PlanSite, sample
 from larosa_fx.structure import weight_placeholders
 from programs import program, rotations, tiny_model, trace
 from tiny import ids
@@ -51,6 +51,40 @@ def rewrite_file(path, header=None, tensors=None, metadata=None):
 
 
 # ---- file ----------------------------------------------------------------------------------------------------------
+
+
+def with_thresholds(plan):
+    plan.thresholds = {site.name: torch.arange(1.0, 1 + len(LEVELS)) + i for i, site in enumerate(plan.sites)}
+    plan.selection = "threshold"
+    return plan
+
+
+def test_thresholds_at_any_sparsity(p, tmp_path):
+    plan = Plan.load(with_thresholds(plan_of(p)).save(tmp_path / "plan"))
+    first, second = (site.name for site in plan.sites[:2])
+    assert plan.selection == "threshold" and plan.thresholds_at()[first] == plan.thresholds_at(0.5)[first] == 5.0
+    assert plan.thresholds_at(0.55)[second] == pytest.approx(6.5) and plan.thresholds_at(0.05)[first] == pytest.approx(0.5)
+    assert set(plan.thresholds_at(0.0).values()) == {0.0} and plan.thresholds_at(0.999)[first] == 10.0
+    assert plan.thresholds_at(0.5, "topk") is None
+    with pytest.raises(ValueError, match="selection is 'largest'; choose one of topk, threshold"):
+        plan.thresholds_at(0.5, "largest")
+    with pytest.raises(PlanError, match="holds no thresholds"):
+        plan_of(p).thresholds_at(0.5, "threshold")
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda plan: plan.thresholds.pop("layers.0.h1"), "does not hold thresholds for each of its sites"),
+    (lambda plan: plan.thresholds.clear(), "selects by thresholds but holds none"),
+    (lambda plan: plan.thresholds["layers.0.h1"].neg_(), "thresholds of layers.0.h1 are not 10 numbers, none negative"),
+    (lambda plan: plan.thresholds["layers.0.h1"].fill_(torch.nan), "thresholds of layers.0.h1 are not 10 numbers"),
+    (lambda plan: plan.thresholds.update({"layers.0.h1": torch.ones(3)}), "thresholds of layers.0.h1 are not 10 numbers"),
+    (lambda plan: setattr(plan, "selection", "largest"), "unknown selection 'largest'; known: topk, threshold"),
+])
+def test_bad_thresholds(p, tmp_path, break_it, message):
+    plan = with_thresholds(plan_of(p))
+    break_it(plan)
+    with pytest.raises(PlanError, match=message):
+        Plan.load(plan.save(tmp_path / "plan"))
 
 
 @pytest.mark.parametrize("rotation", ["layer", "block", "model", "online", "none"])

@@ -22,7 +22,7 @@ def halved(p):
     return {site.name: site.in_features // 2 for site in p.structure.sites}
 
 
-def fused(family, granularity, fuses=everything, tokens=1, edit=lambda p: None, scales=False):
+def fused(family, granularity, fuses=everything, tokens=1, edit=lambda p: None, scales=False, threshold=None):
     """(the program with its sites fused, counts); it computes what it does without fusing, on the same matrices."""
     pair = [program(family, tokens=tokens) for _ in range(2)]
     for p in pair:
@@ -30,8 +30,9 @@ def fused(family, granularity, fuses=everything, tokens=1, edit=lambda p: None, 
     matrices = rotations(pair[0].structure, granularity)
     if scales:
         matrices |= {f"{s.name}/scale": (0.5 * torch.randn(s.in_features)).exp() for s in pair[0].structure.inner_sites()}
-    plain = rewrite(pair[0], granularity, k=halved(pair[0]), matrices=matrices)
-    done = rewrite(pair[1], granularity, k=halved(pair[1]), matrices=matrices, fuses=fuses)
+    given = {"k": halved(pair[0]), "matrices": matrices,
+             "thresholds": threshold and {site.name: threshold for site in pair[0].structure.sites}}
+    plain, done = rewrite(pair[0], granularity, **given), rewrite(pair[1], granularity, **given, fuses=fuses)
     expected, got = pair[0].run(plain.binding), pair[1].run(done.binding)
     assert_close(got, expected)
     assert (expected[0] - pair[0].expected[0]).abs().max() > 1e-3 * expected[0].abs().max()  # it is the sparse model
@@ -62,6 +63,21 @@ def test_a_layer_is_four_ops(family, granularity, adapters, scales):
     assert p.calls(F.silu) == 0 and p.calls(F.rms_norm) == 1  # the last norm
     # A tied table's way into the basis, but no adapter on its own; the models spell their products @.
     assert p.calls(torch.matmul) == (family == "qwen2" and granularity != "none")
+
+
+@pytest.mark.parametrize("family, granularity", CASES)
+def test_thresholds_are_of_the_normed_activation(family, granularity):
+    p, result = fused(family, granularity, threshold=0.05, scales=family == "llama")
+    assert result.counts["sites"] == p.calls(LINEAR) == len(p.structure.sites)
+    assert {node.args[9] for node in p.gm.graph.find_nodes(op="call_function", target=LINEAR)} == {0.05}
+    assert result.counts.get("norms", 0) == fused(family, granularity, scales=family == "llama")[1].counts.get("norms", 0)
+
+
+def test_a_threshold_without_a_kernel():
+    """The op is there all the same, alone: only it can select as many as there are."""
+    p, result = fused("llama", "layer", lambda *_: False, threshold=0.05)
+    assert len(result.skipped) == p.calls(LINEAR) == 4 * LAYERS and result.counts == {}
+    assert p.calls(F.rms_norm) == 2 * LAYERS + 1
 
 
 @pytest.mark.parametrize("family, dtype, norms", [

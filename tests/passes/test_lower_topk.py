@@ -8,7 +8,7 @@ import torch
 from programs import CASES, assert_close, program, rewrite, tiny_model, trace
 from tiny import SIZES, ids
 
-SELECT, GEMV = torch.ops.larosa.topk_select.default, torch.ops.larosa.sparse_gemv.default
+SELECT, GEMV, LINEAR = (getattr(torch.ops.larosa, name).default for name in ("topk_select", "sparse_gemv", "sparse_linear"))
 SITE_COUNT = 4 * SIZES["num_hidden_layers"]
 
 
@@ -53,24 +53,43 @@ def test_a_site_with_all_channels_stays_dense_beside_sparse_ones():
     assert done.results["lower_topk"].skipped == [("layers.1.h3", "k is the whole site: dense")]
 
 
+@pytest.mark.parametrize("tokens, sparsify, form, ops", [
+    (1, "decode", "sparse GEMV", SITE_COUNT), (5, "decode", "dense", 0), (5, "all", "masked matmul", 0)])
+def test_thresholds_need_no_selection(tokens, sparsify, form, ops):
+    p = program("llama", tokens=tokens)
+    thresholds = {site.name: 0.1 + i for i, site in enumerate(p.structure.sites)}
+    k = half(p) | {"layers.1.h3": SIZES["hidden_size"]}
+    done = rewrite(p, "layer", "lower_topk", k=k, sparsify=sparsify, thresholds=thresholds)
+    assert done.forms.pop("layers.1.h3") == "dense" and set(done.forms.values()) == {form}
+    assert p.calls(SELECT, GEMV) == 0 and p.calls(torch.masked_fill) == (SITE_COUNT - 1 if form == "masked matmul" else 0)
+    linears = p.gm.graph.find_nodes(op="call_function", target=LINEAR)
+    expected = [t for name, t in thresholds.items() if name != "layers.1.h3"][:ops]
+    assert [node.kwargs["threshold"] for node in linears] == expected
+
+
 @cache
 def traced(tokens):
     model, x = tiny_model("llama-biases"), ids(2, tokens)
     return trace(model, x, use_cache=False), model, x
 
 
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("kind, linears", [
     ("h1", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]), ("h2", ["self_attn.o_proj"]),
     ("h3", ["mlp.gate_proj", "mlp.up_proj"]), ("h4", ["mlp.down_proj"])])
-def test_one_sparse_site_is_its_linears_on_the_largest_channels(kind, linears, tokens):
+def test_one_sparse_site_is_its_linears_on_the_largest_channels(kind, linears, tokens, selection):
     p, model, x = traced(tokens)
     p = p.fresh()
     k = {site.name: site.in_features for site in p.structure.sites}
     k[f"layers.1.{kind}"] = 11
-    done = rewrite(p, "none", k=k)
+    limit = {"h1": 0.5, "h2": 0.2, "h3": 0.5, "h4": 0.02}[kind]
+    done = rewrite(p, "none", k=k, thresholds=None if selection == "topk" else {f"layers.1.{kind}": limit})
 
     def keep_largest(_module, args):  # grouped queries repeat values: of equal ones the first is kept
+        if selection == "threshold":
+            assert 0.1 < (args[0].abs() < limit).double().mean() < 0.9
+            return (args[0] * (args[0].abs() >= limit),)
         order = args[0].abs().argsort(dim=-1, descending=True, stable=True)
         return (args[0].scatter(-1, order[..., 11:], 0.0),)
 

@@ -181,7 +181,7 @@ class Rewritten:
 
 def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Mapping[str, int] | None = None,
             sparsify: str = "all", fuses: fuse_sites.Fuses | None = None,
-            matrices: Mapping[str, torch.Tensor] | None = None) -> Rewritten:
+            matrices: Mapping[str, torch.Tensor] | None = None, thresholds: Mapping[str, float] | None = None) -> Rewritten:
     """Run the passes behind matching in their order, up to and including ``until``, with a plan's matrices or random
     rotations.
 
@@ -208,7 +208,7 @@ def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Map
         (online, rotate_online, p.gm, p.structure, matrices, granularity),
         (True, fold_maps, p.gm, p.structure, matrices, False),
         (True, merge_siblings, p.gm, p.structure),
-        (True, lower_topk, p.gm, p.structure, k, sparsify),
+        (True, lower_topk, p.gm, p.structure, k, sparsify, thresholds),
         (True, pack_adapters, p.gm, p.structure),
         (fuses is not None, fuse_sites, p.gm, p.structure, fuses),
         (True, fold_weights, p.gm, p.structure.dtype),
