@@ -6,8 +6,9 @@
 Weights are random: the time depends on shapes and on k, not on values. The compiled forward is called as transformers'
 ``generate`` calls it, with a static cache, after an eager prefill; the next token never visits the host. A row holds:
 
-- model, layers, dtype, device, rotation, variant ("dense-eager", "dense-max-autotune", "larosa", ...), sparsity (asked
-  for), byte_sparsity (as compiled: share of the decoder layers' weight bytes not read);
+- model, layers, dtype, device, rotation, variant ("dense-eager", "dense-max-autotune", "larosa", "larosa-threshold", ...),
+  sparsity (asked for), byte_sparsity (share of the decoder layers' weight bytes not read: as compiled, or, of thresholds,
+  counted over decoding steps of the eager model);
 - ms_per_token (median), p20, p80, tokens_per_second, host_ms_per_token: what it takes to launch a step without waiting
   for it; where that is not clearly below ms_per_token, the host sets the pace;
 - ratio_to_best_dense: how many times faster than the fastest dense variant of the same model in the file, in any dtype;
@@ -43,7 +44,8 @@ import provenance
 from larosa_fx import backend
 from larosa_fx.calibrate import calibrate
 from larosa_fx.loading import load_model
-from larosa_fx.plan import library_versions
+from larosa_fx.methods import Lab, from_plan
+from larosa_fx.plan import Plan, library_versions
 from larosa_fx.structure import BASES
 from larosa_fx.weights import STORE, Folded
 
@@ -77,9 +79,11 @@ VARIANTS = {
     "cuda": ("dense-eager", "dense-reduce-overhead", "dense-max-autotune", "larosa"),
     "cpu": ("dense-eager", "dense-default", "dense-max-autotune", "larosa"),
 }
+SELECTION = {"larosa": "topk", "larosa-threshold": "threshold"}
 # Of logit_error at sparsity 0. Random layers hardly contract, so roundings add up: the dense model, compiled, is already
 # 5.6e-2 from the eager one in bfloat16 over 32 layers.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 2e-2, torch.float32: 1e-3}
+COUNTED = 16  # eager steps whose bytes are counted
 WARMUP = 8  # steps; CUDA graphs are recorded within the first three
 LAUNCHES = 16  # steps launched without waiting: few enough that no queue is full
 
@@ -124,14 +128,15 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
     needed = setting.prompt + 1 + WARMUP + LAUNCHES + setting.tokens
     if needed > setting.cache:
         raise ValueError(f"{needed} positions do not fit into a cache of {setting.cache}")
-    cases = [(variant, sparsity) for variant in variants for sparsity in (sparsities if variant == "larosa" else [None])]
+    cases = [(variant, sparsity) for variant in variants for sparsity in (sparsities if variant in SELECTION else [None])]
     folded: list[Folded] = []  # held from one sparsity to the next, which needs the same
     with torch.no_grad():
         expected = Decoding(model, setting).step(model).float()
-        if "larosa" in variants:
+        if not SELECTION.keys().isdisjoint(variants):
             # Other rotations would take the same time; these are made where the model is, without statistics.
-            ids = torch.randint(model.config.vocab_size, (1, 16), device=model.device)
-            calibrate(model, [ids], rotation=setting.rotation, basis="hadamard", progress=False)
+            ids = torch.randint(model.config.vocab_size, (1, 256), device=model.device)
+            plan = calibrate(model, [ids], rotation=setting.rotation, basis="hadamard", progress=False,
+                             selection="threshold" if "larosa-threshold" in variants else "topk")
         for variant, sparsity in cases:
             torch.compiler.reset()
             gc.collect()
@@ -140,11 +145,15 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
             row: Row = {"variant": variant, "rotation": None, "sparsity": sparsity, "byte_sparsity": 0.0}
             row |= _timed(model, _forward(model, variant, sparsity, setting.mode), setting, expected)
             touched = _dense_bytes(model)
-            if variant == "larosa":
+            if variant in SELECTION:
                 report = backend.last_report()
                 row |= {"rotation": setting.rotation, "byte_sparsity": report.byte_sparsity}
+                if variant == "larosa-threshold":
+                    row["byte_sparsity"] = _reached(model, plan, sparsity, setting)
                 folded[:] = STORE.entries()
-                touched += (_rotations(report) * model.config.hidden_size ** 2 - _skipped(report)) * model.dtype.itemsize
+                elements = sum(s.channels * s.outputs for s in report.sites)
+                touched += (_rotations(report) * model.config.hidden_size ** 2 - round(row["byte_sparsity"] * elements)
+                            ) * model.dtype.itemsize
             rate = touched / row["ms_per_token"] * 1e3
             yield row | {"weight_bytes_touched": touched, "achieved_gb_per_s": rate / 1e9,
                          "share_of_byte_limit": rate / bandwidth}
@@ -153,8 +162,8 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
 def _forward(model: torch.nn.Module, variant: str, sparsity: float | None, mode: str | None) -> Callable:
     if variant == "dense-eager":
         return model
-    if variant == "larosa":
-        options = {"sparsity": sparsity} | ({"mode": mode} if mode else {})
+    if variant in SELECTION:
+        options = {"sparsity": sparsity, "selection": SELECTION[variant]} | ({"mode": mode} if mode else {})
         return torch.compile(model.__call__, backend="larosa", options=options, fullgraph=True)
     return torch.compile(model.__call__, mode=variant.removeprefix("dense-"), fullgraph=True)
 
@@ -209,9 +218,13 @@ def _dense_bytes(model: torch.nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters()) - (0 if tied else table.nbytes - table[0].nbytes)
 
 
-def _skipped(report) -> int:
-    """Weight elements that a step leaves unread."""
-    return sum((s.channels - s.k) * s.outputs for s in report.sites if s.form != "dense")
+def _reached(model: torch.nn.Module, plan: Plan, sparsity: float, setting: Setting) -> float:
+    """Byte sparsity that thresholds reach while decoding."""
+    decoding, lab = Decoding(model, setting), Lab(model, plan, torch.empty(1, 0, dtype=torch.long))
+    with from_plan(plan, "threshold")(lab, sparsity):
+        for _ in range(COUNTED):
+            decoding.step(model)
+    return lab.meter.per_token().mean().item()
 
 
 def _rotations(report) -> int:
@@ -280,7 +293,9 @@ def readme(text: str, name: str, rows: Sequence[Row]) -> str:
         column = row["variant"].replace("dense-", "dense, ") if dense else f"{row['sparsity']:.0%} not read"
         faster = "" if dense else f" ({row['ratio_to_best_dense']:.2f}x)"
         turned = "" if row.get("rotation") in (None, "layer") else f", rotation={row['rotation']}"
-        cases.setdefault(f"{row['model']}, {row['dtype']}{turned}", {})[column] = f"{row['ms_per_token']:.3g}{faster}"
+        selected = ", thresholds" if row["variant"] == "larosa-threshold" else ""
+        case = cases.setdefault(f"{row['model']}, {row['dtype']}{turned}{selected}", {})
+        case[column] = f"{row['ms_per_token']:.3g}{faster}"
     columns = list(dict.fromkeys(column for cells in cases.values() for column in cells))
     lines = [["ms/token", *columns], ["---"] * (len(columns) + 1)] + [
         [case, *(cells.get(column, "") for column in columns)] for case, cells in cases.items()]
@@ -295,7 +310,8 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", default=["llama-2-7b"], choices=[*MODELS, SMOLLM2], metavar="NAME",
                         help=f"of {', '.join([*MODELS, SMOLLM2])}")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.75])
-    parser.add_argument("--variants", nargs="+", choices=sorted({v for names in VARIANTS.values() for v in names}))
+    known = {*SELECTION, *(variant for variants in VARIANTS.values() for variant in variants)}
+    parser.add_argument("--variants", nargs="+", choices=sorted(known))
     parser.add_argument("--rotation", default="layer", choices=list(BASES))
     parser.add_argument("--mode", help="Inductor's for larosa; max-autotune on a GPU, its default on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -4,9 +4,9 @@
 
 Timed in a CUDA graph over enough copies of the weights that none is in L2 when it is read. Rows of four kinds:
 
-- "site": one fused op of a layer at a sparsity; us, us_dense (F.linear on the same weights), bytes, achieved_gb_per_s,
-  share_of_byte_limit, and us_selection: what keeping all channels but one costs more than keeping all, the same bytes read
-  without selecting;
+- "site": one fused op of a layer at a sparsity, its selection "topk" or a "threshold" that as many channels pass; us,
+  us_dense (F.linear on the same weights), bytes, achieved_gb_per_s, share_of_byte_limit, and us_selection: what keeping all
+  channels but one costs more than keeping all, the same bytes read without selecting;
 - "teal", with --teal FILE, which is kernels/sparse_gemv.py of github.com/FasterDecoding/TEAL: its GEMV alone, in fp16 as it
   is written, with a threshold that as many channels pass; norm, gate and residual are within "site" and not within this;
 - "chain": a layer's four sites one after the other, with and without its adapter;
@@ -85,6 +85,15 @@ def kept(channels: int, sparsity: float) -> int:
     return round((1 - sparsity) * channels)
 
 
+def reached_by(x: torch.Tensor, k: int, eps: float | None) -> float:
+    """The threshold between the k largest |x|, normed if there is an eps, and the others; 0 for all."""
+    z = x.float().abs().flatten()
+    if eps is not None:
+        z = z * torch.rsqrt(z.square().mean() + eps)
+    ordered = z.sort(descending=True).values
+    return ordered[k - 1:k + 1].mean().item() if k < len(ordered) else 0.0
+
+
 def beyond_l2(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     """The weights and as many copies of the first as it takes for none to be in L2 when its turn comes."""
     while sum(w.nbytes for w in weights) < 2 * _L2_BYTES:
@@ -103,17 +112,24 @@ def sites(layer: Layer, sparsities: list[float], bandwidth: float) -> list[Row]:
         copies = beyond_l2([layer.weights(site) for _ in range(2)])
         channels = x.shape[-1]
 
-        def fused(k: int, x=x, copies=copies, more=more) -> float:
-            return microseconds(lambda: [torch.ops.larosa.sparse_linear(x, k, w, **more) for w in copies], len(copies))
+        def fused(k: int, by: str, x=x, copies=copies, more=more) -> float:
+            keep = {"k": k, "threshold": None}
+            if by == "threshold":
+                keep = {"k": x.shape[-1], "threshold": reached_by(x, k, more.get("eps"))}
+            return microseconds(lambda: [torch.ops.larosa.sparse_linear(x, weight=w, **keep, **more) for w in copies],
+                                len(copies))
 
         transposed = [w.t().contiguous() for w in copies]
         dense = microseconds(lambda x=x, t=transposed: [F.linear(x, w) for w in t], len(copies))
-        selection = fused(channels - 1) - fused(channels)
-        for sparsity in sparsities:
-            k = kept(channels, sparsity)
-            us, touched = fused(k), k * columns * 2
-            rows.append({"kind": "site", "site": site, "channels": channels, "columns": columns, "sparsity": sparsity,
-                         "us": us, "us_dense": dense, "us_selection": selection, **rates(touched, us, bandwidth)})
+        whole = fused(channels, "topk")
+        for by in ("topk", "threshold"):
+            selection = fused(channels - 1, by) - whole
+            for sparsity in sparsities:
+                k = kept(channels, sparsity)
+                us, touched = fused(k, by), k * columns * 2
+                rows.append({"kind": "site", "site": site, "selection": by, "channels": channels, "columns": columns,
+                             "sparsity": sparsity, "us": us, "us_dense": dense, "us_selection": selection,
+                             **rates(touched, us, bandwidth)})
         del copies, transposed
     return rows
 
@@ -224,7 +240,8 @@ def main() -> None:
     bandwidth = read_bandwidth("cuda")
     layer = Layer(MODELS[args.model][1])
     found = sites(layer, args.sparsity, bandwidth)
-    print(table(found, ["site", "channels", "columns", "sparsity", "us", "us_dense", "us_selection", "share_of_byte_limit"]))
+    print(table(found, ["site", "selection", "channels", "columns", "sparsity", "us", "us_dense", "us_selection",
+                        "share_of_byte_limit"]), flush=True)
     if args.teal:
         found += (beside := teal(layer, args.teal, args.teal_sparsity, bandwidth))
         print(table(beside, ["site", "channels", "columns", "sparsity", "us", "error", "share_of_byte_limit"]), flush=True)

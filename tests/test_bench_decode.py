@@ -31,6 +31,16 @@ def test_a_row_for_each_variant_and_sparsity():
     assert dense["rotation"] is None and sparse["rotation"] == "block"
 
 
+def test_thresholds_are_counted():
+    topk, threshold = rows(["larosa", "larosa-threshold"])
+    assert topk.keys() == threshold.keys()
+    assert threshold["byte_sparsity"] == pytest.approx(0.5, abs=0.15) and threshold["byte_sparsity"] != topk["byte_sparsity"]
+    s = tiny.SIZES
+    blocks = s["num_hidden_layers"] * s["hidden_size"] * (3 * s["hidden_size"] + 3 * s["intermediate_size"])
+    more = (topk["byte_sparsity"] - threshold["byte_sparsity"]) * blocks * 4
+    assert threshold["weight_bytes_touched"] - topk["weight_bytes_touched"] == pytest.approx(more, abs=8)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_touched(tied):
     dense, sparse = rows(["dense-eager", "larosa"], tie_word_embeddings=tied)
