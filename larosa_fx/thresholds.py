@@ -59,15 +59,15 @@ def _limits(model: torch.nn.Module, plan: Plan, k: Mapping[str, int], pieces: Se
 
 
 def quantile(score: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
-    """The score that a ``share`` of all entries of [..., K] lies below, a scalar; nothing waits for a share on the GPU.
+    """A score that a ``share`` of all entries of [..., K] lies below, a scalar; nothing waits for a share on the GPU.
 
-    Of many tokens only some are ranked.
+    It lies between two entries, so that rounding decides about neither. Of many tokens only some are ranked.
     """
     tokens = score.flatten(0, -2)
     ordered = (tokens[::STEP] if len(tokens) > WHOLE else tokens).flatten().sort().values
-    if isinstance(share, torch.Tensor):
-        return ordered[(share * ordered.numel()).round().long().clamp(max=ordered.numel() - 1).reshape(1)][0]
-    return ordered[min(round(share * ordered.numel()), ordered.numel() - 1)]
+    last = ordered.numel() - 1
+    at = torch.as_tensor(share * (last + 1), device=score.device).round().long().clamp(max=last)
+    return ordered[torch.stack([(at - 1).clamp(min=0), at])].mean()
 
 
 def _pieces(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:

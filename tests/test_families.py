@@ -30,7 +30,8 @@ def test_class(name, tmp_path, fresh_dynamo):
     assert row.verdict == ("left alone" if treatment == "dense" else "accelerated")
     assert (row.treatment, row.sites) == (treatment, sites) and reason in row.reason
     assert row.error_p0 <= 1e-5
-    assert (row.error_p50 or 0) <= families.TOLERANCE
+    assert max(row.error_p50 or 0, row.error_threshold or 0) <= families.TOLERANCE
+    assert (row.error_threshold is None) == (treatment == "dense")
 
 
 def test_wrong_folds_show(tmp_path, fresh_dynamo, monkeypatch):
