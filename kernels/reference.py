@@ -233,10 +233,11 @@ def sparse_linear(
     z = x if gain is None else x * gain
     scale = 1 if eps is None else torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
     if threshold is None:
-        chosen = topk_select(z, k)
-    else:  # a list of all channels: how long the rows' own would be is not known without waiting for the device
-        chosen = z.masked_fill(z.to(wide).abs() * scale < threshold, 0), torch.arange(k, device=x.device).expand(z.shape)
-    y = _gemv(*chosen, weight[:channels]).to(wide)
+        y = _gemv(*topk_select(z, k), weight[:channels]).to(wide)
+    else:  # dense: how many channels a row keeps is not known without waiting for the device
+        masked = z.masked_fill(z.to(wide).abs() * scale < threshold, 0)
+        few = wide if x.shape[:-1].numel() <= GATHER_ROWS else x.dtype
+        y = (masked.to(few) @ weight[:channels].to(few)).to(wide)
     if eps is not None:
         y = y * scale
     if bias is not None:
