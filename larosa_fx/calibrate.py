@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from larosa_fx.options import check_choice, check_sparsity
 from larosa_fx.passes import insert_taps
 from larosa_fx.pipeline import Runner
 from larosa_fx.plan import ATTACHED, SELECTIONS, Plan, PlanSite, library_versions, sample
+from larosa_fx.reference import headless
 from larosa_fx.structure import BASES, Structure
 from larosa_fx.thresholds import with_thresholds
 
@@ -108,15 +108,14 @@ class _Session:
         self._covariances = dict.fromkeys(sites)
 
     def run(self, model: torch.nn.Module, tokens: Sequence[torch.Tensor], progress: bool) -> None:
-        parameters = inspect.signature(model.forward).parameters
-        kwargs = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in parameters}
+        options = headless(model)
         device = next(model.parameters()).device
         captured = torch.compile(model, backend=_capture_backend, fullgraph=True)
         token = _session.set(self)
         try:
             with torch.no_grad(), tqdm(tokens, "calibrating", unit="batch", disable=not progress) as bar:
                 for batch in bar:
-                    captured(batch.to(device), **kwargs)
+                    captured(batch.to(device), **options)
         finally:
             _session.reset(token)
 

@@ -5,6 +5,7 @@ No graph, no folding, no adapters, no custom op: what the compiled model must ag
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -78,6 +79,12 @@ def aside() -> Iterator[None]:
         _aside.reset(token)
 
 
+def headless(model: torch.nn.Module) -> dict[str, object]:
+    """Arguments with which a forward pass that is only watched keeps no cache and computes few logits."""
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in known}
+
+
 def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
     """x, [..., D], with all but the k entries of largest magnitude of each row set to zero; ties keep the lower index."""
     order = x.abs().sort(dim=-1, descending=True, stable=True).indices
@@ -125,10 +132,10 @@ def mapped(model: torch.nn.Module, plan: Plan, select: Callable[[PlanSite, torch
            ) -> Iterator[torch.nn.Module]:
     """Within the context ``select(site, z)`` takes the place of z, the site's activation as ``plan`` maps and scales it."""
     device = next(model.parameters()).device
+    rotations = {name: orthonormal(q.to(device)) for name, q in plan.rotations.items()}
 
     def replacement(site: PlanSite) -> Replacement:
-        q = plan.rotations.get(site.basis)
-        q = None if q is None else orthonormal(q.to(device))
+        q = rotations.get(site.basis)
         heads, scale = (held.get(site.name) for held in (plan.heads, plan.scales))
         heads = None if heads is None else heads.to(device, torch.float64)[site.blocks]
         inverse = None if heads is None else heads.inverse()

@@ -6,14 +6,14 @@ average. (TEAL, arXiv 2408.14690, thresholds unrotated activations; the paper's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from tqdm.auto import tqdm
 
 from larosa_fx.plan import LEVELS, Plan, PlanSite
-from larosa_fx.reference import at_least, mapped
+from larosa_fx.reference import at_least, headless, mapped
 
 TOKENS = 4096  # whose scores are ranked together
 STEP, WHOLE = 7, 1024  # of more than WHOLE tokens one in STEP, which divides no common length of text, is ranked
@@ -26,25 +26,11 @@ def with_thresholds(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.
     Top-K leaves out, so that sites see what the sparse sites before them made of the text. Several passes, over TOKENS
     tokens each, are averaged.
     """
+    device, options = next(model.parameters()).device, headless(model)
     pieces = _pieces(batches)
-    training = model.training
-    model.eval()
-    found: dict[str, list[torch.Tensor]] = {site.name: [] for site in plan.sites}
-    try:
-        with torch.no_grad(), tqdm(LEVELS, "thresholds", disable=not progress, leave=False) as bar:
-            for level in bar:
-                for name, limits in _limits(model, plan, plan.k_at(level), pieces).items():
-                    found[name].append(torch.stack(limits).mean())
-    finally:
-        model.train(training)
-    return replace(plan, selection="threshold", thresholds={name: torch.stack(t).cpu() for name, t in found.items()})
-
-
-def _limits(model: torch.nn.Module, plan: Plan, k: Mapping[str, int], pieces: Sequence[torch.Tensor]
-            ) -> dict[str, list[torch.Tensor]]:
-    """Site -> for each piece the threshold that k channels reach on average, in the model that thresholds make sparse."""
-    device = next(model.parameters()).device
+    k: dict[str, int] = {}
     limits: dict[str, list[torch.Tensor]] = {site.name: [] for site in plan.sites}
+    found: dict[str, list[torch.Tensor]] = {site.name: [] for site in plan.sites}
 
     def select(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
         score = z.abs()
@@ -52,10 +38,21 @@ def _limits(model: torch.nn.Module, plan: Plan, k: Mapping[str, int], pieces: Se
         limits[site.name].append(limit.float())
         return z * at_least(score, limit)
 
-    with mapped(model, plan, select):
-        for ids in pieces:
-            model(ids.to(device), use_cache=False)
-    return limits
+    training = model.training
+    model.eval()
+    try:
+        with (torch.no_grad(), mapped(model, plan, select),
+              tqdm(LEVELS, "thresholds", disable=not progress, leave=False) as bar):
+            for level in bar:
+                k.update(plan.k_at(level))
+                for ids in pieces:
+                    model(ids.to(device), **options)
+                for name, seen in limits.items():
+                    found[name].append(torch.stack(seen).mean())
+                    seen.clear()
+    finally:
+        model.train(training)
+    return replace(plan, selection="threshold", thresholds={name: torch.stack(t).cpu() for name, t in found.items()})
 
 
 def quantile(score: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
