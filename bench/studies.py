@@ -51,7 +51,7 @@ from texts import text_windows
 Row = dict[str, object]
 
 HALF = 0.5
-ROTATIONS = ("none", "model", "layer", "block", "online")
+ROTATIONS = ("none", "model", "quad", "pair", "layer", "block", "online")
 RANKS = (0.125, 0.25, 0.5)  # shares of the channels that a basis keeps, in the study of texts
 SAMPLE = 128  # tokens a site that distributions are taken of
 SHAPES = ("llama-2-7b", "llama-3-8b", "qwen2.5-7b")  # of bench/decode.py

@@ -67,6 +67,8 @@ class Site:
 BASES = {
     "layer": lambda site: f"layers.{site.layer}",
     "block": lambda site: site.name,
+    "pair": lambda site: f"layers.{site.layer // 2 * 2}",
+    "quad": lambda site: f"layers.{site.layer // 4 * 4}",
     "model": lambda site: "model",
     "online": lambda site: site.name,
     "none": lambda site: None,

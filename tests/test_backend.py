@@ -34,6 +34,19 @@ def test_sparsity_zero_is_the_dense_model(saved, rotation, tied):
         assert error(fast(x).logits, model(x).logits) < 1e-5
 
 
+@pytest.mark.parametrize(("rotation", "adapters"), [("layer", 4), ("pair", 2), ("quad", 1), ("model", 0)])
+def test_layers_may_share_a_rotation(saved, rotation, adapters):
+    model = llama(num_hidden_layers=5)
+    path, x = saved(model, rotation=rotation), ids(1, 24)
+    assert error(compiled(model, plan=path, sparsity=0.0, strict=True)(x).logits, model(x).logits) < 1e-5
+    assert larosa_fx.last_report().adapters == adapters
+    torch.compiler.reset()
+    logits = compiled(model, plan=path, sparsify="all")(x).logits
+    with simulated(model, larosa_fx.Plan.load(path)):
+        expected = model(x).logits
+    assert ((logits - expected).abs().amax(-1) < 1e-3 * expected.abs().max()).double().mean() >= 0.9
+
+
 @pytest.mark.parametrize(("rotation", "sparsity", "tied"), [
     ("layer", 0.25, False), ("layer", 0.5, True), ("layer", None, True), ("block", 0.5, False), ("model", 0.5, True),
     ("online", 0.5, False), ("none", 0.5, True)])
