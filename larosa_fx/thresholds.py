@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from larosa_fx.plan import LEVELS, Plan, PlanSite
 from larosa_fx.reference import at_least, headless, mapped
 
+TEXT = 16384  # tokens at most, of each length of row
 TOKENS = 4096  # whose scores are ranked together
 STEP, WHOLE = 7, 1024  # of more than WHOLE tokens one in STEP, which divides no common length of text, is ranked
 
@@ -23,8 +24,8 @@ def with_thresholds(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.
     """``plan`` with thresholds for every sparsity, selecting by them; batches: input_ids, [B, T] each.
 
     At each of LEVELS, one forward pass in which every site takes the threshold that leaves out on average what the plan's
-    Top-K leaves out, so that sites see what the sparse sites before them made of the text. Several passes, over TOKENS
-    tokens each, are averaged.
+    Top-K leaves out, so that sites see what the sparse sites before them made of the text. It runs in pieces of TOKENS
+    tokens, whose thresholds are averaged; of more than TEXT tokens, rows evenly spread are used.
     """
     device, options = next(model.parameters()).device, headless(model)
     pieces = _pieces(batches)
@@ -61,15 +62,22 @@ def quantile(score: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
     It lies between two entries, so that rounding decides about neither. Of many tokens only some are ranked.
     """
     tokens = score.flatten(0, -2)
-    ordered = (tokens[::STEP] if len(tokens) > WHOLE else tokens).flatten().sort().values
+    tokens = tokens[::STEP] if len(tokens) > WHOLE else tokens
+    ordered = tokens.flatten().to(torch.promote_types(score.dtype, torch.float32)).sort().values
     last = ordered.numel() - 1
     at = torch.as_tensor(share * (last + 1), device=score.device).round().long().clamp(max=last)
     return ordered[torch.stack([(at - 1).clamp(min=0), at])].mean()
 
 
 def _pieces(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The batches, those of one length put together and dealt out again as TOKENS tokens at a time."""
+    """Rows of all batches, TOKENS tokens a piece; each piece from everywhere, since texts may stand one behind the other."""
     by_length: dict[int, list[torch.Tensor]] = {}
     for batch in batches:
         by_length.setdefault(batch.shape[1], []).append(batch.cpu())
-    return [piece for length, held in by_length.items() for piece in torch.cat(held).split(max(1, TOKENS // length))]
+    pieces = []
+    for length, held in by_length.items():
+        rows = torch.cat(held)
+        rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), max(1, TEXT // length)), dtype=torch.float64).long()]
+        count = -(-rows.numel() // max(TOKENS, length))
+        pieces += [rows[i::count] for i in range(count)]
+    return pieces

@@ -28,7 +28,6 @@ from larosa_fx.rotations import orthonormal
 from larosa_fx.thresholds import quantile, with_thresholds
 
 SATURATING = 8  # rounds of handing on what saturated sites cannot drop; each can only saturate more
-THRESHOLD_ROWS = 64  # of the text, for the thresholds of a trained plan
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,7 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
             losses = trainer.run(progress)
         trained = state.plan()
         if options.selection == "threshold":
-            some = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(options.seed))[:THRESHOLD_ROWS]
-            trained = with_thresholds(model, trained, [tokens[some]], progress=progress)
+            trained = with_thresholds(model, trained, [tokens], progress=progress)
     finally:
         model.train(mode)
         for p, needed in zip(model.parameters(), grads, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import larosa_fx
-from larosa_fx import training
+from larosa_fx import thresholds, training
 from larosa_fx.allocate import MOST, byte_sparsity
 from larosa_fx.reference import at_least, largest, mapped, simulated
 from larosa_fx.thresholds import with_thresholds
@@ -124,6 +124,25 @@ def test_thresholds_are_those_of_the_training(start, monkeypatch):
             got = model(tokens[0]).logits
     close = (got - expected).abs().amax(-1) < 1e-3 * expected.abs().max()
     assert close.double().mean() > 0.9  # a channel at the threshold may flip by rounding
+
+
+def test_thresholds_are_fitted_to_text_from_everywhere(monkeypatch):
+    monkeypatch.setattr(thresholds, "TEXT", 12)
+    monkeypatch.setattr(thresholds, "TOKENS", 6)
+    rows = torch.arange(20)[:, None].expand(20, 2)
+    pieces = thresholds._pieces([rows[:10], torch.zeros(1, 3), rows[10:]])
+    assert [p[:, 0].tolist() for p in pieces] == [[0, 7, 15], [3, 11, 19], [0]]
+    assert [p[:, 0].tolist() for p in thresholds._pieces([rows[:1].repeat(1, 9)])] == [[0]]  # a row beyond both limits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantile_lies_between_two_scores(dtype):
+    score = torch.randn(40, 7).abs().to(dtype)
+    for share in (0.0, 0.25, torch.tensor(0.5), 0.999, 1.0):
+        limit = thresholds.quantile(score, share)
+        below = (score.float() < limit).sum().item()
+        assert below == pytest.approx(float(share) * 280, abs=1 if dtype == torch.float32 else 4)  # bf16: ties
+        assert not (score == limit).any() or share in (0.0, 1.0) or dtype == torch.bfloat16
 
 
 def test_fitted_thresholds_leave_out_what_the_top_k_does(start):
