@@ -35,11 +35,12 @@ def test_greedy_tokens_at_sparsity_zero_are_the_eager_ones(saved, device, tied):
     assert larosa_fx.last_report().tokens == "1"
 
 
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_sparse_decoding_is_dense_prefill_then_the_method(saved, device):
+def test_sparse_decoding_is_dense_prefill_then_the_method(saved, device, selection):
     """Teacher-forced: each decoded token's logits are those of hooks on the eager model with the same cache."""
     model = llama().to(device)
-    path = saved(model)
+    path = saved(model, selection=selection)
     prompt = ids(1, 9, device=device)
     got = larosa_fx.generate(model, prompt, plan=path, sparsity=0.5, output_logits=True, return_dict_in_generate=True,
                              **SETTINGS)
@@ -66,9 +67,10 @@ def test_a_plan_object_and_an_attached_plan(saved):
         larosa_fx.generate(llama(5), prompt, plan=larosa_fx.Plan.load(path), **SETTINGS)
 
 
-def test_batches_select_for_each_row(saved):
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
+def test_batches_select_for_each_row(saved, selection):
     model = llama()
-    path = saved(model)
+    path = saved(model, selection=selection)
     tokens = ids(3, 1)
     logits = compiled(model, plan=path)(tokens).logits
     for row in range(3):
