@@ -19,9 +19,9 @@ from larosa_fx.capture import Capture, capture
 from larosa_fx.options import check_choice, check_sparsity
 from larosa_fx.passes import insert_taps
 from larosa_fx.pipeline import Runner
-from larosa_fx.plan import ATTACHED, SELECTIONS, Plan, PlanSite, library_versions, sample
+from larosa_fx.plan import ATTACHED, Plan, PlanSite, library_versions, sample
 from larosa_fx.reference import headless
-from larosa_fx.structure import BASES, Structure
+from larosa_fx.structure import BASES, SELECTIONS, Structure
 from larosa_fx.thresholds import with_thresholds
 
 log = logging.getLogger("larosa_fx")

@@ -12,9 +12,9 @@ import torch
 
 from larosa_fx import __version__
 from larosa_fx.options import check_sparsity
-from larosa_fx.plan import SELECTIONS, Plan, PlanError
+from larosa_fx.plan import Plan, PlanError
 from larosa_fx.smollm2 import DownloadError
-from larosa_fx.structure import BASES
+from larosa_fx.structure import BASES, SELECTIONS
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from larosa_fx import compat
-from larosa_fx.plan import SELECTIONS
+from larosa_fx.structure import SELECTIONS
 
 CHOICES = {
     "selection": (None, *SELECTIONS),

@@ -19,12 +19,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.allocate import MOST, allocate, byte_sparsity
 from larosa_fx.graph import PARAMETER, affine, is_layer_norm, upstream
-from larosa_fx.structure import BASES, Site
+from larosa_fx.structure import BASES, SELECTIONS, Site
 
 FORMAT = "larosa-plan"
 VERSION = 3  # 2: maps of heads, scales, coefficients of single sites; 3: thresholds
 SAMPLES = 32  # elements of each weight that identify it
-SELECTIONS = ("topk", "threshold")
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)  # byte sparsities for which thresholds are held
 ORTHOGONALITY = 1e-4  # largest |Q^T Q - I| accepted; fp32 rounding of a 8192 x 8192 rotation stays far below
 

@@ -75,6 +75,10 @@ BASES = {
 }
 
 
+#: What decides which channels a token reads: their rank in it, or a threshold common to all tokens.
+SELECTIONS = ("topk", "threshold")
+
+
 @dataclass
 class StreamNode:
     """One value of the residual stream: the source, ``add(previous, branch)``, or other positions of the previous value.

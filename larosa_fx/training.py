@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 
 from larosa_fx.allocate import MOST, coefficient
 from larosa_fx.options import check_choice
-from larosa_fx.plan import ATTACHED, SELECTIONS, Plan, PlanSite
+from larosa_fx.plan import ATTACHED, Plan, PlanSite
 from larosa_fx.reference import Affine, Replacement, at_least, largest, map_heads, replaced
 from larosa_fx.replay import Replayed
 from larosa_fx.rotations import orthonormal
+from larosa_fx.structure import SELECTIONS
 from larosa_fx.thresholds import quantile, with_thresholds
 
 SATURATING = 8  # rounds of handing on what saturated sites cannot drop; each can only saturate more

@@ -82,7 +82,8 @@ def test_granularity_counts_what_adapters_read(bench):
     rows = list(studies.granularity(bench, Settings(sparsity=(0.0, 0.5))))
     assert all(r.keys() > PERPLEXITY | {"rotation", "adapters", "adapter_share", "read_share"} for r in rows)
     assert {r["rotation"]: r["adapters"] for r in rows} == {
-        "none": 0, "model": 0, "layer": LAYERS - 1, "block": 2 * LAYERS - 1, "online": 2 * LAYERS}
+        "none": 0, "model": 0, "quad": (LAYERS - 1) // 4, "pair": (LAYERS - 1) // 2, "layer": LAYERS - 1,
+        "block": 2 * LAYERS - 1, "online": 2 * LAYERS}
     for row in rows:
         if row["sparsity"] == 0:  # nothing is left out: the dense model, and more read than that
             assert abs(row["delta_nll"]) < 1e-4 and row["read_share"] == 1 + row["adapter_share"]
