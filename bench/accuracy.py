@@ -42,7 +42,7 @@ def main() -> None:
     args = _arguments()
     bench = Bench(args)
     for name in args.methods:
-        bench.measure(name, methods.METHODS[name], bench.lab.plan if name == "larosa" else None)
+        bench.measure(name, methods.METHODS[name], bench.lab.plan if name in ("larosa", "larosa-threshold") else None)
     for name, plan in itertools.chain(map(bench.trained, args.train), map(bench.saved, args.plan)):
         bench.measure(name, methods.from_plan(plan), plan)
         if args.topk and plan.selection != "topk":
