@@ -59,13 +59,15 @@ def with_thresholds(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.
 def quantile(score: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
     """A score that a ``share`` of all entries of [..., K] lies below, a scalar; nothing waits for a share on the GPU.
 
-    It lies between two entries, so that rounding decides about neither. Of many tokens only some are ranked.
+    It lies between two different entries, so that rounding decides about neither: equal ones are kept together, as one
+    token's are wherever it stands. Of many tokens only some are ranked.
     """
     tokens = score.flatten(0, -2)
     tokens = tokens[::STEP] if len(tokens) > WHOLE else tokens
     ordered = tokens.flatten().to(torch.promote_types(score.dtype, torch.float32)).sort().values
     last = ordered.numel() - 1
     at = torch.as_tensor(share * (last + 1), device=score.device).round().long().clamp(max=last)
+    at = torch.searchsorted(ordered, ordered[at])  # the first of its value
     return ordered[torch.stack([(at - 1).clamp(min=0), at])].mean()
 
 

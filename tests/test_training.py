@@ -145,6 +145,11 @@ def test_a_quantile_lies_between_two_scores(dtype):
         assert not (score == limit).any() or share in (0.0, 1.0) or dtype == torch.bfloat16
 
 
+def test_a_quantile_does_not_part_equal_scores():
+    score = torch.tensor([[1.0, 2.0, 2.0, 2.0, 3.0]])
+    assert [thresholds.quantile(score, share).item() for share in (0.0, 0.2, 0.4, 0.6, 0.8)] == [1.0, 1.5, 1.5, 1.5, 2.5]
+
+
 def test_fitted_thresholds_leave_out_what_the_top_k_does(start):
     model, plan, tokens = start
     text = torch.cat(tokens)
