@@ -31,6 +31,7 @@ def run(gm: fx.GraphModule, structure: Structure, k: Mapping[str, int], sparsify
     result = PassResult("lower_topk")
     forms = {}
     decoding = structure.tokens_per_sequence == 1
+    built, limits = (TOPK_FORMS, k) if thresholds is None else (THRESHOLD_FORMS, thresholds)
     for site in structure.sites:
         (linear,) = site.linears
         if k[site.name] == site.in_features:
@@ -43,19 +44,18 @@ def run(gm: fx.GraphModule, structure: Structure, k: Mapping[str, int], sparsify
         else:
             result.skip(site.name, "several tokens a sequence: prefill stays dense")
             form = "dense"
-        channels = k[site.name] if thresholds is None or form == "dense" else thresholds[site.name]
-        _lower(gm.graph, site, linear, FORMS[form], channels)
+        _lower(gm.graph, site, linear, built[form], None if form == "dense" else limits[site.name])
         forms[site.name] = form
         result.count(form)
     return forms, result
 
 
-def _lower(graph: fx.Graph, site: Site, linear: fx.Node, form: Callable, channels: int | float) -> None:
-    """``channels``: how many are kept, or, a float, the threshold of those that are."""
+def _lower(graph: fx.Graph, site: Site, linear: fx.Node, form: Callable, limit: int | float | None) -> None:
+    """``limit``: what ``form`` selects by, the channels to keep or their threshold."""
     bias = linear.args[2] if len(linear.args) > 2 else None
     with graph.inserting_before(linear):
         weight = g.weight_call(graph, torch.t, linear.args[1])  # [K, N]
-        lowered = form(graph, linear.args[0], weight, channels)
+        lowered = form(graph, linear.args[0], weight, limit)
         if bias is not None:
             lowered = graph.call_function(torch.add, (lowered, bias))
     lowered.meta = dict(linear.meta)
@@ -64,7 +64,7 @@ def _lower(graph: fx.Graph, site: Site, linear: fx.Node, form: Callable, channel
     site.linears = [lowered]
 
 
-def _dense(graph: fx.Graph, x: fx.Node, weight: fx.Node, channels: int | float) -> fx.Node:
+def _dense(graph: fx.Graph, x: fx.Node, weight: fx.Node, _: object) -> fx.Node:
     return graph.call_function(torch.matmul, (x, weight))
 
 
@@ -74,23 +74,29 @@ def _select(graph: fx.Graph, x: fx.Node, k: int) -> tuple[fx.Node, fx.Node]:
     return values, indices
 
 
-def _gemv(graph: fx.Graph, x: fx.Node, weight: fx.Node, channels: int | float) -> fx.Node:
-    if isinstance(channels, float):  # a list of unknown length has no place in a graph: one op selects and multiplies
-        linear = torch.ops.larosa.sparse_linear.default
-        return graph.call_function(linear, (x, g.shape(x)[-1], weight), {"threshold": channels})
-    values, indices = _select(graph, x, channels)
+def _gemv(graph: fx.Graph, x: fx.Node, weight: fx.Node, k: int) -> fx.Node:
+    values, indices = _select(graph, x, k)
     return graph.call_function(torch.ops.larosa.sparse_gemv.default, (values, indices, weight))
 
 
-def _masked(graph: fx.Graph, x: fx.Node, weight: fx.Node, channels: int | float) -> fx.Node:
-    if isinstance(channels, float):
-        below = graph.call_function(torch.lt, (graph.call_function(torch.abs, (x,)), channels))
-        masked = graph.call_function(torch.masked_fill, (x, below, 0.0))
-        return graph.call_function(torch.matmul, (masked, weight))
-    values, indices = _select(graph, x, channels)
+def _masked(graph: fx.Graph, x: fx.Node, weight: fx.Node, k: int) -> fx.Node:
+    values, indices = _select(graph, x, k)
     zeros = graph.call_function(torch.zeros_like, (x,))
     masked = graph.call_function(torch.scatter, (zeros, -1, graph.call_method("long", (indices,)), values))
     return graph.call_function(torch.matmul, (masked, weight))
 
 
-FORMS = {"dense": _dense, "sparse GEMV": _gemv, "masked matmul": _masked}
+def _gemv_over(graph: fx.Graph, x: fx.Node, weight: fx.Node, threshold: float) -> fx.Node:
+    # A list of unknown length has no place in a graph: one op selects and multiplies.
+    linear = torch.ops.larosa.sparse_linear.default
+    return graph.call_function(linear, (x, g.shape(x)[-1], weight), {"threshold": threshold})
+
+
+def _masked_over(graph: fx.Graph, x: fx.Node, weight: fx.Node, threshold: float) -> fx.Node:
+    below = graph.call_function(torch.lt, (graph.call_function(torch.abs, (x,)), threshold))
+    masked = graph.call_function(torch.masked_fill, (x, below, 0.0))
+    return graph.call_function(torch.matmul, (masked, weight))
+
+
+TOPK_FORMS = {"dense": _dense, "sparse GEMV": _gemv, "masked matmul": _masked}
+THRESHOLD_FORMS = {"dense": _dense, "sparse GEMV": _gemv_over, "masked matmul": _masked_over}
