@@ -44,7 +44,7 @@ import provenance
 from larosa_fx import backend
 from larosa_fx.calibrate import calibrate
 from larosa_fx.loading import load_model
-from larosa_fx.methods import Lab, from_plan
+from larosa_fx.methods import metered
 from larosa_fx.plan import Plan, library_versions
 from larosa_fx.structure import BASES
 from larosa_fx.weights import STORE, Folded
@@ -220,11 +220,11 @@ def _dense_bytes(model: torch.nn.Module) -> int:
 
 def _reached(model: torch.nn.Module, plan: Plan, sparsity: float, setting: Setting) -> float:
     """Byte sparsity that thresholds reach while decoding."""
-    decoding, lab = Decoding(model, setting), Lab(model, plan, torch.empty(1, 0, dtype=torch.long))
-    with from_plan(plan, "threshold")(lab, sparsity):
+    decoding = Decoding(model, setting)
+    with metered(model, plan, sparsity) as meter:
         for _ in range(COUNTED):
             decoding.step(model)
-    return lab.meter.per_token().mean().item()
+    return meter.per_token().mean().item()
 
 
 def _rotations(report) -> int:

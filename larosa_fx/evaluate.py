@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from larosa_fx import backend, methods
 from larosa_fx.plan import Plan
+from larosa_fx.reference import headless
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,11 @@ def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sp
 @torch.no_grad()
 def reached(model: torch.nn.Module, plan: Plan, sparsity: float, batches: Sequence[torch.Tensor]) -> float:
     """Byte sparsity that a plan's thresholds reach on batches of input_ids; [B, T] each."""
-    lab = methods.Lab(model, plan, batches[0])
-    with methods.from_plan(plan, "threshold")(lab, sparsity):
+    device, options = next(model.parameters()).device, headless(model)
+    with methods.metered(model, plan, sparsity) as meter:
         for ids in batches:
-            model(ids.to(lab.device), use_cache=False)
-    return lab.meter.per_token().mean().item()
+            model(ids.to(device), **options)
+    return meter.per_token().mean().item()
 
 
 def perplexity_table(rows: Sequence[dict[str, object]]) -> str:

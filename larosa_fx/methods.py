@@ -204,15 +204,27 @@ def from_plan(plan: Plan, selection: str | None = None) -> Method:
         limits = plan.thresholds_at(sparsity, selection)
         if limits is None:
             return simulated(lab.model, plan, sparsity, keep_largest, "topk")
-
-        def select(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
-            read = at_least(z.abs(), limits[site.name])
-            lab.meter.add(site, read)
-            return z * read
-
-        return mapped(lab.model, plan, select)
+        return _thresholded(lab.model, plan, limits, lambda site, read: lab.meter.add(site, read))
 
     return method
+
+
+@contextmanager
+def metered(model: torch.nn.Module, plan: Plan, sparsity: float) -> Iterator[Meter]:
+    """Within the context a plan's thresholds select, and the meter that it yields counts what they read."""
+    meter = Meter(plan.sites)
+    with _thresholded(model, plan, plan.thresholds_at(sparsity, "threshold"), meter.add):
+        yield meter
+
+
+def _thresholded(model: torch.nn.Module, plan: Plan, limits: Mapping[str, float],
+                 seen: Callable[[PlanSite, torch.Tensor], None]) -> AbstractContextManager[torch.nn.Module]:
+    def select(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
+        read = at_least(z.abs(), limits[site.name])
+        seen(site, read)
+        return z * read
+
+    return mapped(model, plan, select)
 
 
 def larosa(lab: Lab, sparsity: float) -> AbstractContextManager:

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.allocate import MOST, allocate, byte_sparsity
 from larosa_fx.graph import PARAMETER, affine, is_layer_norm, upstream
+from larosa_fx.options import check_choice
 from larosa_fx.structure import BASES, SELECTIONS, Site
 
 FORMAT = "larosa-plan"
@@ -106,8 +107,7 @@ class Plan:
         Both arguments: None for the plan's own. PlanError where the plan holds no thresholds.
         """
         selection = self.selection if selection is None else selection
-        if selection not in SELECTIONS:
-            raise ValueError(f"selection is {selection!r}; choose one of {', '.join(SELECTIONS)}")
+        check_choice("selection", selection, SELECTIONS)
         if selection == "topk":
             return None
         if not self.thresholds:
