@@ -108,9 +108,7 @@ class CompiledGraph:
         if variant.binding is not None and plan is not None:
             self._check_live_weights(variant, plan, args)
             binding = replace(variant.binding, rotations=plan.matrices, digest=plan.digest)
-            folded, kept = binding.fold(args), binding.kept()
-            if self.options.weights == "replace":
-                STORE.replace([args[i] for i in binding.replaceable(args)])
+            folded, kept = binding.fold(args, replace=self.options.weights == "replace"), binding.kept()
         states = self._states
         refs = [weakref.ref(p, lambda _: states.pop(ids, None)) for p in parameters]
         states[ids] = _State(variant, folded, kept, stamp(parameters), ATTACHED.epoch, refs)

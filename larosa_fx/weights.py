@@ -125,7 +125,10 @@ class FoldStore:
         if any(self.is_replaced(p) for p in parameters):
             raise RuntimeError("larosa: this model's weights were folded with weights='replace' and are gone, so another "
                                "plan, rotation or new values cannot be folded; load the model again")
-        folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=device)
+        try:
+            folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=device)
+        except torch.OutOfMemoryError:  # a head in fp64 is four times a head in bf16; slower, but there is room elsewhere
+            folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=torch.device("cpu")).to(device)
         if entry is not None:
             entry.tensor.copy_(folded)
             entry.stamp = current
@@ -138,18 +141,16 @@ class FoldStore:
         ref = self._replaced.get(id(parameter))
         return ref is not None and ref() is parameter
 
-    def replace(self, parameters: Sequence[torch.Tensor]) -> int:
+    def replace(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Give up the parameters' own memory: each then lies in memory of the tensor it was folded into.
 
-        Sizes, strides and dtype stay, because Dynamo guards on them. The modules that own the parameters refuse to run
-        or to be saved. Returns the bytes freed.
+        Sizes, strides and dtype stay, because Dynamo guards on them. What owns the parameters must not be used any more
+        (``forbid_use``). Returns those that did: something was folded from them, and they had not done so before.
         """
-        freed = 0
         hosts = {id(p): entry.tensor for key, entry in self._entries.items() for p in parameters
                  if id(p) in key[-1] and entry.tensor.numel() >= p.numel() and entry.tensor.dtype == p.dtype}
         done = [p for p in parameters if id(p) in hosts and not self.is_replaced(p)]
         for p in done:
-            freed += p.nbytes
             p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
             self._replaced[id(p)] = weakref.ref(p, functools.partial(self._forget, id(p)))
         replaced = set(map(id, done))
@@ -157,8 +158,7 @@ class FoldStore:
             if replaced & set(key[-1]):
                 entry.stamp = [current if i in replaced else old for i, current, old in zip(
                     key[-1], self._stamps_of(key[-1], done), entry.stamp, strict=True)]
-        _forbid_use(replaced)
-        return freed
+        return done
 
     def _forget(self, key: int, _: weakref.ref) -> None:
         self._replaced.pop(key, None)
@@ -176,14 +176,16 @@ _GONE = ("larosa: the weights of this module were folded into a compiled model w
          "no longer be run or saved. Use the compiled model, or load the model again.")
 
 
-def _forbid_use(parameter_ids: set[int]) -> None:
-    """Make the modules that own these parameters refuse eager use; found by walking live modules, once."""
+def forbid_use(parameters: Sequence[torch.Tensor]) -> None:
+    """Make the modules that own these parameters refuse to run eagerly or to be saved; found by walking live modules."""
+    ids = set(map(id, parameters))
+
     def refuse(*_: object, **__: object) -> None:
         if not torch.compiler.is_compiling():
             raise RuntimeError(_GONE)
 
     for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
-        if any(p is not None and id(p) in parameter_ids for p in module._parameters.values()):
+        if any(p is not None and id(p) in ids for p in module._parameters.values()):
             module.register_forward_pre_hook(refuse)
             module.register_state_dict_pre_hook(refuse)
 
@@ -244,15 +246,27 @@ class Binding:
         return [(tuple(recipe.evaluate([args[i].to(meta) for i in recipe.sources], self.rotations, dtype=self.dtype,
                                        device=meta).shape), self.dtype, self.device) for recipe in self.recipes()]
 
-    def fold(self, args: Sequence[object]) -> list[Folded]:
-        """The folded tensors for these parameters, in the order of the recipes."""
+    def fold(self, args: Sequence[object], *, replace: bool = False) -> list[Folded]:
+        """The folded tensors for these parameters, in the order of the recipes.
+
+        ``replace`` gives up each of the ``replaceable`` parameters as soon as nothing more is folded from it, so that the
+        model and one weight in fp64 is all that must fit into memory.
+        """
         exact = ExactRotations(self.rotations, self.device)
-        folded = []
-        for recipe in self.recipes():
-            try:
+        recipes, replaced, folded = self.recipes(), [], []
+        last = {id(args[i]): n for n, recipe in enumerate(recipes) for i in recipe.sources}
+        leaving = [args[i] for i in self.replaceable(args)] if replace else []
+        if self.dtype == torch.float16:  # whose range may yet be left: until then the model is as it was
+            last = dict.fromkeys(last, len(recipes) - 1)
+        try:
+            for n, recipe in enumerate(recipes):
                 folded.append(STORE.get(recipe, [args[i] for i in recipe.sources], exact, self.digest, self.dtype,
                                         self.device))
-            except FoldError as error:
-                raise FoldError(f"larosa: folding {', '.join(self.names[i] for i in recipe.sources)} into one weight fails: "
-                                f"{error}. Use the model in bfloat16 or float32, or a plan with rotation='none'") from None
+                replaced += STORE.replace([p for p in leaving if last[id(p)] == n])
+        except FoldError as error:
+            raise FoldError(f"larosa: folding {', '.join(self.names[i] for i in recipe.sources)} into one weight fails: "
+                            f"{error}. Use the model in bfloat16 or float32, or a plan with rotation='none'") from None
+        finally:
+            if replaced:
+                forbid_use(replaced)
         return folded

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from larosa_fx.weights import STORE, FoldStore, Recipe
+from larosa_fx.weights import STORE, FoldError, FoldStore, Recipe, forbid_use
 from programs import orthogonal, program, rewrite, tiny_model, trace
 from tiny import ids
 
@@ -181,7 +181,8 @@ def test_replaced_weights_lie_in_the_folded_tensor(store, parameters, rotations)
     owner, x = Owner(*parameters), torch.randn(3, 16)
     expected = by_hand(parameters, rotations)
     entry = fold(store, parameters, rotations)
-    assert store.replace(parameters[:1]) == 24 * 16 * 4
+    assert [id(p) for p in store.replace(parameters[:1])] == [id(parameters[0])]
+    forbid_use(parameters[:1])
     weight = parameters[0]
     assert store.is_replaced(weight) and not store.is_replaced(parameters[1])
     assert weight.untyped_storage().data_ptr() == entry.tensor.untyped_storage().data_ptr()
@@ -194,7 +195,7 @@ def test_replaced_weights_lie_in_the_folded_tensor(store, parameters, rotations)
         owner.state_dict()
     with pytest.raises(RuntimeError, match="load the model again"):
         torch.nn.Sequential(owner).state_dict()
-    assert store.replace(parameters[:1]) == 0  # nothing left to free
+    assert store.replace(parameters[:1]) == []  # nothing left to free
 
 
 def test_replaced_weights_cannot_be_folded_otherwise(store, parameters, rotations):
@@ -210,7 +211,7 @@ def test_replaced_weights_cannot_be_folded_otherwise(store, parameters, rotation
 
 def test_weights_that_nothing_was_folded_from_are_not_replaced(store, parameters):
     before = parameters[0].clone()
-    assert store.replace(parameters) == 0
+    assert store.replace(parameters) == []
     assert torch.equal(parameters[0], before) and Owner(*parameters)(torch.randn(2, 16)).shape == (2, 24)
 
 
@@ -220,8 +221,7 @@ def test_a_binding_replaces_what_it_folds_and_keeps_what_it_reads():
     x = ids(2, 5)
     p = trace(model, x, use_cache=False)
     binding = rewrite(p, "layer").binding
-    held = binding.fold(p.args)
-    STORE.replace([p.args[i] for i in binding.replaceable(p.args)])
+    held = binding.fold(p.args, replace=True)
     p.check(binding)
     assert list(map(id, binding.fold(p.args))) == list(map(id, held))
     layer, table = model.model.layers[0], model.model.embed_tokens.weight
@@ -230,6 +230,53 @@ def test_a_binding_replaces_what_it_folds_and_keeps_what_it_reads():
     assert not STORE.is_replaced(table) and torch.equal(table, reference.model.embed_tokens.weight)
     with pytest.raises(RuntimeError, match="weights='replace'"):
         model(x)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_folding_into_place_needs_little_more_than_the_model(keep, monkeypatch):
+    model = tiny_model("llama", num_hidden_layers=8)
+    p = trace(model, ids(1, 5), use_cache=False)
+    binding = rewrite(p, "model").binding  # no adapters, which come on top
+    held, evaluate, before = [], Recipe.evaluate, {id(entry) for entry in STORE.entries()}
+
+    def watched(*args, **kwargs):
+        tensors = [*model.parameters(), *(entry.tensor for entry in STORE.entries() if id(entry) not in before)]
+        held.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(Recipe, "evaluate", watched)
+    folded = binding.fold(p.args, replace=not keep)
+    size, largest = sum(x.nbytes for x in model.parameters()), max(entry.tensor.nbytes for entry in folded)
+    assert held[0] == size and (max(held) > 1.8 * size if keep else max(held) <= size + 2 * largest)
+
+
+def test_float16_is_replaced_when_all_of_it_is_folded():
+    """A weight beyond the range ends the folding; the model is then as it was."""
+    model = tiny_model("llama").half()
+    x = ids(1, 5)
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight.fill_(6e4)
+    p = trace(model, x, use_cache=False)
+    before = [v.clone() for v in model.parameters()]
+    binding = replace(rewrite(p, "layer").binding, names=[f"x{i}" for i in range(len(p.args))])
+    with pytest.raises(FoldError, match="beyond the range"):
+        binding.fold(p.args, replace=True)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert model(x).logits.shape[:2] == (1, 5)
+
+
+def test_what_does_not_fit_is_folded_in_main_memory(store, parameters, rotations, monkeypatch):
+    tried, evaluate = [], Recipe.evaluate
+
+    def small(recipe, *args, device, **kwargs):
+        tried.append(device.type)
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("out of memory")
+        return evaluate(recipe, *args, device=device, **kwargs)
+
+    monkeypatch.setattr(Recipe, "evaluate", small)
+    entry = store.get(RECIPE, parameters, rotations, "a", torch.float32, torch.device("meta"))
+    assert tried == ["meta", "cpu"] and entry.tensor.is_meta and entry.tensor.shape == (24, 16)
 
 
 def test_folding_leaves_the_parameters_alone():
