@@ -66,8 +66,8 @@ def test_a_new_row_replaces_the_same_case_and_renews_the_ratios():
 
 def test_readme_table_is_renewed():
     about = {"model": "a", "dtype": "float32", "device": "box, 2 threads", "torch": "2"}
-    rows = [about | {"variant": "dense-eager", "sparsity": None, "ms_per_token": 4.0, "ratio_to_best_dense": 1.0},
-            about | {"variant": "larosa", "sparsity": 0.5, "ms_per_token": 2.0, "ratio_to_best_dense": 2.0}]
+    rows = [about | {"variant": "larosa", "sparsity": 0.5, "ms_per_token": 2.0, "ratio_to_best_dense": 2.0},
+            about | {"variant": "dense-eager", "sparsity": None, "ms_per_token": 4.0, "ratio_to_best_dense": 1.0}]
     page = "before\n<!-- decode: x.json -->\nold\n<!-- end -->\nafter\n"
     renewed = decode.readme(page, "x.json", rows)
     assert "| ms/token | dense, eager | 50% not read |\n" in renewed and "| a, float32 | 4 | 2 (2.00x) |\n" in renewed
