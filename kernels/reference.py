@@ -4,6 +4,8 @@ Their signatures and docstrings are the ops' own. The argument checks live here 
 the same inputs in the same words.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -228,17 +230,34 @@ def sparse_linear(
         TypeError, ValueError: as the other ops, naming the argument.
     """
     check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
+
+    def product(z: Tensor, scale: Tensor | None, weight: Tensor) -> Tensor:
+        if threshold is None:
+            return _gemv(*topk_select(z, k), weight)
+        # Dense: how many channels a row keeps is not known without waiting for the device.
+        wide = _wide(z.dtype)
+        size = z.to(wide).abs() * (1 if scale is None else scale)
+        few = wide if z.shape[:-1].numel() <= GATHER_ROWS else z.dtype
+        return z.masked_fill(size < threshold, 0).to(few) @ weight.to(few)
+
+    return linear_around(product, x, weight, bias, residual, eps, gate, gain)
+
+
+def linear_around(
+    product: Callable[[Tensor, Tensor | None, Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None,
+    residual: Tensor | None, eps: float | None, gate: str, gain: Tensor | None,
+) -> Tensor:
+    """``sparse_linear`` around a product of one's own: its other arguments, which ``check_linear`` has passed.
+
+    ``product(x * gain, scale, weight[:K])`` chooses the channels and sums over them: [..., N], not scaled. scale is the
+    norm's scalar of each row, float32 (float64 for float64) [..., 1], or None where there is no norm.
+    """
     channels = x.shape[-1]
     wide = _wide(x.dtype)
     z = x if gain is None else x * gain
-    scale = 1 if eps is None else torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
-    if threshold is None:
-        y = _gemv(*topk_select(z, k), weight[:channels]).to(wide)
-    else:  # dense: how many channels a row keeps is not known without waiting for the device
-        masked = z.masked_fill(z.to(wide).abs() * scale < threshold, 0)
-        few = wide if x.shape[:-1].numel() <= GATHER_ROWS else x.dtype
-        y = (masked.to(few) @ weight[:channels].to(few)).to(wide)
-    if eps is not None:
+    scale = None if eps is None else torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    y = product(z, scale, weight[:channels]).to(wide)
+    if scale is not None:
         y = y * scale
     if bias is not None:
         y = y + bias
