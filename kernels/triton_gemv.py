@@ -1,8 +1,9 @@
-"""``sparse_gemv`` in Triton: gather the listed weight rows, tile by tile, and sum them in a fixed order.
+"""Sparse products in Triton: read the weight rows of kept channels, tile by tile, and sum them in a fixed order.
 
-A program owns a tile of columns and every SPLIT-th block of the list; the partial sums go to rows of a scratch tensor
-and a second kernel adds them up. No atomics and no counters: the order of the additions depends on the shapes
-only, so equal inputs give equal bits, and a captured graph keeps no state from one replay to the next.
+Which channels those are, a list says (``sparse_gemv``) or a threshold (``threshold_gemv``). A program owns a tile of
+columns and every SPLIT-th block of the list, or of all channels; the partial sums go to rows of a scratch tensor and a
+second kernel adds them up. No atomics and no counters: the order of the additions depends on the shapes only, so equal
+inputs give equal bits, and a captured graph keeps no state from one replay to the next.
 Source: LaRoSA (arXiv 2507.01299), sparse GEMV over the Top-K activation.
 """
 
@@ -19,8 +20,8 @@ _REDUCE_BLOCK = 128
 
 class Config(NamedTuple):
     block_n: int  # columns a program
-    block_k: int  # list entries a step
-    split: int  # programs that share a tile's list; a power of two
+    block_k: int  # list entries, or channels, a step
+    split: int  # programs that share a tile's list, or channels; a power of two
     stages: int  # software pipelining depth
     warps: int
 
@@ -36,6 +37,18 @@ def config(rows: int, k: int, columns: int, sms: int) -> Config:
     block_k, stages = (64, 1) if split > 4 else (32, 3)  # a short loop has nothing to pipeline
     split = min(split, triton.next_power_of_2(max(triton.cdiv(k, block_k), 1)))
     return Config(block_n, block_k, split, stages, warps=2)
+
+
+@triton.jit
+def _scaled_rows(weight, channel, v, read, cols, N, EVEN_N: tl.constexpr):
+    """v * weight[channel, cols], [BLOCK_K, BLOCK_N] in float32. What is not to be read is 0, whatever the weight."""
+    mask = read[:, None]
+    if not EVEN_N:
+        mask = mask & (cols < N)[None, :]
+    at = weight + channel.to(tl.int64)[:, None] * N + cols[None, :]
+    # Every weight is read once a call: keep it from pushing activations out of L2.
+    w = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+    return v[:, None] * w.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -62,16 +75,44 @@ def _gather_kernel(
     for start in tl.range(part * BLOCK_K, k, SPLIT * BLOCK_K, num_stages=STAGES):
         entry = start + tl.arange(0, BLOCK_K)
         listed = entry < k
-        channel = tl.load(indices + entry, mask=listed, other=0).to(tl.int64)
+        channel = tl.load(indices + entry, mask=listed, other=0)
         v = tl.load(values + entry, mask=listed, other=0.0).to(tl.float32)
-        mask = listed[:, None]
-        if not EVEN_N:
-            mask = mask & (cols < N)[None, :]
-        # Every weight is read once a call: keep it from pushing activations out of L2.
-        w = tl.load(weight + channel[:, None] * N + cols[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        acc += v[:, None] * w.to(tl.float32)
+        acc += _scaled_rows(weight, channel, v, listed, cols, N, EVEN_N)
     total = tl.sum(acc, 0)
     tl.store(out + (row * SPLIT + part) * N + cols, total.to(out.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def _threshold_kernel(
+    z,
+    scale,
+    weight,
+    out,
+    K,
+    N,
+    threshold,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+):
+    """out[row, part, tile] = the sum over the kept channels of this part's blocks. Rows run fastest: they share weights.
+
+    Every block is walked through: whether it keeps anything is known to all its threads only after they have met.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(2)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    z += row * K
+    factor = 1.0 if scale is None else tl.load(scale + row)
+    acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+    for start in tl.range(part * BLOCK_K, K, SPLIT * BLOCK_K, num_stages=STAGES):
+        channel = start + tl.arange(0, BLOCK_K)
+        v = tl.load(z + channel, mask=channel < K, other=0.0).to(tl.float32)
+        kept = (channel < K) & ~(tl.abs(v) * factor < threshold)  # so that NaN is
+        acc += _scaled_rows(weight, channel, v, kept, cols, N, EVEN_N)
+    tl.store(out + (row * SPLIT + part) * N + cols, tl.sum(acc, 0), mask=cols < N)
 
 
 @triton.jit
@@ -96,20 +137,45 @@ def serves(values: Tensor) -> bool:
 
 def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor, *, using: Config | None = None) -> Tensor:
     """Launch on the tensors' device, which must be the current one, with arguments that ``check_gemv`` has passed."""
-    k, columns = values.shape[-1], weight.shape[1]
-    rows = values.shape[:-1].numel()
-    y = values.new_empty((*values.shape[:-1], columns))
+    y = values.new_empty((*values.shape[:-1], weight.shape[1]))
+    k = values.shape[-1]
+    return _launch(_gather_kernel, (values.contiguous(), indices.contiguous(), weight), y, k, using=using)
+
+
+def threshold_gemv(
+    z: Tensor, scale: Tensor | None, threshold: float, weight: Tensor, *, using: Config | None = None
+) -> Tensor:
+    """``y[..., n] = sum of z[..., i] * weight[i, n]`` over the channels with ``|z| * scale >= threshold``, and NaNs.
+
+    Launches on the tensors' device, which must be the current one.
+
+    Args:
+        z: [..., K] in a dtype that is served.
+        scale: float32 [..., 1], 0 or more, of the comparison alone; None for 1.
+        threshold: a float, which Triton rounds to float32, beyond its range to Inf; compared in float32.
+        weight: [K, N] in z's dtype, contiguous. Rows of dropped channels are not read.
+
+    Returns:
+        y [..., N] in float32. The same inputs give the same bits every time.
+    """
+    y = z.new_empty((*z.shape[:-1], weight.shape[1]), dtype=torch.float32)
+    inputs = z.contiguous(), None if scale is None else scale.contiguous(), weight
+    return _launch(_threshold_kernel, inputs, y, z.shape[-1], threshold, using=using)
+
+
+def _launch(kernel: triton.JITFunction, inputs: tuple, y: Tensor, k: int, *limit: float, using: Config | None) -> Tensor:
+    """Fill y [..., N], every row of it from k list entries or channels."""
     if y.numel() == 0:
         return y
-    c = using or config(rows, k, columns, _multiprocessors(values.device))
+    rows, columns = y.shape[:-1].numel(), y.shape[-1]
+    c = using or config(rows, k, columns, _multiprocessors(y.device))
     out = y if c.split == 1 else y.new_empty((rows, c.split, columns), dtype=torch.float32)
-    _gather_kernel[(rows, triton.cdiv(columns, c.block_n), c.split)](
-        values.contiguous(),
-        indices.contiguous(),
-        weight,
+    kernel[(rows, triton.cdiv(columns, c.block_n), c.split)](
+        *inputs,
         out,
         k,
         columns,
+        *limit,
         BLOCK_N=c.block_n,
         BLOCK_K=c.block_k,
         SPLIT=c.split,

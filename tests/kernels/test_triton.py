@@ -12,6 +12,8 @@ import sys
 import pytest
 import torch
 
+from larosa_fx.kernels import reference
+
 pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,6 +35,21 @@ def gemv():
     from larosa_fx.kernels import triton_gemv
 
     return triton_gemv
+
+
+@pytest.fixture
+def over(gemv):
+    """f(the op's arguments, using): ``sparse_linear`` with Triton's product over a threshold, on any device."""
+
+    def linear(x, k, weight, bias, residual, eps, gate, early, gain, threshold, using=None):
+        def product(z, scale, weight):
+            y = gemv.threshold_gemv(z, scale, threshold, weight, using=using)
+            assert y.dtype == torch.float32 and y.is_contiguous()
+            return y
+
+        return reference.linear_around(product, x, weight, bias, residual, eps, gate, gain)
+
+    return linear
 
 
 @pytest.fixture
@@ -136,6 +153,92 @@ def test_gemv_configs_are_valid(gemv):
                 assert all(v > 0 and v & (v - 1) == 0 for v in (c.block_n, c.block_k, c.split, c.warps))
                 assert c.split == 1 or (c.split // 2) * c.block_k < k, "a program without a share of the list"
                 assert c == gemv.config(rows, k, columns, 132)
+
+
+def _here(args):
+    return tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+@kernels
+@pytest.mark.parametrize("split", [1, 2, 16])
+@pytest.mark.parametrize(
+    ("around", "leading", "channels", "columns", "adapter"),
+    [
+        ((), (), 5, 1, 0),
+        ((1e-5,), (1,), 577, 65, 0),
+        ((None, "", True, "adapter"), (3,), 400, 128, 7),
+        ((1e-6, "silu", False, "plain", True), (2, 2), 100, 6, 0),
+        ((None, "", False, "", True), (8, 1), 64, 70, 0),
+    ],
+    ids=str,
+)
+def test_threshold(over, dtype, split, around, leading, channels, columns, adapter, gemv, gen, make_linear, with_threshold,
+                   check_linear):
+    args = _here(with_threshold(make_linear(around, leading, channels, 1, columns, adapter, dtype, gen), 0.5))
+    for block_n, block_k, stages in ((64, 32, 3), (32, 64, 1)):
+        check_linear(args, over(*args, using=gemv.Config(block_n, block_k, split, stages, warps=2)))
+
+
+@kernels
+@pytest.mark.parametrize(("channels", "columns"), [(1, 1), (3, 3), (11008, 70), (577, 1000)])
+def test_threshold_own_config(over, dtype, channels, columns, gen, make_linear, check_linear):
+    args = _here((*make_linear((), (1,), channels, channels, columns, 0, dtype, gen), 0.6))
+    check_linear(args, over(*args))
+
+
+@kernels
+@pytest.mark.parametrize("make_rows", ["normal", "signed_zeros", "denormal", "any_bits"], indirect=True)
+def test_threshold_at_magnitudes(over, gemv, check_threshold):
+    wide = gemv.Config(256, 64, 1, 1, warps=8)  # few programs: an interpreter takes its time for each
+    check_threshold(lambda *args: over(*args, using=wide), DEVICE)
+
+
+@kernels
+def test_threshold_is_compared_with_the_scaled_row_in_float32(gemv, dtype, gen):
+    z = torch.randn(2, 128, generator=gen).to(dtype).to(DEVICE)
+    scale = torch.rand(2, 1, generator=gen).to(DEVICE) + 0.5
+    identity = torch.eye(128, dtype=dtype, device=DEVICE)
+    sizes = z.float().abs() * scale
+    for at in sizes[:, :3].flatten():
+        for threshold in (at, at.nextafter(at.new_tensor(torch.inf))):
+            y = gemv.threshold_gemv(z, scale, threshold.item(), identity)
+            assert torch.equal(y, z.masked_fill(sizes < threshold, 0).float())
+
+
+@kernels
+def test_threshold_keeps_what_is_not_finite(gemv, dtype):
+    nan, inf = float("nan"), float("inf")
+    z = torch.tensor([[nan, 1, 0, -inf], [1, 0, -inf, 2], [1, 0, -3, 2]], dtype=dtype, device=DEVICE)
+    weight = torch.ones(4, 64, dtype=dtype, device=DEVICE)
+    expected = torch.tensor([[nan], [-inf], [0]], device=DEVICE).expand(3, 64)
+    for scale in (None, torch.full((3, 1), 0.5, device=DEVICE)):
+        for threshold in (1e30, 1e60, inf):
+            torch.testing.assert_close(gemv.threshold_gemv(z, scale, threshold, weight), expected, equal_nan=True)
+
+
+@kernels
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_threshold_reads_the_kept_rows_only(gemv, dtype, poison, gen):
+    z = torch.randn(1, 300, generator=gen).to(dtype).to(DEVICE)
+    weight = torch.randn(300, 70, generator=gen).to(dtype).to(DEVICE)
+    for threshold in (0.7, 1e60):
+        dropped = z[0].float().abs() < threshold
+        clean, poisoned = (weight.masked_fill(dropped[:, None], fill) for fill in (0, poison))
+        y = gemv.threshold_gemv(z, None, threshold, poisoned)
+        assert y.isfinite().all() and torch.equal(y, gemv.threshold_gemv(z, None, threshold, clean))
+
+
+@kernels
+def test_threshold_bits_are_those_of_each_row_alone(over, gemv, dtype, gen, make_linear, with_threshold, check_linear):
+    """And the same every time. Rows keep none, few, many or all of their channels."""
+    x, *rest = make_linear((1e-5,), (8,), 200, 1, 67, 0, dtype, gen)
+    x[0], x[1] = 0, x[1].sign()
+    args = _here(with_threshold((x, *rest), 0.5))
+    using = gemv.Config(64, 32, 2, 1, warps=2)
+    together = over(*args, using=using)
+    check_linear(args, together)
+    assert all(torch.equal(over(*args, using=using), together) for _ in range(3))
+    assert torch.equal(torch.stack([over(row, *args[1:], using=using) for row in args[0]]), together)
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run right here")
