@@ -109,10 +109,21 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
     reference.check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
     from larosa_fx.kernels import cuda_linear
 
-    if not cuda_linear.serves(x, weight.shape[1], weight.shape[0] - x.shape[-1], eps is not None, gate):
+    if cuda_linear.serves(x, weight.shape[1], weight.shape[0] - x.shape[-1], eps is not None, gate):
+        with torch.cuda.device(x.device):
+            return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early, gain, threshold)
+    if not threshold or x.shape[:-1].numel() > reference.GATHER_ROWS:
         return None
+    from larosa_fx.kernels import triton_gemv
+
+    if not triton_gemv.serves(x):
+        return None
+
+    def product(z, scale, weight):
+        return triton_gemv.threshold_gemv(z, scale, threshold, weight)
+
     with torch.cuda.device(x.device):
-        return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early, gain, threshold)
+        return reference.linear_around(product, x, weight, bias, residual, eps, gate, gain)
 
 
 @torch.library.register_fake("larosa::sparse_linear")

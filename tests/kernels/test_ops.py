@@ -360,6 +360,14 @@ def test_threshold_keeps_what_is_not_finite(linear, device, dtype):
             assert normed[:2].isnan().all() and not normed[2].any()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_threshold_reads_the_kept_rows_only(device, dtype, rows, gen, make_linear, with_threshold):
+    x, k, weight, *rest = _on(device, with_threshold(make_linear((), (rows,), 320, 1, 64, 0, dtype, gen), 0.9))
+    dropped = (x.float().abs() < rest[-1]).all(0)
+    clean, poisoned = (weight.masked_fill(dropped[:, None], fill) for fill in (0, math.nan))
+    assert torch.equal(sparse_linear(x, k, poisoned, *rest), sparse_linear(x, k, clean, *rest))
+
+
 def test_threshold_where_the_norm_leaves_the_range(linear, device):
     """A mean square of Inf makes all of a row 0, below every threshold; one of 0, without eps, makes NaN of zeros."""
     x = torch.tensor([[1e30, -1e25, 0, 3], [0, 0, -0.0, 0]], device=device)
