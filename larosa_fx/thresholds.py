@@ -67,7 +67,7 @@ def quantile(score: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
     ordered = tokens.flatten().to(torch.promote_types(score.dtype, torch.float32)).sort().values
     last = ordered.numel() - 1
     at = torch.as_tensor(share * (last + 1), device=score.device).round().long().clamp(max=last)
-    at = torch.searchsorted(ordered, ordered[at])  # the first of its value
+    at = torch.searchsorted(ordered, ordered.take(at))  # the first of its value
     return ordered[torch.stack([(at - 1).clamp(min=0), at])].mean()
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import larosa_fx
 from larosa_fx import thresholds, training
@@ -62,7 +63,7 @@ def test_channel_counts_may_be_tensors(k):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_replayed_steps_are_the_called_ones(start, monkeypatch):
+def test_replayed_steps_are_the_called_ones(start, monkeypatch, caplog):
     model, plan, tokens = start
     model = model.cuda()
 
@@ -72,6 +73,7 @@ def test_replayed_steps_are_the_called_ones(start, monkeypatch):
         return torch.tensor([loss for _, loss in trained.provenance["training"]["validation_log_kl"]])
 
     replayed = losses()
+    assert not [record for record in caplog.records if "kernel by kernel" in record.message]
     monkeypatch.setattr(training, "Replayed", lambda function: function)
     torch.testing.assert_close(replayed[:2], losses()[:2], rtol=0, atol=2e-2)  # later steps amplify rounding
 
@@ -143,6 +145,12 @@ def test_a_quantile_lies_between_two_scores(dtype):
         below = (score.float() < limit).sum().item()
         assert below == pytest.approx(float(share) * 280, abs=1 if dtype == torch.float32 else 4)  # bf16: ties
         assert not (score == limit).any() or share in (0.0, 1.0) or dtype == torch.bfloat16
+
+
+def test_a_quantile_waits_for_nothing():
+    """Fake tensors refuse what needs a value on the host, as a CUDA graph does: an index by a scalar, for one."""
+    with FakeTensorMode():
+        assert thresholds.quantile(torch.empty(3, 70, 16), torch.rand(())).shape == ()
 
 
 def test_a_quantile_does_not_part_equal_scores():
