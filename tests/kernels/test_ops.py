@@ -376,11 +376,11 @@ def test_threshold_where_the_norm_leaves_the_range(linear, device):
         assert not y[0].any() and y[1].isnan().all()
 
 
-def test_threshold_of_zero_keeps_all(linear, device, dtype, around, gen, make_linear):
+def test_threshold_of_zero_keeps_all(linear, device, dtype, around, gen, make_linear, check_linear):
     for leading in ((1, 1), (3,)):
-        args = _on(device, make_linear(around, leading, 320, 320, 64, 32, dtype, gen))
+        args = _on(device, (*make_linear(around, leading, 320, 320, 64, 32, dtype, gen), 0.0))
         args[0][..., ::3] = 0
-        assert torch.equal(linear(*args, 0.0), linear(*args))
+        check_linear(args, linear(*args))
 
 
 def test_threshold_that_none_reaches_leaves_the_rest(linear, device, dtype, around, gen, make_linear, check_linear):

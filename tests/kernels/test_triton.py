@@ -149,10 +149,10 @@ def test_gemv_configs_are_valid(gemv):
     for rows in (1, 2, 8, 4096):
         for k in (0, 1, 100, 2048, 11008):
             for columns in (1, 577, 4096, 22016, 128256):
-                c = gemv.config(rows, k, columns, 132)
-                assert all(v > 0 and v & (v - 1) == 0 for v in (c.block_n, c.block_k, c.split, c.warps))
-                assert c.split == 1 or (c.split // 2) * c.block_k < k, "a program without a share of the list"
-                assert c == gemv.config(rows, k, columns, 132)
+                for c in (gemv.config(rows, k, columns, 132), *(
+                        gemv.threshold_config(rows, k, columns, itemsize, 132) for itemsize in (2, 4))):
+                    assert all(v > 0 and v & (v - 1) == 0 for v in (c.block_n, c.block_k, c.split, c.warps))
+                    assert c.split == 1 or (c.split // 2) * c.block_k < k, "a program without a share of the list"
 
 
 def _here(args):
