@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+from resource import RUSAGE_SELF, getrusage
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import larosa_fx
 from larosa_fx.families import tiny_model
@@ -128,3 +131,24 @@ def test_greedy_tokens_of_every_treatment(saved, name, rotation, treatment):
     assert torch.equal(got, expected)
     report = larosa_fx.last_report()
     assert report.treatment == treatment and report.tokens == "1"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_long_runs_do_not_grow(saved, device):
+    """A thousand steps: no tensor, no memory and no compiled code more than after the first prompts."""
+    model = llama().to(device)
+    path = saved(model)
+
+    def used() -> tuple[int, int]:
+        gc.collect()
+        tensors = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor and x.device.type == device)
+        allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
+        return tensors, allocated
+
+    for run in range(40):
+        if run == 5:
+            before, compiled_code, peak = used(), sum(counters["stats"].values()), getrusage(RUSAGE_SELF).ru_maxrss
+        larosa_fx.generate(model, ids(1, 9, device=device), plan=path, sparsity=0.5, **SETTINGS)
+    assert used() == before
+    assert sum(counters["stats"].values()) == compiled_code
+    assert getrusage(RUSAGE_SELF).ru_maxrss - peak < 4096  # KiB, of all that is no tensor
