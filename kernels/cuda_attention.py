@@ -33,8 +33,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     _, shared_heads, length, _ = keys.shape
     multiprocessors = nvrtc.properties(q.device).multi_processor_count
     splits = min(_MAX_SPLITS, 1 << (max(multiprocessors // (batch * shared_heads), 1).bit_length() - 1))
-    kernel = _kernel(heads // shared_heads, dim, splits, q.dtype == torch.float16, mask is not None, k is not None,
-                     cos is not None, q.device)
+    kernel = _kernel(q.device, heads // shared_heads, dim, splits, q.dtype == torch.float16, mask is not None,
+                     k is not None, cos is not None)
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     inputs = [None if t is None else t.contiguous() for t in (q, keys, values, mask, k, v, position, cos, sin)]
     pointers = [0 if t is None else t.data_ptr() for t in inputs]
@@ -43,12 +43,16 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     return y
 
 
+def constants(group: int, dim: int, splits: int, half: bool, mask: bool, write: bool, rope: bool) -> dict[str, int]:
+    """The macros that decode_attention.cu is compiled with."""
+    return {"GROUP": group, "DIM": dim, "SPLITS": splits, "HALF": int(half), "MASK": int(mask), "WRITE": int(write),
+            "ROPE": int(rope)}
+
+
 @cache
-def _kernel(group: int, dim: int, splits: int, half: bool, mask: bool, write: bool, rope: bool,
-            device: torch.device) -> nvrtc.Kernel:
-    constants = {"GROUP": group, "DIM": dim, "SPLITS": splits, "HALF": int(half), "MASK": int(mask), "WRITE": int(write),
-                 "ROPE": int(rope)}
+def _kernel(device: torch.device, *shape: int | bool) -> nvrtc.Kernel:
+    """``shape``: as ``constants`` takes it."""
     properties = nvrtc.properties(device)
-    cubin = nvrtc.compile(_SOURCE, constants, (properties.major, properties.minor))
+    cubin = nvrtc.compile(_SOURCE, constants(*shape), (properties.major, properties.minor))
     signature = (*[POINTER] * 10, INT, INT, FLOAT)
     return nvrtc.Kernel(cubin, "decode_attention", signature, threads=_THREADS, shared=0)

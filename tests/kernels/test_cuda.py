@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from larosa_fx.kernels import cuda_linear, nvrtc, reference
+from larosa_fx.kernels import cuda_attention, cuda_linear, nvrtc, reference
 
 linear = torch.ops.larosa.sparse_linear.default
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -24,8 +24,8 @@ def shapes():
     return [cuda_linear.Shape(**base | extra | {"half": half}) for extra in more for half in (False, True)]
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-def test_kernels_compile(capability):
+@pytest.fixture
+def compiler():
     """NVRTC needs no GPU."""
     try:
         from cuda.bindings import nvrtc as bindings
@@ -33,9 +33,20 @@ def test_kernels_compile(capability):
         bindings.nvrtcVersion()
     except (ImportError, RuntimeError):
         pytest.skip("needs cuda-bindings and NVRTC")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_linears_compile(compiler, capability):
     for shape in shapes():
         c = cuda_linear.config(shape, 132)
         assert nvrtc.compile(cuda_linear._SOURCE, cuda_linear.constants(shape, c), capability)
+
+
+@pytest.mark.parametrize("group, dim, splits", [(1, 64, 1), (1, 128, 4), (4, 128, 8), (7, 128, 8), (8, 128, 8), (2, 256, 2)])
+def test_attentions_compile(compiler, group, dim, splits):
+    for half, around in itertools.product((False, True), repeat=2):
+        macros = cuda_attention.constants(group, dim, splits, half, around, around, around)
+        assert nvrtc.compile(cuda_attention._SOURCE, macros, (9, 0))
 
 
 def test_configs_are_valid():
