@@ -145,6 +145,30 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     return out
 
 
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``dense_gemv`` takes x, [..., K], and a weight, [N, K], which may be fake tensors, and is worth it.
+
+    One row; and not float16, for which torch has a product of its own.
+    """
+    rows = x.shape[:-1].numel()
+    one = isinstance(rows, int) and rows == 1  # how many a dynamic graph will see is not known
+    served = one and x.is_cpu and weight.is_cpu and weight.is_contiguous() and x.dtype in (torch.bfloat16, torch.float32)
+    return served and _load() is not None
+
+
+def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
+    """The op of the same name (see ``ops``), for checked arguments of one row.
+
+    The same inputs give the same bits. MemoryError where there is no room for x in float32.
+    """
+    x, (columns, channels) = x.contiguous(), weight.shape
+    out = x.new_empty((*x.shape[:-1], columns))
+    if _load().larosa_dense(x.data_ptr(), weight.data_ptr(), out.data_ptr(), channels, columns, _DTYPES[x.dtype],
+                            torch.get_num_threads()):
+        raise MemoryError("dense_gemv: no memory for x in float32")
+    return out
+
+
 def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
     """Whether ``decode_attention`` takes q, [B, H, 1, d], a cache of [B, Hkv, S, d] and a mask; they may be fake tensors."""
     served = q.is_cpu and q.dtype in _DTYPES and q.shape[-1] % _DIM == 0 and reference.over_cache(q, keys, mask)
@@ -238,6 +262,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library.larosa_gemv.argtypes, library.larosa_gemv.restype = [p, p, p, p, n, n, n, n, n, n], ctypes.c_int
     library.larosa_linear.argtypes = [p, p, p, p, p, p, n, n, n, n, n, ctypes.c_double, ctypes.c_double, n, n, n]
     library.larosa_linear.restype = ctypes.c_int
+    library.larosa_dense.argtypes, library.larosa_dense.restype = [p, p, p, n, n, n, n], ctypes.c_int
     library.larosa_attention.argtypes = [*[p] * 10, *[n] * 6, ctypes.c_double, n, n]
     library.larosa_attention.restype = ctypes.c_int
     # A symbol sought through a library is sought in what it was linked with, too: this finds the runtime that torch

@@ -1,5 +1,6 @@
 // Exact top-k selection by magnitude, the gather GEMV that reads only the selected weight rows, and both as one call with
-// what stands before and behind them; attention of one token over a static cache.
+// what stands before and behind them; the dense product with a weight that lies as nn.Linear has it; attention of one
+// token over a static cache.
 //
 // Plain C entry points, no torch headers and no symbol of the C++ runtime: compiles in about a second with g++ or
 // clang++ and loads beside any libstdc++. Threads are torch's own OpenMP pool: the caller hands over the address of
@@ -43,6 +44,9 @@ INLINE void store(void* p, V v) {
 
 // The sum of a vector's elements, by halves: one after the other they would wait for each other.
 INLINE float total(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   for (int width = LANES / 2; width; width /= 2)
     for (int l = 0; l < width; l++) v[l] += v[l + width];
   return v[0];
@@ -192,7 +196,7 @@ static void parallel(Job& job, int threads) {
     worker<Job>(&job);
 }
 
-INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------- selection
@@ -606,6 +610,63 @@ static int linear(const void* x_, const void* weight, const void* bias, const vo
   return done ? 0 : 2;
 }
 
+// ------------------------------------------------------------------------------------------------------- dense product
+// out[n] = x . w[n], a weight's row for each output. x lies as get leaves it: PAIR channels by two vectors, then the rest.
+template <class D>
+struct Dots {
+  typedef typename D::T T;
+  int64_t next, items;
+  const float* x;
+  const T* w;
+  T* out;
+  int64_t channels, columns;
+  static constexpr int64_t CHUNK = 64;  // outputs of an item
+
+  // R outputs: so many streams side by side, and the R behind them are prefetched, since a row may be short.
+  template <int R>
+  void dots(int64_t n) {
+    constexpr int LINE = min(64 / sizeof(T), PAIR);
+    const T* row = w + n * channels;
+    vf p[R] = {}, q[R] = {};
+    int64_t c = 0;
+    for (; c + PAIR <= channels; c += PAIR) {
+      vf u = load<vf>(x + c), v = load<vf>(x + c + LANES);
+      for (int r = 0; r < R; r++) {
+        vf a, b;
+        D::get(row + r * channels + c, a, b);
+        for (int l = 0; l < PAIR; l += LINE) __builtin_prefetch(row + (r + R) * channels + c + l);
+        p[r] += a * u, q[r] += b * v;
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      float sum = total(p[r] + q[r]);
+      for (int64_t j = c; j < channels; j++) sum += x[j] * D::get1(row[r * channels + j]);
+      out[n + r] = D::put1(sum);
+    }
+  }
+
+  void item(int64_t i) {
+    int64_t n = i * CHUNK, end = min(n + CHUNK, columns);
+    for (; n + 8 <= end; n += 8) dots<8>(n);
+    for (; n < end; n++) dots<1>(n);
+  }
+};
+
+template <class D>
+static int dense(const void* x_, const void* weight, void* out, int64_t channels, int64_t columns, int64_t threads) {
+  typedef typename D::T T;
+  const T* x = (const T*)x_;
+  float* wide = (float*)malloc(channels * sizeof(float) + 1);
+  if (!wide) return 2;
+  int64_t c = 0;
+  for (vf a, b; c + PAIR <= channels; c += PAIR) D::get(x + c, a, b), store(wide + c, a), store(wide + c + LANES, b);
+  for (; c < channels; c++) wide[c] = D::get1(x[c]);
+  Dots<D> job = {0, (columns + Dots<D>::CHUNK - 1) / Dots<D>::CHUNK, wide, (const T*)weight, (T*)out, channels, columns};
+  parallel(job, (int)(channels * columns * (int64_t)sizeof(T) < SERIAL ? 1 : threads));
+  free(wide);
+  return 0;
+}
+
 // ----------------------------------------------------------------------------------------------------------- attention
 template <class D>
 struct Attention {
@@ -741,6 +802,13 @@ extern "C" int larosa_linear(const void* x, const void* weight, const void* bias
                              double threshold, double eps, int64_t gate, int64_t dtype, int64_t threads) {
   auto f = dtype == FP32 ? linear<Float> : dtype == FP16 ? linear<Half> : linear<BFloat>;
   return f(x, weight, bias, residual, gain, out, rows, channels, adapter, columns, k, threshold, eps, gate, threads);
+}
+
+// x [channels], weight [columns, channels] -> out [columns]. Returns 0, or 2 if there is no memory for x in floats.
+extern "C" int larosa_dense(const void* x, const void* weight, void* out, int64_t channels, int64_t columns, int64_t dtype,
+                            int64_t threads) {
+  auto f = dtype == FP32 ? dense<Float> : dtype == FP16 ? dense<Half> : dense<BFloat>;
+  return f(x, weight, out, channels, columns, threads);
 }
 
 // q [batch, heads * group, dim], keys and values [batch, heads, length, dim], mask of bytes [length] every mask_stride or

@@ -131,6 +131,23 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
     return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)))
 
 
+# ---- dense_gemv ----------------------------------------------------------------------------------------------------
+
+dense_gemv = _op(reference.dense_gemv)
+
+
+@_kernel("dense_gemv", "cpu")
+def _(x, weight):
+    reference.check_dense(x, weight)
+    return cpu.dense_gemv(x, weight) if cpu.multiplies(x, weight) else None
+
+
+@torch.library.register_fake("larosa::dense_gemv")
+def _(x, weight):
+    reference.check_dense(x, weight)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 # ---- decode_attention ----------------------------------------------------------------------------------------------
 
 decode_attention = _op(reference.decode_attention, mutates_args=("keys", "values"))
@@ -168,6 +185,14 @@ def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
 
         return cuda_attention.serves(q, keys, mask)
     return cpu.attends(q, keys, mask)
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``dense_gemv`` beats the compiler's product of x, [..., K], and weight, [N, K]; they may be fake tensors.
+
+    A GPU's own reaches the memory's bandwidth.
+    """
+    return cpu.multiplies(x, weight)
 
 
 def fuses(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:

@@ -118,6 +118,18 @@ def check_linear(
     return out
 
 
+def check_dense(x: Tensor, weight: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``dense_gemv`` is defined for these types and shapes."""
+    if x.dtype not in BITS or weight.dtype != x.dtype:
+        raise TypeError(f"dense_gemv: x and weight must have one dtype of {', '.join(map(str, BITS))}, "
+                        f"got {x.dtype} and {weight.dtype}")
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError("dense_gemv: x must be [..., K] and weight [N, K], "
+                         f"got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"dense_gemv: all tensors must be on one device, got {x.device} and {weight.device}")
+
+
 def over_cache(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
     """Whether these, real or fake, are what attention kernels are made for: one query token a sequence, whole groups of
     heads, a contiguous cache of known size in q's dtype, and a mask of its positions."""
@@ -241,6 +253,24 @@ def sparse_linear(
         return z.masked_fill(size < threshold, 0).to(few) @ weight.to(few)
 
     return linear_around(product, x, weight, bias, residual, eps, gate, gain)
+
+
+def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
+    """``y[..., n] = x . weight[n]``: what ``F.linear`` computes, for one row of x at the memory's bandwidth.
+
+    Args:
+        x: [..., K], bfloat16, float16, float32 or float64.
+        weight: [N, K] in x's dtype, ``nn.Linear``'s layout.
+
+    Returns:
+        y [..., N] in x's dtype, accumulated in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape is not as above, or the tensors are on several devices.
+    """
+    check_dense(x, weight)
+    return F.linear(x, weight)
 
 
 def linear_around(

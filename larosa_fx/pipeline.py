@@ -23,6 +23,7 @@ from larosa_fx.passes import (
     fuse_attention,
     fuse_sites,
     insert_adapters,
+    lower_head,
     lower_topk,
     merge_siblings,
     pack_adapters,
@@ -128,6 +129,7 @@ def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rota
     run(pack_adapters, gm, structure)
     run(fuse_sites, gm, structure)
     run(fuse_attention, gm)
+    run(lower_head, gm)
     run(defer_counters, gm)
     for site in report.sites:
         site.form = forms[site.site]

@@ -319,6 +319,40 @@ def test_gates_everywhere(kernels, dtype, gate, shift):
     assert torch.equal(y.isposinf(), exact.to(dtype).isposinf())
 
 
+# ---- dense_gemv ----
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [1, 7, 64, 1003])
+@pytest.mark.parametrize("channels", [1, 31, 33, 576, 1100])
+def test_dense(native, threads, dtype, channels, columns, gen, check_gemv):
+    weight = (torch.randn(columns, channels, generator=gen) / channels**0.5).to(dtype)
+    x = torch.randn(1, 1, channels, generator=gen).to(dtype)
+    every = torch.arange(channels, dtype=torch.int32).expand(1, 1, -1)
+    for n in (1, 2, 5):
+        threads(n)
+        y = native.dense_gemv(x, weight)
+        check_gemv(x, every, weight.t(), y)
+        assert torch.equal(native.dense_gemv(x, weight), y)
+
+
+@needs_compiler
+def test_dense_passes_on_what_is_not_finite(native, dtype):
+    x, weight = torch.ones(100, dtype=dtype), torch.eye(9, 100, dtype=dtype)
+    weight[3, 99], weight[4, 2], x[5] = float("inf"), float("nan"), -float("inf")
+    torch.testing.assert_close(native.dense_gemv(x, weight), weight @ x, equal_nan=True)
+
+
+@needs_compiler
+def test_dense_takes_one_row_that_torch_is_slow_for(native):
+    weight = torch.ones(40, 30)
+    assert native.multiplies(torch.ones(1, 1, 30), weight)
+    assert native.multiplies(torch.ones(30).bfloat16(), weight.bfloat16())
+    assert not native.multiplies(torch.ones(2, 30), weight) and not native.multiplies(torch.ones(0, 30), weight)
+    assert not native.multiplies(torch.ones(30).half(), weight.half())
+    assert not native.multiplies(torch.ones(40), weight.t()) and not native.multiplies(torch.ones(30), weight.to("meta"))
+
+
 # ---- decode_attention ----
 
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from larosa_fx.kernels import reference
-from larosa_fx.kernels.ops import sparse_gemv, sparse_linear, topk_select
+from larosa_fx.kernels.ops import dense_gemv, sparse_gemv, sparse_linear, topk_select
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = pytest.param("cuda", marks=needs_cuda)
@@ -419,6 +420,31 @@ def test_linear_refuses(device):
     ]:
         with pytest.raises(error, match=match):
             sparse_linear(*args)
+
+
+# ---- dense_gemv ----
+
+
+@pytest.mark.parametrize("leading", [(), (1, 1), (5,)])
+def test_dense(device, leading, gen):
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x, weight = torch.randn(*leading, 70, generator=gen), torch.randn(33, 70, generator=gen)
+        x, weight = (t.to(dtype).to(device) for t in (x, weight))
+        for w in (weight, weight.t().contiguous().t()):
+            torch.testing.assert_close(dense_gemv(x, w), F.linear(x, w))
+        torch.library.opcheck(dense_gemv, (x, weight))
+
+
+def test_dense_refuses(device):
+    x, w = torch.ones(1, 8, device=device), torch.ones(6, 8, device=device)
+    for error, match, args in [
+        (ValueError, r"\[\.\.\., K\] and weight \[N, K\], got \(1, 8\) and \(8, 6\)", (x, w.t())),
+        (TypeError, "one dtype of .* got torch.float32 and torch.float16", (x, w.half())),
+        (TypeError, "one dtype of .* got torch.int64", (x.long(), w.long())),
+        (ValueError, "one device", (x, w.to("meta"))),
+    ]:
+        with pytest.raises(error, match=match):
+            dense_gemv(*args)
 
 
 # ---- registration, compilation ----
