@@ -46,10 +46,11 @@ INLINE void store(void* p, V v) {
 INLINE float total(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
-#endif
+#else
   for (int width = LANES / 2; width; width /= 2)
     for (int l = 0; l < width; l++) v[l] += v[l + width];
   return v[0];
+#endif
 }
 
 INLINE float bits_float(uint32_t u) {
