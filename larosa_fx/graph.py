@@ -186,6 +186,19 @@ def bias_of(linear: fx.Node) -> fx.Node | None:
     return argument(linear, 2, "bias") if is_linear(linear) else None
 
 
+def replace_linear(graph: fx.Graph, linear: fx.Node, product: Callable[[fx.Node, fx.Node], fx.Node]) -> fx.Node:
+    """Another form in place of a linear: ``product(x, weight)``, which its bias is added to. Returns the new node."""
+    bias = bias_of(linear)
+    with graph.inserting_before(linear):
+        lowered = product(linear.args[0], linear.args[1])
+        if bias is not None:
+            lowered = graph.call_function(torch.add, (lowered, bias))
+    lowered.meta = dict(linear.meta)
+    linear.replace_all_uses_with(lowered)
+    graph.erase_node(linear)
+    return lowered
+
+
 def edit_weight(linear: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
     """Replace a linear's weight by ``edit`` of it, in the layout [N, K], or [E, N, K] of experts."""
     graph, weight = linear.graph, linear.args[1]

@@ -27,20 +27,13 @@ def run(gm: fx.GraphModule, multiplies: Multiplies = ops.multiplies) -> PassResu
     """Lower each large linear of a weight that is still one; the sites are no longer."""
     result = PassResult("lower_head")
     for linear in gm.graph.find_nodes(op="call_function", target=F.linear):
-        x, weight, bias = linear.args[0], linear.args[1], g.bias_of(linear)
         channels, columns = g.linear_size(linear)
-        if not g.is_weight(weight) or channels * columns < _SMALL:
+        if not g.is_weight(linear.args[1]) or channels * columns < _SMALL:
             continue
-        example = g.value(x)
+        example = g.value(linear.args[0])
         if example is None or not multiplies(example, example.new_empty(columns, channels)):
             result.skip(linear, "many tokens, or the device's own product is as good")
             continue
-        with gm.graph.inserting_before(linear):
-            lowered = gm.graph.call_function(_GEMV, (x, weight))
-            if bias is not None:
-                lowered = gm.graph.call_function(torch.add, (lowered, bias))
-        lowered.meta = dict(linear.meta)
-        linear.replace_all_uses_with(lowered)
-        gm.graph.erase_node(linear)
+        g.replace_linear(gm.graph, linear, lambda *args: gm.graph.call_function(_GEMV, args))
         result.count("linears")
     return result

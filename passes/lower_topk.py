@@ -52,16 +52,10 @@ def run(gm: fx.GraphModule, structure: Structure, k: Mapping[str, int], sparsify
 
 def _lower(graph: fx.Graph, site: Site, linear: fx.Node, form: Callable, limit: int | float | None) -> None:
     """``limit``: what ``form`` selects by, the channels to keep or their threshold."""
-    bias = linear.args[2] if len(linear.args) > 2 else None
-    with graph.inserting_before(linear):
-        weight = g.weight_call(graph, torch.t, linear.args[1])  # [K, N]
-        lowered = form(graph, linear.args[0], weight, limit)
-        if bias is not None:
-            lowered = graph.call_function(torch.add, (lowered, bias))
-    lowered.meta = dict(linear.meta)
-    linear.replace_all_uses_with(lowered)
-    graph.erase_node(linear)
-    site.linears = [lowered]
+    def product(x: fx.Node, weight: fx.Node) -> fx.Node:
+        return form(graph, x, g.weight_call(graph, torch.t, weight), limit)  # [K, N]
+
+    site.linears = [g.replace_linear(graph, linear, product)]
 
 
 def _dense(graph: fx.Graph, x: fx.Node, weight: fx.Node, _: object) -> fx.Node:

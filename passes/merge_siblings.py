@@ -20,7 +20,7 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
     for site in structure.sites:
         if len(site.linears) == 1:
             continue
-        biases = [linear.args[2] if len(linear.args) > 2 else None for linear in site.linears]
+        biases = [g.bias_of(linear) for linear in site.linears]
         with graph.inserting_after(site.input):
             weight = anchor = graph.call_function(torch.cat, ([linear.args[1] for linear in site.linears], 0))
         g.hoist_weights(graph, weight)
