@@ -127,7 +127,9 @@ class FoldStore:
                                "plan, rotation or new values cannot be folded; load the model again")
         try:
             folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=device)
-        except torch.OutOfMemoryError:  # a head in fp64 is four times a head in bf16; slower, but there is room elsewhere
+        except torch.OutOfMemoryError:  # a head in fp64 is four times a head in bf16
+            folded = None
+        if folded is None:  # slower, but there is room; and only here is free what the failure's frames held
             folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=torch.device("cpu")).to(device)
         if entry is not None:
             entry.tensor.copy_(folded)
@@ -262,7 +264,8 @@ class Binding:
             for n, recipe in enumerate(recipes):
                 folded.append(STORE.get(recipe, [args[i] for i in recipe.sources], exact, self.digest, self.dtype,
                                         self.device))
-                replaced += STORE.replace([p for p in leaving if last[id(p)] == n])
+                if done := [p for p in leaving if last[id(p)] == n]:
+                    replaced += STORE.replace(done)
         except FoldError as error:
             raise FoldError(f"larosa: folding {', '.join(self.names[i] for i in recipe.sources)} into one weight fails: "
                             f"{error}. Use the model in bfloat16 or float32, or a plan with rotation='none'") from None
