@@ -290,9 +290,10 @@ def table(rows: Sequence[Row]) -> str:
 
 def readme(text: str, name: str, rows: Sequence[Row]) -> str:
     """A README with the table of results file ``name`` renewed: a line a model, ms per token, and how many times faster."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
     cases: dict[str, dict[str, str]] = {}
     columns = {}  # name -> place
-    for row in rows:
+    for row in sorted(rows, key=lambda row: models.index(row["model"])):
         dense = row["sparsity"] is None
         column = row["variant"].replace("dense-", "dense, ") if dense else f"{row['sparsity']:.0%} not read"
         faster = "" if dense else f" ({row['ratio_to_best_dense']:.2f}x)"
@@ -302,10 +303,8 @@ def readme(text: str, name: str, rows: Sequence[Row]) -> str:
         case = cases.setdefault(f"{row['model']}, {row['dtype']}{turned}{selected}", {})
         case[column] = f"{row['ms_per_token']:.3g}{faster}"
     ordered = sorted(columns, key=columns.get)
-    models = list(dict.fromkeys(row["model"] for row in rows))
     lines = [["ms/token", *ordered], ["---"] * (len(ordered) + 1)] + [
-        [case, *(cells.get(column, "") for column in ordered)]
-        for case, cells in sorted(cases.items(), key=lambda item: models.index(item[0].split(",")[0]))]
+        [case, *(cells.get(column, "") for column in ordered)] for case, cells in cases.items()]
     begin, end = f"<!-- decode: {name} -->\n", "<!-- end -->"
     before, rest = text.split(begin)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -81,7 +81,7 @@ def _(values, indices, weight):
     reference.check_gemv(values, indices, weight)
     from larosa_fx.kernels import triton_gemv
 
-    if values.shape[:-1].numel() > reference.GATHER_ROWS or not triton_gemv.serves(values):
+    if not triton_gemv.serves(values):
         return None
     with torch.cuda.device(values.device):
         return triton_gemv.sparse_gemv(values, indices, weight)
@@ -112,7 +112,7 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
     if cuda_linear.serves(x, weight.shape[1], weight.shape[0] - x.shape[-1], eps is not None, gate):
         with torch.cuda.device(x.device):
             return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early, gain, threshold)
-    if not threshold or x.shape[:-1].numel() > reference.GATHER_ROWS:
+    if not threshold:
         return None
     from larosa_fx.kernels import triton_gemv
 

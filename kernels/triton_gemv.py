@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from larosa_fx.kernels.reference import GATHER_ROWS
+
 _REDUCE_BLOCK = 128
 _BLOCK_N = 64
 
@@ -147,8 +149,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def serves(values: Tensor) -> bool:
-    """Whether the kernels take this dtype; they accumulate in float32, so not float64."""
-    return values.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    """Whether the kernels take this dtype, not float64 since they accumulate in float32, and are best for so many rows."""
+    few = values.shape[:-1].numel() <= GATHER_ROWS
+    return few and values.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor, *, using: Config | None = None) -> Tensor:
