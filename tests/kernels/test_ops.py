@@ -381,7 +381,9 @@ def test_threshold_of_zero_keeps_all(linear, device, dtype, around, gen, make_li
     for leading in ((1, 1), (3,)):
         args = _on(device, (*make_linear(around, leading, 320, 320, 64, 32, dtype, gen), 0.0))
         args[0][..., ::3] = 0
-        check_linear(args, linear(*args))
+        y = linear(*args)
+        check_linear(args, y)
+        assert device == "cuda" or torch.equal(y, linear(*args[:-1]))  # there two products differ in their last bits
 
 
 def test_threshold_that_none_reaches_leaves_the_rest(linear, device, dtype, around, gen, make_linear, check_linear):
