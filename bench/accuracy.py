@@ -27,13 +27,15 @@ import torch
 from tabulate import tabulate
 
 import provenance
-from larosa_fx import methods, reference, tasks
-from larosa_fx.allocate import nominal_sparsity
-from larosa_fx.calibrate import calibrate
-from larosa_fx.evaluate import paired, window_scores
 from larosa_fx.loading import device_name, load_model
-from larosa_fx.plan import Plan, library_versions
-from larosa_fx.training import TrainingOptions, train
+from larosa_fx.method import reference
+from larosa_fx.method.calibrate import calibrate
+from larosa_fx.method.evaluate import paired, window_scores
+from larosa_fx.method.metering import Meter
+from larosa_fx.plan.allocate import nominal_sparsity
+from larosa_fx.plan.plan import Plan, library_versions
+from larosa_fx.study import methods, tasks
+from larosa_fx.training.loop import TrainingOptions, train
 from overhead import overhead_of, shapes_of
 from texts import text_windows
 
@@ -144,7 +146,7 @@ class Bench:
             print(self.table(name, sparsity), flush=True)
 
     def _perplexity(self, name: str, sparsity: float, text: str, plan: Plan | None, adapters: float) -> None:
-        self.lab.meter = methods.Meter(self.lab.sites)
+        self.lab.meter = Meter(self.lab.sites)
         nll, kl = window_scores(self.model, self.texts[text], None if name == "dense" else self._dense, rows=self.args.rows,
                                 label=f"{name} {sparsity:.0%} {text}", progress=not self.args.quiet)
         reached = self.lab.meter.per_token()

@@ -41,13 +41,13 @@ from tabulate import tabulate
 from transformers import StaticCache
 
 import provenance
-from larosa_fx import backend
-from larosa_fx.calibrate import calibrate
+from larosa_fx.compiler import backend
+from larosa_fx.compiler.folds import STORE, Folded
+from larosa_fx.ir.structure import BASES
 from larosa_fx.loading import load_model
-from larosa_fx.methods import metered
-from larosa_fx.plan import Plan, library_versions
-from larosa_fx.structure import BASES
-from larosa_fx.weights import STORE, Folded
+from larosa_fx.method.calibrate import calibrate
+from larosa_fx.plan.plan import Plan, library_versions
+from larosa_fx.study.methods import metered
 
 #: Model type and configuration, as published.
 MODELS = {

@@ -32,8 +32,8 @@ from tabulate import tabulate
 import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
 import provenance
 from decode import MODELS, Decoding, Setting, build, read_bandwidth
-from larosa_fx.calibrate import calibrate
-from larosa_fx.plan import library_versions
+from larosa_fx.method.calibrate import calibrate
+from larosa_fx.plan.plan import library_versions
 
 _EPS = 1e-5
 _L2_BYTES = 2**28  # more than any L2 holds

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from larosa_fx.plan import PlanSite
-from larosa_fx.structure import BASES
+from larosa_fx.ir.structure import BASES
+from larosa_fx.plan.plan import PlanSite
 
 WEIGHT_BYTES = 2  # bfloat16
 

@@ -17,10 +17,10 @@ import torch
 from tabulate import tabulate
 
 import provenance
-from larosa_fx.calibrate import calibrate
-from larosa_fx.evaluate import sweep, windows
 from larosa_fx.loading import device_name, encode, load_model, read_text
-from larosa_fx.plan import library_versions
+from larosa_fx.method.calibrate import calibrate
+from larosa_fx.method.evaluate import sweep, windows
+from larosa_fx.plan.plan import library_versions
 
 
 def main() -> None:

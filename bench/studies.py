@@ -37,13 +37,14 @@ from tqdm.auto import tqdm
 
 import decode
 import provenance
-from larosa_fx import methods
-from larosa_fx.allocate import COEFFICIENTS, byte_sparsity, nominal_sparsity
-from larosa_fx.calibrate import calibrate
-from larosa_fx.evaluate import paired, window_nll
 from larosa_fx.loading import InputError, load_model
-from larosa_fx.plan import Plan, PlanSite, library_versions
-from larosa_fx.reference import keep_largest, replaced, simulated
+from larosa_fx.method.calibrate import calibrate
+from larosa_fx.method.evaluate import paired, window_nll
+from larosa_fx.method.metering import Meter
+from larosa_fx.method.reference import keep_largest, replaced, simulated
+from larosa_fx.plan.allocate import COEFFICIENTS, byte_sparsity, nominal_sparsity
+from larosa_fx.plan.plan import Plan, PlanSite, library_versions
+from larosa_fx.study import methods
 from overhead import overhead_of, published_shapes, shapes_of
 from study_figures import draw
 from texts import text_windows
@@ -108,7 +109,7 @@ class Bench:
         """What a row of perplexity holds; afterwards ``lab.meter`` knows what the method's tokens did not read."""
         dense = self.dense(text)
         with torch.no_grad(), method(self.lab, sparsity):
-            self.lab.meter = methods.Meter(self.lab.sites)  # now: a method may have searched on its way in
+            self.lab.meter = Meter(self.lab.sites)  # now: a method may have searched on its way in
             nll = self._nll(text, f"{label} {sparsity:.0%}")
         delta, error = paired(nll, dense)
         return {"sparsity": sparsity, "text": text, "windows": len(nll), "ppl": math.exp(nll.mean()),

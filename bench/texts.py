@@ -6,8 +6,8 @@ import json
 
 import torch
 
-from larosa_fx.evaluate import windows
 from larosa_fx.loading import encode, read_text
+from larosa_fx.method.evaluate import windows
 
 
 def text_windows(tokenizer, spec: str, window: int, limit: int | None = None) -> torch.Tensor:

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from larosa_fx import __version__
-from larosa_fx.options import check_sparsity
-from larosa_fx.plan import Plan, PlanError
+from larosa_fx.ir.checks import check_sparsity
+from larosa_fx.ir.structure import BASES, SELECTIONS
+from larosa_fx.plan.plan import Plan, PlanError
 from larosa_fx.smollm2 import DownloadError
-from larosa_fx.structure import BASES, SELECTIONS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,10 +129,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    from larosa_fx.calibrate import calibrate
-    from larosa_fx.evaluate import windows
     from larosa_fx.loading import encode
-    from larosa_fx.training import TrainingOptions, train
+    from larosa_fx.method.calibrate import calibrate
+    from larosa_fx.method.evaluate import windows
+    from larosa_fx.training.loop import TrainingOptions, train
 
     model, tokenizer = _load(args)
     text, origin = _text(args, "calibration")
@@ -152,9 +152,9 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from larosa_fx.evaluate import perplexity_table, sweep, windows
     from larosa_fx.loading import device_name, encode
-    from larosa_fx.plan import library_versions
+    from larosa_fx.method.evaluate import perplexity_table, sweep, windows
+    from larosa_fx.plan.plan import library_versions
 
     plan = Plan.load(args.plan)
     model, tokenizer = _load(args)
@@ -172,8 +172,9 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from larosa_fx import backend, figure
-    from larosa_fx.calibrate import calibrate
+    from larosa_fx.compiler import backend
+    from larosa_fx.method.calibrate import calibrate
+    from larosa_fx.study import figure
 
     model, _ = _load(args)
     ids = torch.arange(2, 10, device=args.device)[None]
@@ -200,10 +201,10 @@ def _generate(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from larosa_fx import corpus
-    from larosa_fx.calibrate import calibrate
-    from larosa_fx.evaluate import windows
     from larosa_fx.generation import generate
     from larosa_fx.loading import encode, encode_prompt
+    from larosa_fx.method.calibrate import calibrate
+    from larosa_fx.method.evaluate import windows
 
     if args.plan:
         Plan.load(args.plan).thresholds_at(args.sparsity, args.selection)  # complain before loading a model
@@ -217,7 +218,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _families(args: argparse.Namespace) -> int:
-    from larosa_fx import families
+    from larosa_fx.study import families
 
     known = list(families.classes())
     names = args.only.split(",") if args.only else known

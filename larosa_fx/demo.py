@@ -12,12 +12,15 @@ import torch
 from tabulate import tabulate
 from transformers import CompileConfig
 
-from larosa_fx import backend, corpus, evaluate, verify
-from larosa_fx.calibrate import calibrate
+from larosa_fx import corpus
+from larosa_fx.compiler import backend
 from larosa_fx.generation import generate
+from larosa_fx.ir.report import Report
 from larosa_fx.loading import encode, encode_prompt, load_model, read_text
-from larosa_fx.report import Report
+from larosa_fx.method import evaluate
+from larosa_fx.method.calibrate import calibrate
 from larosa_fx.smollm2 import cache_dir
+from larosa_fx.study import verify
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.6)
 QUESTION = "Explain in three sentences why the sky is blue."

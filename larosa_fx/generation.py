@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
-from larosa_fx.options import Options
-from larosa_fx.plan import Plan
+from larosa_fx.compiler.options import Options
+from larosa_fx.plan.plan import Plan
 
 
 def compile_config(*, fullgraph: bool = True, **options: object):
-    """A transformers ``CompileConfig`` for backend "larosa"; ``options`` are those of ``larosa_fx.options.Options``.
+    """A transformers ``CompileConfig`` for backend "larosa"; ``options``: see ``larosa_fx.compiler.options.Options``.
 
     ``model.generate(ids, cache_implementation="static", compile_config=compile_config(plan="m.larosa"))``. It compiles on
     CPU as well, which transformers by itself does not.

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
+from larosa_fx.ir import effects, layers
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.report import PassResult
 
 #: Arguments that the patterns below, and later passes, expect by position.
 _POSITIONS = {
@@ -63,7 +65,7 @@ def run(graph: fx.Graph) -> PassResult:
         if _add_out_of_place(graph, node):
             result.count("sums out of place")
     for node in graph.find_nodes(op="call_function", target=getattr):
-        if g.is_weight(node.args[0]) and len(g.shape(node.args[0])) == 2 and node.args[1] in ("T", "mT"):
+        if ex.is_weight(node.args[0]) and len(g.shape(node.args[0])) == 2 and node.args[1] in ("T", "mT"):
             node.target, node.args = torch.t, node.args[:1]
     for node in list(graph.nodes):
         if _rewrite_linear(graph, node) or _rewrite_expert_linear(node):
@@ -77,7 +79,7 @@ def run(graph: fx.Graph) -> PassResult:
         canonical.meta = dict(norm.output.meta)
         norm.output.replace_all_uses_with(canonical, delete_user_cb=lambda user, c=canonical: user is not c)
         result.count("norms")
-    g.remove_dead_code(graph)
+    effects.remove_dead_code(graph)
     return result
 
 
@@ -119,13 +121,13 @@ def match_norm(node: fx.Node) -> Norm | None:
 
     A reciprocal root is an rsqrt, a power of -1/2 or 1/sqrt.
     """
-    if g.is_norm(node):
+    if layers.is_norm(node):
         source = g.peel(node.args[0], g.is_cast)
         output = _cast_down(node, g.dtype(source))
-        gain, bias = (x and g.peel(x, g.is_cast) for x in g.affine(node))
+        gain, bias = (x and g.peel(x, g.is_cast) for x in layers.affine(node))
         if any(x is not None and g.dtype(x) != g.dtype(source) for x in (gain, bias)):
             return None
-        return Norm(output, source, gain, bias, node.args[-1], g.is_layer_norm(node)) if output is not node else None
+        return Norm(output, source, gain, bias, node.args[-1], layers.is_layer_norm(node)) if output is not node else None
     mean_plus_eps = _reciprocal_root(node)
     if mean_plus_eps is None or not g.is_binary(mean_plus_eps, g.ADDS):
         return None
@@ -220,13 +222,13 @@ def _apply(functions: tuple, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     users = list(node.users)
     if len(users) == 1 and g.is_binary(users[0], functions):
         weight = _other(users[0], node)
-        if g.is_weight(weight) and g.shape(weight) == g.shape(node)[-1:]:
+        if ex.is_weight(weight) and g.shape(weight) == g.shape(node)[-1:]:
             return users[0], weight
     return node, None
 
 
 def _read_by_linear(node: fx.Node) -> bool:
-    return any((g.is_linear(user) and user.args[0] is node) or
+    return any((layers.is_linear(user) and user.args[0] is node) or
                (g.is_position_map(user) and _read_by_linear(user)) for user in node.users)
 
 
@@ -238,22 +240,22 @@ def _rewrite_linear(graph: fx.Graph, node: fx.Node) -> bool:
         bias, x, weight = node.args
     else:
         return False
-    if g.is_weight(x) or not g.is_weight(weight) or len(g.shape(weight)) != 2 or not (bias is None or g.is_weight(bias)):
+    if ex.is_weight(x) or not ex.is_weight(weight) or len(g.shape(weight)) != 2 or not (bias is None or ex.is_weight(bias)):
         return False
     with graph.inserting_before(node):
-        transposed = g.weight_call(graph, torch.t, weight)
+        transposed = ex.weight_call(graph, torch.t, weight)
     node.op, node.target, node.args, node.kwargs = "call_function", F.linear, (x, transposed, bias), {}
     return True
 
 
 def _rewrite_expert_linear(node: fx.Node) -> bool:
-    """``torch.bmm(W[experts], x.unsqueeze(-1)).squeeze(-1)`` becomes g.expert_linear."""
+    """``torch.bmm(W[experts], x.unsqueeze(-1)).squeeze(-1)`` becomes layers.expert_linear."""
     if not g.calls(node, "squeeze") or node.args[1:] != (-1,) or not g.calls(node.args[0], torch.bmm):
         return False
     chosen, x = node.args[0].args
-    if not (g.calls(chosen, operator.getitem) and g.is_weight(chosen.args[0]) and len(g.shape(chosen.args[0])) == 3
+    if not (g.calls(chosen, operator.getitem) and ex.is_weight(chosen.args[0]) and len(g.shape(chosen.args[0])) == 3
             and isinstance(chosen.args[1], fx.Node) and len(g.shape(chosen.args[1])) == 1
             and g.calls(x, "unsqueeze") and x.args[1:] == (-1,)):
         return False
-    node.op, node.target, node.args = "call_function", g.expert_linear, (x.args[0], *chosen.args)
+    node.op, node.target, node.args = "call_function", layers.expert_linear, (x.args[0], *chosen.args)
     return True

@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import StreamNode, Structure
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir import layers
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import StreamNode, Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
@@ -36,14 +38,14 @@ def _start(graph: fx.Graph, structure: Structure, value: StreamNode) -> None:
     if structure.embedding is source:
         table = g.argument(source, 1, "weight")
         with graph.inserting_before(source):
-            source.replace_input_with(table, g.weight_call(graph, g.centred, table, 1))
+            source.replace_input_with(table, ex.weight_call(graph, ex.centred, table, 1))
         return
     with graph.inserting_after(source):
-        value.node = graph.call_function(g.centred, (source, -1))
+        value.node = graph.call_function(ex.centred, (source, -1))
     value.node.meta = dict(source.meta)
     source.replace_all_uses_with(value.node, delete_user_cb=lambda user: user is not value.node)
 
 
 def _writer(graph: fx.Graph, linear: fx.Node) -> None:
-    g.edit_weight(linear, lambda weight: g.weight_call(graph, g.centred, weight, -2))
-    g.edit_bias(linear, lambda bias: bias and g.weight_call(graph, g.centred, bias, -1))
+    layers.edit_weight(linear, lambda weight: ex.weight_call(graph, ex.centred, weight, -2))
+    layers.edit_bias(linear, lambda bias: bias and ex.weight_call(graph, ex.centred, bias, -1))

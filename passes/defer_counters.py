@@ -11,9 +11,9 @@ import operator
 import torch
 from torch import fx
 
-from larosa_fx import compat
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
+from larosa_fx.ir import compat, effects
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.report import PassResult
 
 
 def run(gm: fx.GraphModule) -> PassResult:
@@ -40,7 +40,7 @@ def run(gm: fx.GraphModule) -> PassResult:
     with gm.graph.inserting_before(output):
         for by, nodes in counters.items():
             compat.foreach_add(gm.graph, nodes, by)
-    g.remove_dead_code(gm.graph)
+    effects.remove_dead_code(gm.graph)
     return result
 
 

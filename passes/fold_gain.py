@@ -8,9 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import Structure
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir import layers
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure, norms: Iterable[fx.Node]) -> PassResult:
@@ -21,17 +23,17 @@ def run(gm: fx.GraphModule, structure: Structure, norms: Iterable[fx.Node]) -> P
     result = PassResult("fold_gain")
     for norm in norms:
         linears = structure.readers[norm]
-        gain, bias = g.affine(norm)
+        gain, bias = layers.affine(norm)
         if not g.only_read_by(norm, linears):
             _split(gm.graph, structure, norm)
             result.count("norms split")
         else:
-            norm.args = g.bare(norm)
+            norm.args = layers.bare(norm)
         for linear in linears:
             if bias is not None:
-                g.edit_bias(linear, functools.partial(_carry, gm.graph, linear.args[1], bias))
+                layers.edit_bias(linear, functools.partial(_carry, gm.graph, linear.args[1], bias))
             if gain is not None:
-                g.edit_weight(linear, lambda weight, gain=gain: g.weight_call(gm.graph, torch.mul, weight, gain))
+                layers.edit_weight(linear, lambda weight, gain=gain: ex.weight_call(gm.graph, torch.mul, weight, gain))
         for what, parameter in (("gains", gain), ("biases", bias)):
             if parameter is not None:
                 result.count(what)
@@ -42,14 +44,14 @@ def run(gm: fx.GraphModule, structure: Structure, norms: Iterable[fx.Node]) -> P
 
 def _carry(graph: fx.Graph, weight: fx.Node, bias: fx.Node, own: fx.Node | None) -> fx.Node:
     """What a linear adds: its own bias, and the norm's through its weight."""
-    carried = g.weight_call(graph, torch.matmul, weight, bias)
-    return carried if own is None else g.weight_call(graph, torch.add, own, carried)
+    carried = ex.weight_call(graph, torch.matmul, weight, bias)
+    return carried if own is None else ex.weight_call(graph, torch.add, own, carried)
 
 
 def _split(graph: fx.Graph, structure: Structure, norm: fx.Node) -> None:
     linears = structure.readers.pop(norm)
     with graph.inserting_after(norm):
-        bare = graph.call_function(norm.target, g.bare(norm))
+        bare = graph.call_function(norm.target, layers.bare(norm))
     bare.meta = dict(norm.meta)
     moved = {norm: bare}
 

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import Site, Structure
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import Site, Structure
 
 
 class HalfRotatedError(RuntimeError):
@@ -45,7 +46,7 @@ def run(gm: fx.GraphModule, structure: Structure, matrices: Mapping[str, torch.T
 
 def _map_heads(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, torch.Tensor], rotate_cache: bool,
                result: PassResult) -> str:
-    maps, source = g.rotation(gm, name, matrices[name]), site.source
+    maps, source = ex.rotation(gm, name, matrices[name]), site.source
     heads, size = matrices[name].shape[:2]
     count = site.in_features // size
     fits = source is not None and source.mixes and source.size == size and len(source.starts) == heads
@@ -57,17 +58,17 @@ def _map_heads(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str,
     if folds:
         linear = source.linear
         with gm.graph.inserting_before(linear):
-            rows = g.weight_call(gm.graph, torch.t, linear.args[1])
-            rows = g.weight_call(gm.graph, g.map_blocks, rows, maps, source.starts, list(range(heads)), False)
-            linear.update_arg(1, g.weight_call(gm.graph, torch.t, rows))
+            rows = ex.weight_call(gm.graph, torch.t, linear.args[1])
+            rows = ex.weight_call(gm.graph, ex.map_blocks, rows, maps, source.starts, list(range(heads)), False)
+            linear.update_arg(1, ex.weight_call(gm.graph, torch.t, rows))
             if len(linear.args) > 2 and linear.args[2] is not None:
-                linear.update_arg(2, g.weight_call(gm.graph, g.map_blocks, linear.args[2], maps, source.starts,
+                linear.update_arg(2, ex.weight_call(gm.graph, ex.map_blocks, linear.args[2], maps, source.starts,
                                                    list(range(heads)), False))
     else:
         result.skip(site.name, "the values' heads are mapped at run time: a cache keeps them for other graphs" if fits else
                     "the values' heads are mapped at run time: nothing shows where they come from")
         with gm.graph.inserting_after(site.input):
-            repeated = gm.graph.call_function(g.pick_blocks, (maps, blocks))
+            repeated = gm.graph.call_function(ex.pick_blocks, (maps, blocks))
         with gm.graph.inserting_after(repeated):
             split = gm.graph.call_method("unflatten", (site.input, -1, (count, 1, size)))
         with gm.graph.inserting_after(split):
@@ -77,31 +78,31 @@ def _map_heads(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str,
     starts = [i * size for i in range(count)]
     for linear in site.linears:
         with gm.graph.inserting_before(linear):
-            linear.update_arg(1, g.weight_call(gm.graph, g.map_blocks, linear.args[1], maps, starts, blocks, True))
+            linear.update_arg(1, ex.weight_call(gm.graph, ex.map_blocks, linear.args[1], maps, starts, blocks, True))
     return "heads folded" if folds else "heads online"
 
 
 def _scale(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, torch.Tensor]) -> None:
-    scale = g.rotation(gm, name, matrices[name])
+    scale = ex.rotation(gm, name, matrices[name])
     norm, source = site.norm, site.source
     if g.calls(norm, F.rms_norm) and site.input is norm and g.only_read_by(norm, site.linears):
         x, dims, gain, eps = norm.args
         with gm.graph.inserting_before(norm):
-            norm.args = (x, dims, scale if gain is None else g.weight_call(gm.graph, torch.mul, gain, scale), eps)
+            norm.args = (x, dims, scale if gain is None else ex.weight_call(gm.graph, torch.mul, gain, scale), eps)
     elif norm is None and source is not None and len(source.starts) == 1 and source.size == site.in_features:
         linear = source.linear
         with gm.graph.inserting_before(linear):
-            rows = g.weight_call(gm.graph, torch.t, linear.args[1])
-            rows = g.weight_call(gm.graph, g.scale_channels, rows, scale, source.starts[0])
-            linear.update_arg(1, g.weight_call(gm.graph, torch.t, rows))
+            rows = ex.weight_call(gm.graph, torch.t, linear.args[1])
+            rows = ex.weight_call(gm.graph, ex.scale_channels, rows, scale, source.starts[0])
+            linear.update_arg(1, ex.weight_call(gm.graph, torch.t, rows))
             if len(linear.args) > 2 and linear.args[2] is not None:
-                linear.update_arg(2, g.weight_call(gm.graph, g.scale_channels, linear.args[2], scale, source.starts[0]))
+                linear.update_arg(2, ex.weight_call(gm.graph, ex.scale_channels, linear.args[2], scale, source.starts[0]))
     else:
         with gm.graph.inserting_after(site.input):
             _replace_input(site, gm.graph.call_function(torch.mul, (site.input, scale)))
     for linear in site.linears:
         with gm.graph.inserting_before(linear):
-            linear.update_arg(1, g.weight_call(gm.graph, torch.div, linear.args[1], scale))
+            linear.update_arg(1, ex.weight_call(gm.graph, torch.div, linear.args[1], scale))
 
 
 def _replace_input(site: Site, node: fx.Node) -> None:

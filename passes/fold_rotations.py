@@ -13,9 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import BASES, StreamNode, Structure
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir import layers
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import BASES, StreamNode, Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure, rotations: Mapping[str, torch.Tensor], granularity: str) -> PassResult:
@@ -97,21 +99,21 @@ class _Rotator:
         self.gm, self.graph, self.rotations = gm, gm.graph, rotations
 
     def _q(self, basis: str) -> fx.Node:
-        return g.rotation(self.gm, basis, self.rotations[basis])
+        return ex.rotation(self.gm, basis, self.rotations[basis])
 
     def reader(self, linear: fx.Node, basis: str) -> None:
         q = self._q(basis)
-        g.edit_weight(linear, lambda weight: g.weight_call(self.graph, torch.matmul, weight, q))
+        layers.edit_weight(linear, lambda weight: ex.weight_call(self.graph, torch.matmul, weight, q))
 
     def writer(self, linear: fx.Node, basis: str) -> None:
         q = self._q(basis)
-        g.edit_weight(linear, lambda weight: g.weight_call(
-            self.graph, torch.matmul, g.weight_call(self.graph, torch.t, q), weight))
-        g.edit_bias(linear, lambda bias: bias and g.weight_call(self.graph, torch.matmul, bias, q))
+        layers.edit_weight(linear, lambda weight: ex.weight_call(
+            self.graph, torch.matmul, ex.weight_call(self.graph, torch.t, q), weight))
+        layers.edit_bias(linear, lambda bias: bias and ex.weight_call(self.graph, torch.matmul, bias, q))
 
     def table(self, embedding: fx.Node, basis: str) -> None:
         with self.graph.inserting_before(embedding):
-            weight = g.weight_call(self.graph, torch.matmul, g.argument(embedding, 1, "weight"), self._q(basis))
+            weight = ex.weight_call(self.graph, torch.matmul, g.argument(embedding, 1, "weight"), self._q(basis))
         if len(embedding.args) > 1:
             embedding.update_arg(1, weight)
         else:
@@ -122,7 +124,7 @@ class _Rotator:
         matrix = self._q(basis)
         with self.graph.inserting_before(before or node.next):
             if back:
-                matrix = g.weight_call(self.graph, torch.t, matrix)
+                matrix = ex.weight_call(self.graph, torch.t, matrix)
             rotated = self.graph.call_function(torch.matmul, (node, matrix))
         rotated.meta = dict(node.meta)
         return rotated

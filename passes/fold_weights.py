@@ -1,6 +1,6 @@
 """Replace each weight expression by a placeholder for its value: the graph then reads folded tensors, as it read weights.
 
-Nothing is evaluated here. Each new placeholder comes with a recipe, the expression itself, that ``larosa_fx.weights``
+Nothing is evaluated here. Each new placeholder comes with a recipe, the expression itself, that ``larosa_fx.compiler.folds``
 evaluates in fp64 for whatever parameters the graph is called with.
 """
 
@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from larosa_fx import compat
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.weights import Recipe
+from larosa_fx.ir import compat, effects
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.recipe import Recipe
+from larosa_fx.ir.report import PassResult
 
 
 def run(gm: fx.GraphModule, dtype: torch.dtype) -> tuple[list[int | Recipe], PassResult]:
@@ -29,7 +30,7 @@ def run(gm: fx.GraphModule, dtype: torch.dtype) -> tuple[list[int | Recipe], Pas
     last = list(position)[-1]
     folded: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op == "placeholder" or not g.is_weight(node) or all(map(g.is_weight, node.users)):
+        if node.op == "placeholder" or not ex.is_weight(node) or all(map(ex.is_weight, node.users)):
             continue
         if g.dtype(node) not in (None, dtype) or (g.value(node) is not None and g.calls(node, *g.TRANSPOSES)):
             continue
@@ -39,9 +40,9 @@ def run(gm: fx.GraphModule, dtype: torch.dtype) -> tuple[list[int | Recipe], Pas
                 last = folded[expression] = graph.placeholder(f"larosa_folded_{len(folded)}")
             compat.mark_static_placeholder(last)
             result.count("folded tensors")
-        for user in [u for u in node.users if not g.is_weight(u)]:
+        for user in [u for u in node.users if not ex.is_weight(u)]:
             user.replace_input_with(node, folded[expression])
-    g.remove_dead_code(graph)
+    effects.remove_dead_code(graph)
     recipe_of = {node: Recipe.of(expression) for expression, node in folded.items()}
     inputs: list[int | Recipe] = []
     for node in g.placeholders(graph):
@@ -63,7 +64,7 @@ def _expression(node: object, position: dict[fx.Node, int]) -> object:
         if node.op == "placeholder":
             return ("input", position[node])
         if node.op == "get_attr":
-            return ("rotation", node.meta[g.ROTATION])
+            return ("rotation", node.meta[ex.ROTATION])
         return ("call", node.target, *(_expression(a, position) for a in node.args))
     if isinstance(node, Sequence) and not isinstance(node, str):
         return ("list", *(_expression(a, position) for a in node))

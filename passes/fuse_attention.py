@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import fx
 
 import larosa_fx.kernels.ops as ops
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
+from larosa_fx.ir import effects
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.report import PassResult
 
 _ATTENTION = torch.ops.larosa.decode_attention.default
 _WHOLE = slice(None)
@@ -53,7 +54,7 @@ def run(gm: fx.GraphModule, attends: Attends = ops.attends) -> PassResult:
         result.count("attentions")
         result.count("cache updates", bool(write))
         result.count("rotary embeddings", bool(turned))
-    g.remove_dead_code(gm.graph)
+    effects.remove_dead_code(gm.graph)
     return result
 
 

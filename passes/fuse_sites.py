@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import fx
 
 import larosa_fx.kernels.ops as ops
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import Site, Structure
+from larosa_fx.ir import effects, layers
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import Site, Structure
 
 _GEMV = torch.ops.larosa.sparse_gemv.default
 _LINEAR = torch.ops.larosa.sparse_linear.default
@@ -62,7 +64,7 @@ def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> P
                 result.count("adapters" if found.adapter and what == "residuals" else what)
         site.linears = [_emit(gm.graph, found)]
         result.count("sites")
-    g.remove_dead_code(gm.graph)
+    effects.remove_dead_code(gm.graph)
     return result
 
 
@@ -84,7 +86,7 @@ def _gemv(site: Site) -> _Fused | None:
 
 
 def _norm(f: _Fused) -> _Fused | None:
-    if not g.is_norm(f.x) or g.is_layer_norm(f.x) or len(f.x.users) != 1:
+    if not layers.is_norm(f.x) or layers.is_layer_norm(f.x) or len(f.x.users) != 1:
         return None
     x, _, gain, eps = f.x.args
     if gain is not None and g.dtype(x) == torch.float16:
@@ -115,7 +117,7 @@ def _residual(f: _Fused) -> _Fused | None:
     if not g.is_binary(add, g.ADDS):
         return None
     other = g.other_operand(add, f.output)
-    if not isinstance(other, fx.Node) or g.is_weight(other) or g.dtype(add) != g.dtype(f.x):
+    if not isinstance(other, fx.Node) or ex.is_weight(other) or g.dtype(add) != g.dtype(f.x):
         return None
     if g.calls(other, torch.matmul) and _packed(f.weight) is not None and _packed(other.args[1]) is _packed(f.weight):
         residual, rows = other.args

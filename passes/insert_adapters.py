@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
+from larosa_fx.ir import effects
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.report import PassResult
 
 
 def run(gm: fx.GraphModule) -> PassResult:
@@ -17,13 +19,13 @@ def run(gm: fx.GraphModule) -> PassResult:
             continue
         (x, back), into = node.args[0].args, node.args[1]
         with gm.graph.inserting_before(node):
-            adapter = g.weight_call(gm.graph, torch.matmul, back, into)
+            adapter = ex.weight_call(gm.graph, torch.matmul, back, into)
         node.args = (x, adapter)
         result.count("adapters")
-    g.remove_dead_code(gm.graph)
+    effects.remove_dead_code(gm.graph)
     return result
 
 
 def _rotates_activation(node: object) -> bool:
-    return g.calls(node, torch.matmul) and g.is_weight(node.args[1]) and not g.is_weight(node.args[0]) and all(
+    return g.calls(node, torch.matmul) and ex.is_weight(node.args[1]) and not ex.is_weight(node.args[0]) and all(
         n.op != "placeholder" for n in g.upstream(node.args[1], lambda n: False))

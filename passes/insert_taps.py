@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import Structure
+from larosa_fx.ir import layers
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure, observe: Callable[[str, object], None]) -> PassResult:
@@ -18,7 +18,7 @@ def run(gm: fx.GraphModule, structure: Structure, observe: Callable[[str, object
         x_hat = site.input
         if site.norm is not None:
             with gm.graph.inserting_after(site.norm):
-                x_hat = gm.graph.call_function(site.norm.target, g.bare(site.norm))
+                x_hat = gm.graph.call_function(site.norm.target, layers.bare(site.norm))
         with gm.graph.inserting_after(x_hat):
             gm.graph.call_function(observe, (site.name, x_hat))
         result.count("taps")

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import fx
 
 import larosa_fx.kernels.ops as ops
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir import layers
+from larosa_fx.ir.report import PassResult
 
 _GEMV = torch.ops.larosa.dense_gemv.default
 _SMALL = 2**18  # elements: with fewer, a call costs what it saves
@@ -27,13 +29,13 @@ def run(gm: fx.GraphModule, multiplies: Multiplies = ops.multiplies) -> PassResu
     """Lower each large linear of a weight that is still one; the sites are no longer."""
     result = PassResult("lower_head")
     for linear in gm.graph.find_nodes(op="call_function", target=F.linear):
-        channels, columns = g.linear_size(linear)
-        if not g.is_weight(linear.args[1]) or channels * columns < _SMALL:
+        channels, columns = layers.linear_size(linear)
+        if not ex.is_weight(linear.args[1]) or channels * columns < _SMALL:
             continue
         example = g.value(linear.args[0])
         if example is None or not multiplies(example, example.new_empty(columns, channels)):
             result.skip(linear, "many tokens, or the device's own product is as good")
             continue
-        g.replace_linear(gm.graph, linear, lambda *args: gm.graph.call_function(_GEMV, args))
+        layers.replace_linear(gm.graph, linear, lambda *args: gm.graph.call_function(_GEMV, args))
         result.count("linears")
     return result

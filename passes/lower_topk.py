@@ -1,6 +1,6 @@
 """The step that sparsifies: y = W x becomes y = W_S x_S, S the k largest |x| of each position (paper, Top-K function).
 
-Or S all |x| that reach a threshold, which is k of them on average (``larosa_fx.thresholds``).
+Or S all |x| that reach a threshold, which is k of them on average (``larosa_fx.method.thresholds``).
 
 All weights take the [K, N] layout here, dense or sparse, so that graphs of prefill and decode share one folded tensor.
 """
@@ -14,9 +14,11 @@ import torch
 from torch import fx
 
 import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import Site, Structure
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir import layers
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import Site, Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure, k: Mapping[str, int], sparsify: str,
@@ -53,9 +55,9 @@ def run(gm: fx.GraphModule, structure: Structure, k: Mapping[str, int], sparsify
 def _lower(graph: fx.Graph, site: Site, linear: fx.Node, form: Callable, limit: int | float | None) -> None:
     """``limit``: what ``form`` selects by, the channels to keep or their threshold."""
     def product(x: fx.Node, weight: fx.Node) -> fx.Node:
-        return form(graph, x, g.weight_call(graph, torch.t, weight), limit)  # [K, N]
+        return form(graph, x, ex.weight_call(graph, torch.t, weight), limit)  # [K, N]
 
-    site.linears = [g.replace_linear(graph, linear, product)]
+    site.linears = [layers.replace_linear(graph, linear, product)]
 
 
 def _dense(graph: fx.Graph, x: fx.Node, weight: fx.Node, _: object) -> fx.Node:

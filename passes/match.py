@@ -15,22 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import Site, StreamNode, Structure
+from larosa_fx.ir import effects, layers
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import Site, StreamNode, Structure
 
 
 def run(graph: fx.Graph) -> tuple[Structure, PassResult]:
     """The structure of a canonical graph, and the pass's counts; ``skipped`` names linears that belong to no site."""
     result = PassResult("match")
-    readers = {norm: linears for norm in filter(g.is_norm, graph.nodes) if (linears := _readers(norm))}
+    readers = {norm: linears for norm in filter(layers.is_norm, graph.nodes) if (linears := _readers(norm))}
     stream_like = _stream_like(graph, readers)
     readers = {norm: linears for norm, linears in readers.items() if norm.args[0] in stream_like}
     sites, head_norms = _sites(graph, readers, stream_like, result)
     stream, obstacles = _stream(list(readers))
     structure = Structure(sites, stream, readers, obstacles, result.skipped)
     _ends(structure, head_norms)
-    written = g.written_in_place(graph)
+    written = effects.written_in_place(graph)
     structure.obstacles += [(str(site.input), "linears read the residual stream without a norm here")
                             for site in structure.inner_sites() if site.norm is None]
     structure.obstacles += _centring_obstacles(structure)
@@ -52,7 +54,8 @@ def _readers(norm: fx.Node) -> list[fx.Node]:
     while values:
         value = values.pop(0)
         for user in value.users:
-            if g.is_weight_linear(user) and user.args[0] is value and (g.is_linear(user) or g.affine(norm)[1] is None):
+            mergeable = layers.is_linear(user) or layers.affine(norm)[1] is None
+            if layers.is_weight_linear(user) and user.args[0] is value and mergeable:
                 found.append(user)
             elif g.is_position_map(user):
                 values.append(user)
@@ -69,8 +72,8 @@ def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node]) -> set[fx.Node]:
             found.add(node)
             continue
         behind.add(node)
-        channels = [n for n in node.all_input_nodes if not g.is_weight(n) and g.shape(n)[-1:] == g.shape(node)[-1:] != ()]
-        if not mixes and not g.is_weight_linear(node) and any(n in found for n in channels):
+        channels = [n for n in node.all_input_nodes if not ex.is_weight(n) and g.shape(n)[-1:] == g.shape(node)[-1:] != ()]
+        if not mixes and not layers.is_weight_linear(node) and any(n in found for n in channels):
             found.add(node)
     return found
 
@@ -83,7 +86,7 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
     """All sites in (layer, kind) order, and the norms that no outer site follows: the head's."""
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if g.is_linear(node) and g.is_weight_linear(node):
+        if layers.is_linear(node) and layers.is_weight_linear(node):
             weights = [n for n in g.upstream(node.args[1], lambda n: False) if n.op == "placeholder"]
             if all(g.dtype(n) == g.dtype(node) or not g.dtype(n).is_floating_point for n in weights):
                 groups.setdefault(node.args[0], []).append(node)
@@ -92,7 +95,7 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
     root_of = {linear: norm for norm, linears in readers.items() for linear in linears}  # linear -> norm, or the stream
     root_of |= {linear: tensor for tensor, linears in groups.items() if tensor in stream_like
                 for linear in linears if linear not in root_of}
-    writes = g.state_writes(graph)
+    writes = effects.state_writes(graph)
     outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, root of its inner site, whether attention)
     branches: dict[fx.Node, set[fx.Node]] = {}  # site tensor -> what it depends on, as far as the linears behind a root
     used: set[fx.Node] = set()  # linears behind a root that an outer site depends on
@@ -119,7 +122,7 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
             result.skip(linear, reason)
     for tensor, *_ in outer:
         used.update(n for n in branches[tensor] if n in root_of)
-    for experts in filter(g.is_expert_linear, graph.nodes):
+    for experts in filter(layers.is_expert_linear, graph.nodes):
         result.skip(experts, "experts' linears stay dense")
     attention = {root for _, root, mixes in outer if mixes}
     followed = {root for _, root, _ in outer}
@@ -167,7 +170,7 @@ def _mixes_positions(node: fx.Node) -> bool:
     if g.calls(node, F.scaled_dot_product_attention, F.softmax, torch.softmax, "softmax"):
         return True
     if g.calls(node, torch.matmul, torch.bmm, operator.matmul, torch.einsum, "matmul", "bmm"):
-        return not any(map(g.is_weight, node.all_input_nodes))
+        return not any(map(ex.is_weight, node.all_input_nodes))
     return node.op == "call_function" and isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
 
 
@@ -213,7 +216,7 @@ def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
     """The linears whose sum, up to constant factors, node is, where ``reader`` alone reads it; None where it is not."""
     if not isinstance(node, fx.Node) or list(node.users) != [reader]:
         return None
-    if g.is_weight_linear(node):
+    if layers.is_weight_linear(node):
         return [node]
     if g.is_position_map(node) or g.is_sum_of_positions(node):
         return _writers(node.args[0], node)
@@ -239,7 +242,8 @@ def _centring_obstacles(structure: Structure) -> list[tuple[str, str]]:
         return []
     values = {value.node for value in structure.stream}
     return [(str(user), "this reads the residual stream, which cannot be centred for its LayerNorms then")
-            for value in structure.stream for user in value.node.users if user not in values and not g.is_layer_norm(user)]
+            for value in structure.stream for user in value.node.users
+            if user not in values and not layers.is_layer_norm(user)]
 
 
 def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:
@@ -249,7 +253,7 @@ def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:
     source = structure.stream[0].node
     if g.calls(source, F.embedding) and g.argument(source, 3, "max_norm") is None:
         table = g.argument(source, 1, "weight")
-        if g.is_weight(table) and set(table.users) == {source}:
+        if ex.is_weight(table) and set(table.users) == {source}:
             structure.embedding = source
     for stream_node in structure.stream:
         for norm in [n for n in stream_node.norms if n in head_norms]:

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx import compat
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import Site, Source, Structure
+from larosa_fx.ir import compat, layers
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import Site, Source, Structure
 
 SHAPE_METHODS = ("view", "reshape", "transpose", "permute", "contiguous", "expand", "unsqueeze", "squeeze", "flatten",
                  "unflatten", "split", "chunk", "repeat_interleave")
@@ -45,7 +45,7 @@ class _Labels:
     """Labels of one linear's output channels on the nodes behind it."""
 
     def __init__(self, linear: fx.Node) -> None:
-        self.size = g.linear_size(linear)[1]
+        self.size = layers.linear_size(linear)[1]
         self.of: dict[fx.Node, torch.Tensor | tuple] = {
             linear: torch.arange(self.size).expand(compat.concrete(g.shape(linear)))}
         self.excluded = torch.zeros(self.size, dtype=torch.bool)

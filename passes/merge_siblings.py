@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import Structure
+from larosa_fx.ir import effects, layers
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
@@ -20,20 +21,20 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
     for site in structure.sites:
         if len(site.linears) == 1:
             continue
-        biases = [g.bias_of(linear) for linear in site.linears]
+        biases = [layers.bias_of(linear) for linear in site.linears]
         with graph.inserting_after(site.input):
             weight = anchor = graph.call_function(torch.cat, ([linear.args[1] for linear in site.linears], 0))
-        g.hoist_weights(graph, weight)
+        ex.hoist_weights(graph, weight)
         operands = (site.input, weight)
         if None not in biases:
             with graph.inserting_after(weight):
                 anchor = graph.call_function(torch.cat, (biases, 0))
-            g.hoist_weights(graph, anchor)
+            ex.hoist_weights(graph, anchor)
             operands, biases = (*operands, anchor), [None] * len(biases)
         with graph.inserting_after(anchor):
             merged = graph.call_function(F.linear, operands)
         with graph.inserting_after(merged):
-            sizes = [g.linear_size(linear)[1] for linear in site.linears]
+            sizes = [layers.linear_size(linear)[1] for linear in site.linears]
             pieces = graph.call_function(torch.split, (merged, sizes, -1))
         for i, linear in reversed(list(enumerate(site.linears))):
             with graph.inserting_after(pieces):
@@ -47,5 +48,5 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
         result.count("linears", len(site.linears))
         result.count("merged")
         site.linears = [merged]
-    g.remove_dead_code(graph)
+    effects.remove_dead_code(graph)
     return result

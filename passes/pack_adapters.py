@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.report import PassResult
-from larosa_fx.structure import Site, Structure
+from larosa_fx.ir import effects
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import Site, Structure
 
 
 def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
@@ -18,7 +20,7 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
     result = PassResult("pack_adapters")
     products = {node for site in structure.sites for lowered in site.linears for node in (lowered, *lowered.all_input_nodes)}
     width = g.shape(structure.stream[0].node)[-1]
-    leaves = [n for n in gm.graph.nodes if n.op == "placeholder" or g.ROTATION in n.meta]
+    leaves = [n for n in gm.graph.nodes if n.op == "placeholder" or ex.ROTATION in n.meta]
     for site in structure.sites:
         found = _beside(site, products)
         if found is None:
@@ -28,12 +30,12 @@ def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
         weight, adapter = product.args[position], adapted.args[1]
         with gm.graph.inserting_after(leaves[-1]):
             packed = gm.graph.call_function(torch.cat, ([weight, adapter], 0))
-        g.hoist_weights(gm.graph, packed)
+        ex.hoist_weights(gm.graph, packed)
         with gm.graph.inserting_after(packed):
             product.update_arg(position, gm.graph.call_function(torch.narrow, (packed, 0, 0, site.in_features)))
             adapted.update_arg(1, gm.graph.call_function(torch.narrow, (packed, 0, site.in_features, width)))
         result.count("adapters")
-    g.remove_dead_code(gm.graph)
+    effects.remove_dead_code(gm.graph)
     return result
 
 
@@ -49,6 +51,6 @@ def _beside(site: Site, products: set[fx.Node]) -> tuple[fx.Node, fx.Node] | Non
     adapted = g.other_operand(add, lowered)
     if adapted in products or g.only_user(adapted) is not add:
         return None
-    if not g.calls(adapted, torch.matmul) or not g.is_weight(adapted.args[1]):
+    if not g.calls(adapted, torch.matmul) or not ex.is_weight(adapted.args[1]):
         return None
     return (lowered.args[0] if g.calls(lowered, torch.add) else lowered), adapted  # lower_topk adds the bias

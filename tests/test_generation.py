@@ -11,8 +11,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import larosa_fx
-from larosa_fx.families import tiny_model
-from larosa_fx.reference import simulated
+from larosa_fx.method.reference import simulated
+from larosa_fx.study.families import tiny_model
 from tiny import compiled, error, ids, llama
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

@@ -8,8 +8,8 @@ import pytest
 
 import larosa_fx
 from larosa_fx import corpus, smollm2, verify
-from larosa_fx.evaluate import windows
 from larosa_fx.loading import encode, load_model
+from larosa_fx.method.evaluate import windows
 
 pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.xdist_group("smollm2")]
 

@@ -10,7 +10,7 @@ import torch
 import decode
 import larosa_fx
 import studies
-from larosa_fx import backend
+from larosa_fx.compiler import backend
 from overhead import overhead_of, published_shapes, shapes_of
 from studies import Bench, Settings
 from texts import text_windows

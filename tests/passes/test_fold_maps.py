@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import larosa_fx
+from larosa_fx.method.reference import simulated
 from larosa_fx.passes import fold_maps, match_sources
-from larosa_fx.reference import simulated
 from programs import orthogonal, program, tiny_model
 from tiny import SIZES, compiled, error, ids, llama
 

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from larosa_fx import graph as g
+from larosa_fx.compiler.folds import Binding
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.recipe import Recipe
 from larosa_fx.passes import fold_weights
-from larosa_fx.weights import Binding, Recipe
 from programs import CASES, assert_close, program, randomize, rewrite, trace
 from tiny import SIZES
 
@@ -20,7 +22,7 @@ def test_same_model(family, granularity, tokens):
     p = program(family, tokens=tokens)
     done = rewrite(p, granularity)
     p.check(done.binding)
-    left = [node for node in p.gm.graph.nodes if node.op != "placeholder" and g.is_weight(node)]
+    left = [node for node in p.gm.graph.nodes if node.op != "placeholder" and ex.is_weight(node)]
     assert all(node.target == "transpose" for node in left)  # the model's own views of its experts
     assert family == "mixtral" or not left
     assert not list(p.gm.named_buffers())  # no rotation is left behind in the graph

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from transformers import StaticCache
 
-from larosa_fx import graph as g
-from larosa_fx.capture import capture
+from larosa_fx.compiler.capture import capture
+from larosa_fx.compiler.pipeline import Runner
+from larosa_fx.ir import graph as g
 from larosa_fx.passes import defer_counters, fuse_attention
-from larosa_fx.pipeline import Runner
 from programs import assert_close, tiny_model
 from tiny import SIZES, ids
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from larosa_fx import graph as g
+from larosa_fx.ir import graph as g
 from larosa_fx.passes import fuse_sites
 from programs import CASES, assert_close, program, rewrite, rotations, tiny_model, trace
 from tiny import SIZES, ids

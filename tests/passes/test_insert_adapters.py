@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from larosa_fx import graph as g
+from larosa_fx.ir import expressions as ex
 from programs import FOLDABLE, FOLDED, program, rewrite
 
 
@@ -29,4 +29,4 @@ def test_count(family, granularity, layers):
 
 
 def _products_at_run_time(p):
-    return sum(not g.is_weight(n) for n in p.gm.graph.find_nodes(op="call_function", target=torch.matmul))
+    return sum(not ex.is_weight(n) for n in p.gm.graph.find_nodes(op="call_function", target=torch.matmul))

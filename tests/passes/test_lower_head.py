@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from larosa_fx import graph as g
-from larosa_fx.families import tiny_model
+from larosa_fx.ir import layers
 from larosa_fx.passes import lower_head
+from larosa_fx.study.families import tiny_model
 from programs import program, rewrite, trace
 from tiny import ids
 
@@ -36,7 +36,7 @@ def test_the_head_is_one_op_and_computes_the_same(small, family, granularity):
 def test_a_bias_is_added_behind_it(small):
     p = trace(tiny_model("PhiForCausalLM"), ids(1, 1), use_cache=False)
     linears = p.gm.graph.find_nodes(op="call_function", target=F.linear)
-    assert all(g.bias_of(linear) is not None for linear in linears)
+    assert all(layers.bias_of(linear) is not None for linear in linears)
     assert lower_head.run(p.gm, one_row).counts == {"linears": len(linears)}
     p.check()
 

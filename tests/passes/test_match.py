@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from larosa_fx import graph as g
+from larosa_fx.ir import layers
 from programs import FOLDABLE, program, randomize, rewrite, tiny_model, trace
 from tiny import SIZES, ids
 
@@ -74,9 +74,9 @@ def test_experts_read_and_write_the_stream(experts):
     assert [s.name for s in structure.sites] == [f"layers.{i}.{kind}" for i in range(LAYERS) for kind in ("h1", "h2")]
     assert not structure.obstacles
     writers = [writer for value in structure.stream for writer in value.writers]
-    assert [g.is_expert_linear(writer) for writer in writers] == [False, True] * LAYERS
-    assert [g.is_expert_linear(n) for n in structure.readers[structure.stream[2].norms[0]]] == [False] * 3
-    assert sorted(g.is_expert_linear(n) for n in structure.readers[structure.stream[1].norms[0]]) == [False, True]
+    assert [layers.is_expert_linear(writer) for writer in writers] == [False, True] * LAYERS
+    assert [layers.is_expert_linear(n) for n in structure.readers[structure.stream[2].norms[0]]] == [False] * 3
+    assert sorted(layers.is_expert_linear(n) for n in structure.readers[structure.stream[1].norms[0]]) == [False, True]
     p.check(rewrite(p, "layer").binding)
 
 
@@ -139,7 +139,7 @@ def test_what_is_no_linear_on_the_stream_is_an_obstacle():
 
 def test_scaled_branches_are_writers():
     for value in program("granite").structure.stream[1:]:
-        assert all(g.is_linear(writer) for writer in value.writers)
+        assert all(layers.is_linear(writer) for writer in value.writers)
 
 
 class Parallel(nn.Module):

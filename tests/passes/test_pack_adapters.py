@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from larosa_fx import graph as g
-from larosa_fx.weights import Recipe
+from larosa_fx.ir import expressions as ex
+from larosa_fx.ir.recipe import Recipe
 from programs import FOLDABLE, program, rewrite, rotations
 from tiny import SIZES
 
@@ -39,4 +39,4 @@ def test_weights_are_views_until_something_reads_the_whole():
     rewrite(p, "layer", "pack_adapters")
     views = p.gm.graph.find_nodes(op="call_function", target=torch.narrow)
     assert len(views) == 2 * (LAYERS - 1)
-    assert all(g.is_weight(view.args[0]) and not g.is_weight(view) for view in views)
+    assert all(ex.is_weight(view.args[0]) and not ex.is_weight(view) for view in views)

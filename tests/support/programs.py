@@ -13,8 +13,12 @@ import torch
 import transformers
 from torch import fx
 
-from larosa_fx import graph as g
-from larosa_fx.capture import capture
+from larosa_fx.compiler.capture import capture
+from larosa_fx.compiler.folds import Binding
+from larosa_fx.compiler.pipeline import Runner
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.structure import Structure
 from larosa_fx.passes import (
     centre_layer_norms,
     fold_gain,
@@ -28,10 +32,6 @@ from larosa_fx.passes import (
     pack_adapters,
     rotate_online,
 )
-from larosa_fx.pipeline import Runner
-from larosa_fx.report import PassResult
-from larosa_fx.structure import Structure
-from larosa_fx.weights import Binding
 from tiny import SIZES, ids
 
 #: Weights are other ones in every run; the workers of one run share them.

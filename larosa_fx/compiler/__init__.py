@@ -1,0 +1,1 @@
+"""From Dynamo's graph to a compiled one: capture, passes, folded weights, the backend."""

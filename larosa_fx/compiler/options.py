@@ -1,0 +1,84 @@
+"""The backend's options: scalars and strings only, because Dynamo compares them to decide what to recompile."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from larosa_fx.ir import compat
+from larosa_fx.ir.checks import check_choice, check_sparsity
+from larosa_fx.ir.structure import SELECTIONS
+
+CHOICES = {
+    "selection": (None, *SELECTIONS),
+    "sparsify": ("decode", "all"),
+    "weights": ("copy", "replace"),
+    "compiler": ("inductor", "eager"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``torch.compile(model, backend="larosa", options={...})``.
+
+    plan: path of a saved plan; None takes the plan that ``calibrate`` attached to these weights.
+    sparsity: byte sparsity of the block linears in [0, 1); None takes the plan's own.
+    selection: "topk" or "threshold" (``larosa_fx.method.thresholds``); None takes the plan's own.
+    sparsify: "decode" keeps prefill dense and sparsifies graphs of one token a sequence; "all" sparsifies every token.
+    mode: an Inductor mode ("reduce-overhead", "max-autotune", ...) or None. torch.compile refuses its own ``mode``
+        beside ``options``; this one stands in for it.
+    strict: raise, with the reason, where the graph would otherwise be compiled dense.
+    dump_dir: directory for numbered graph dumps before and after every pass.
+    weights: "copy" keeps the eager model usable; "replace" frees each original weight once it is folded.
+    rotate_cache: let a plan's head maps be folded into what writes the key-value cache, so that values lie in it mapped. A
+        promise: all that fills or reads this cache, prefill too, runs compiled with this plan. Without it heads are
+        mapped at run time wherever values outlive the graph.
+    compiler: "inductor", or "eager" to run the rewritten graph as it stands (quick to build, for debugging and accuracy).
+    """
+
+    plan: str | None = None
+    sparsity: float | None = None
+    sparsify: str = "decode"
+    mode: str | None = None
+    strict: bool = False
+    dump_dir: str | None = None
+    weights: str = "copy"
+    rotate_cache: bool = False
+    compiler: str = "inductor"
+    selection: str | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, object] | None, mode: str | None = None) -> Options:
+        """Checked options from torch.compile's dict. ValueError names the closest key, the allowed values or range."""
+        given = dict(options or {})
+        known = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+                hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"
+                raise ValueError(f"backend 'larosa' has no option {key!r}; {hint}")
+        if mode is not None:
+            given.setdefault("mode", mode)
+        for key in ("plan", "dump_dir"):
+            if isinstance(given.get(key), Path):
+                given[key] = str(given[key])
+        parsed = cls(**given)  # type: ignore[arg-type]
+        parsed._check()
+        return parsed
+
+    def _check(self) -> None:
+        for name in ("plan", "dump_dir"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"option {name!r} takes a path, not {type(value).__name__}; save the plan and pass "
+                                 "its path" if name == "plan" else f"option {name!r} takes a path")
+        for name, allowed in CHOICES.items():
+            check_choice(f"option {name!r}", getattr(self, name), allowed)
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        for name in ("strict", "rotate_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"option {name!r} is {getattr(self, name)!r}; choose True or False")
+        compat.inductor_options(self.mode)

@@ -1,0 +1,1 @@
+"""What everything speaks: graphs, effects, weight expressions, the decoder's structure, reports."""

@@ -1,0 +1,140 @@
+"""Weight expressions: linear algebra on parameters and a plan's matrices, in a graph, folded later in fp64."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from larosa_fx.ir import graph as g
+
+ROTATION = "larosa_rotation"  # meta key of get_attr nodes that hold a rotation, or another matrix of a plan: its name
+
+
+def map_blocks(w: torch.Tensor, maps: torch.Tensor, starts: Sequence[int], blocks: Sequence[int], inverse: bool
+               ) -> torch.Tensor:
+    """w, [..., C], with the d channels from starts[i] on times maps[blocks[i]]; the transposed inverse where ``inverse``.
+
+    maps: [n, d, d]. Channels of what is written take the maps, columns of what reads them the transposed inverses.
+    """
+    maps = torch.linalg.inv(maps).mT if inverse else maps
+    mapped = w.clone()
+    for start, block in zip(starts, blocks, strict=True):
+        channels = slice(start, start + maps.shape[-1])
+        mapped[..., channels] = w[..., channels] @ maps[block]
+    return mapped
+
+
+def pick_blocks(maps: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
+    """maps[blocks], [len(blocks), d, d]: a map for every head of a site."""
+    return maps[list(blocks)]
+
+
+def scale_channels(w: torch.Tensor, scale: torch.Tensor, start: int) -> torch.Tensor:
+    """w, [..., C], with the channels from ``start`` on times ``scale``, [n]."""
+    scaled = w.clone()
+    scaled[..., start:start + len(scale)] *= scale
+    return scaled
+
+
+def centred(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x less its mean over ``dim``: multiplied by I - 11^T/D on that side."""
+    return x - x.mean(dim, keepdim=True)
+
+
+#: Functions allowed in a weight expression: linear algebra on parameters and rotations, folded in fp64.
+WEIGHT_FUNCTIONS: dict[object, Callable] = {
+    torch.matmul: torch.matmul,
+    torch.mul: torch.mul,
+    operator.mul: torch.mul,
+    torch.add: torch.add,
+    operator.add: torch.add,
+    torch.cat: torch.cat,
+    torch.t: torch.t,
+    torch.transpose: torch.transpose,
+    "transpose": torch.transpose,
+    centred: centred,
+    "t": torch.t,
+    torch.div: torch.div,
+    map_blocks: map_blocks,
+    pick_blocks: pick_blocks,
+    scale_channels: scale_channels,
+    "float": lambda x: x,  # casts are the identity in fp64
+    "to": lambda x, *_, **__: x,
+}
+
+
+def is_weight(node: object) -> bool:
+    """Whether node depends on parameters and rotations alone, through functions that folding can evaluate."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "placeholder":
+        return g.PARAMETER in node.meta
+    if node.op == "get_attr":
+        return ROTATION in node.meta
+    return (node.op in ("call_function", "call_method") and node.target in WEIGHT_FUNCTIONS
+            and (not node.kwargs or g.is_cast(node)) and bool(node.all_input_nodes)
+            and all(map(is_weight, node.all_input_nodes)))
+
+
+def rotation(gm: fx.GraphModule, basis: str, matrix: torch.Tensor) -> fx.Node:
+    """The rotation Q of ``basis``, [D, D], as a leaf of weight expressions: one node, before all that may use it.
+
+    The maps and scales of a plan are such leaves as well.
+    """
+    name = "larosa_rotation_" + basis.replace(".", "_").replace("/", "_")
+    if hasattr(gm, name):
+        return gm.graph.find_nodes(op="get_attr", target=name)[0]
+    gm.register_buffer(name, matrix, persistent=False)
+    with gm.graph.inserting_after(g.placeholders(gm.graph)[-1]):
+        node = gm.graph.get_attr(name)
+    node.meta[ROTATION] = basis
+    return node
+
+
+def weight_call(graph: fx.Graph, function: Callable, *args: object) -> fx.Node:
+    """A weight-expression node at the graph's current insertion point."""
+    assert function in WEIGHT_FUNCTIONS, function
+    return graph.call_function(function, args)
+
+
+def hoist_weights(graph: fx.Graph, node: fx.Node) -> None:
+    """Move the weight expressions that ``node`` depends on in front of it: they depend on placeholders alone."""
+    needed = [n for n in g.upstream(node, lambda n: False) if n.op not in ("placeholder", "get_attr") and n is not node]
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for n in sorted(needed, key=order.__getitem__):
+        if order[n] > order[node]:  # what stands in front may have readers there
+            node.prepend(n)
+
+
+def formula(node: object) -> str:
+    """A weight expression as algebra, for people: ``(q_proj diag(input_layernorm)) Q[layers.0]``."""
+    if not isinstance(node, fx.Node):
+        return str(node)
+    if node.op == "placeholder":
+        parts = node.meta.get(g.PARAMETER, str(node)).split(".")
+        return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else ".".join(parts[-2:])
+    if node.op == "get_attr":
+        return f"Q[{node.meta[ROTATION]}]"
+    first, *rest = node.args
+    if g.calls(node, torch.cat):
+        return f"[{'; '.join(map(formula, first))}]"
+    if g.calls(node, *g.TRANSPOSES):
+        return f"{_factor(first)}ᵀ"
+    if g.calls(node, centred):
+        return f"{_factor(first)} M" if rest[0] == -1 else f"M {_factor(first)}"
+    if g.calls(node, torch.matmul):
+        return f"{_factor(first)} {_factor(rest[0])}"
+    if g.calls(node, *g.MULS) and len(g.shape(rest[0])) == 1:
+        return f"{_factor(first)} diag({formula(rest[0])})"
+    if g.is_binary(node, (*g.ADDS, *g.MULS)):
+        return f" {'+' if g.calls(node, *g.ADDS) else '·'} ".join(map(_factor, node.args))
+    return formula(first)  # a cast
+
+
+def _factor(node: object) -> str:
+    """A formula that may stand in a product."""
+    text = formula(node)
+    return f"({text})" if " " in text and text[0] not in "([" else text

@@ -1,0 +1,153 @@
+"""The decoder as dataflow shows it: residual stream, norms, sites, layers. What ``passes.match`` finds and all read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from tabulate import tabulate
+from torch import fx
+
+from larosa_fx.ir import graph as g
+from larosa_fx.ir import layers
+
+
+@dataclass
+class Source:
+    """The linear whose output channels arrive at an outer site unmixed, in blocks: heads at h2, one block at h4.
+
+    starts: the first output channel of each block of the linear. blocks: for each block of the site, which of these it
+    is (GQA repeats heads). size: channels of a block. mixes: whether channels of a block may be mixed, not only scaled.
+    kept: whether the channels outlive the graph, in a key-value cache that other graphs read.
+    """
+
+    linear: fx.Node
+    starts: list[int]
+    blocks: list[int]
+    size: int
+    mixes: bool
+    kept: bool
+
+    def __post_init__(self) -> None:
+        self.parameter = next(n.meta[g.PARAMETER] for n in g.upstream(self.linear.args[1], lambda n: False)
+                              if g.PARAMETER in n.meta)
+
+
+@dataclass
+class Site:
+    """One activation that is sparsified, and the linears that read it.
+
+    kind: "h1" (QKV input), "h2" (o_proj input), "h3" (gate/up input) or "h4" (down_proj input).
+    norm: the RMSNorm or LayerNorm whose output the site is; None at h2 and h4, and where linears read the stream itself.
+    source: what ``passes.match_sources`` finds there.
+    """
+
+    layer: int
+    kind: str
+    input: fx.Node
+    linears: list[fx.Node]
+    norm: fx.Node | None = None
+    source: Source | None = None
+
+    def __post_init__(self) -> None:
+        self.in_features = layers.linear_size(self.linears[0])[0]
+        self.out_features = sum(layers.linear_size(linear)[1] for linear in self.linears)
+        self.parameters = [node.meta[g.PARAMETER] for node in weight_placeholders(self)]
+
+    @property
+    def name(self) -> str:
+        return f"layers.{self.layer}.{self.kind}"
+
+    @property
+    def inner(self) -> bool:
+        """Whether linears read the stream here, and a rotation may be applied."""
+        return self.kind in ("h1", "h3")
+
+
+#: Rotation granularities: granularity -> the basis an inner site lives in.
+BASES = {
+    "layer": lambda site: f"layers.{site.layer}",
+    "block": lambda site: site.name,
+    "pair": lambda site: f"layers.{site.layer // 2 * 2}",
+    "quad": lambda site: f"layers.{site.layer // 4 * 4}",
+    "model": lambda site: "model",
+    "online": lambda site: site.name,
+    "none": lambda site: None,
+}
+
+
+#: What decides which channels a token reads: their rank in it, or a threshold common to all tokens.
+SELECTIONS = ("topk", "threshold")
+
+
+@dataclass
+class StreamNode:
+    """One value of the residual stream: the source, ``add(previous, branch)``, or other positions of the previous value.
+
+    writers: the linears whose outputs the branch adds up, none without a branch. norms: the foldable
+    norms that read this value.
+    basis: name of the rotation this value is held in; None is the model's own basis.
+    """
+
+    node: fx.Node
+    previous: fx.Node | None = None
+    writers: list[fx.Node] = field(default_factory=list)
+    norms: list[fx.Node] = field(default_factory=list)
+    basis: str | None = None
+
+
+@dataclass
+class Structure:
+    """What was found. ``obstacles`` lists (node, reason) that forbid folding; it is empty where folding is exact."""
+
+    sites: list[Site]
+    stream: list[StreamNode]
+    readers: dict[fx.Node, list[fx.Node]]  # norm -> the linears that read it, through maps of positions
+    obstacles: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
+    embedding: fx.Node | None = None  # the lookup that starts the stream, where its table may be folded
+    head: fx.Node | None = None  # the last norm, where the head behind it may be folded
+    written: list[str] = field(default_factory=list)  # site inputs that something writes to in place
+
+    def __post_init__(self) -> None:
+        if self.sites:  # taken now: passes replace the nodes
+            example = g.value(self.sites[0].linears[0])
+            self.dtype: torch.dtype = example.dtype
+            self.device: torch.device = example.device
+            #: T of the stream's [B, T, D]: an int, or a SymInt where Dynamo made it dynamic
+            self.tokens_per_sequence = g.shape(self.stream[0].node)[-2]
+
+    @property
+    def layers(self) -> int:
+        return 1 + max((site.layer for site in self.sites), default=-1)
+
+    @property
+    def has_layer_norms(self) -> bool:
+        """Whether the stream must be centred before a rotation can be carried past its norms."""
+        return any(layers.is_layer_norm(norm) for value in self.stream for norm in value.norms)
+
+    def inner_sites(self) -> list[Site]:
+        """The sites that are rotated, h1 and h3."""
+        return [site for site in self.sites if site.inner]
+
+    def bases(self, rotation: str) -> dict[str, list[Site]]:
+        """The bases of a rotation granularity, each with the inner sites that live in it."""
+        found: dict[str, list[Site]] = {}
+        for site in self.inner_sites():
+            if (basis := BASES[rotation](site)) is not None:
+                found.setdefault(basis, []).append(site)
+        return found
+
+    def rows(self) -> list[dict[str, object]]:
+        """One row a site, as tests assert it and ``larosa inspect`` prints it."""
+        return [{"site": s.name, "channels": s.in_features, "outputs": s.out_features, "linears": len(s.linears),
+                 "norm": s.norm is not None, "weights": ", ".join(s.parameters)} for s in self.sites]
+
+    def __str__(self) -> str:
+        return tabulate(self.rows(), headers="keys")
+
+
+def weight_placeholders(site: Site) -> list[fx.Node]:
+    """The parameters behind a site's linears, in order; on a matched graph that no pass has rewritten yet."""
+    return [node for linear in site.linears for node in g.upstream(linear.args[1], lambda n: False)
+            if g.PARAMETER in node.meta]

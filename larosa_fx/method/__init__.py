@@ -1,0 +1,1 @@
+"""The method: calibration, thresholds, evaluation, and the reference in plain words."""

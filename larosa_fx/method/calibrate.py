@@ -1,0 +1,195 @@
+"""Calibration: covariances of the normed activations, streamed through the graph that compilation sees, become rotations."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
+
+import torch
+from torch import fx
+from tqdm.auto import tqdm
+
+from larosa_fx.compiler.capture import Capture, capture
+from larosa_fx.compiler.pipeline import Runner
+from larosa_fx.ir import graph as g
+from larosa_fx.ir.checks import check_choice, check_sparsity
+from larosa_fx.ir.structure import BASES, SELECTIONS, Structure
+from larosa_fx.method.reference import headless
+from larosa_fx.method.thresholds import with_thresholds
+from larosa_fx.passes import insert_taps
+from larosa_fx.plan import rotations as orthogonal
+from larosa_fx.plan.allocate import COEFFICIENTS
+from larosa_fx.plan.plan import ATTACHED, Plan, PlanSite, library_versions, sample
+
+log = logging.getLogger("larosa_fx")
+
+BASIS_KINDS = ("pca", "random", "hadamard")
+
+
+def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsity: float = 0.5, rotation: str = "layer",
+              basis: str = "pca", coefficients: Mapping[str, float] | None = None, damping: float = orthogonal.DAMPING,
+              seed: int = 0, selection: str = "topk", statistics_bytes: int | None = None,
+              provenance: Mapping[str, object] | None = None, progress: bool = True) -> Plan:
+    """Calibrate ``model`` and attach the plan to its weights.
+
+    batches: LongTensors of input_ids, [B, T]. sparsity: byte sparsity of the block linears, 0 <= sparsity < 1; another
+    one at compile time needs no new calibration. rotation: "layer" (one Q for h1 and h3: their covariances, each divided
+    by its trace, are added), "block" (a Q each), "pair" or "quad" (one Q for two or four layers in a row), "model" (one
+    Q), "online" (a Q each, applied at run time) or "none". basis: "pca", or "random" or "hadamard" for ablations.
+    coefficients: relative sparsity per kind of site, by default those of the released code, {"h1": 0.8, "h2": 1.2, "h3":
+    0.8, "h4": 1.2}. damping: share of the mean variance added to the covariance's diagonal. selection: "topk", or
+    "threshold" to fit thresholds as well and select by them (``larosa_fx.method.thresholds``). statistics_bytes: memory for
+    fp64 covariances; where all do not fit, the batches are run several times, at least one basis at a time; by default half of
+    what is free on the model's device. provenance: what to record about the text. progress: show a progress bar.
+
+    Statistics are fp64 covariances of the gain-free normed activations x_hat, not centred (paper, PCA of layer inputs).
+    ValueError for bad arguments or batches; RuntimeError where the model is not understood, with the reason.
+    """
+    check_sparsity(sparsity)
+    check_choice("rotation", rotation, BASES)
+    check_choice("basis", basis, BASIS_KINDS)
+    check_choice("selection", selection, SELECTIONS)
+    coefficients = {**COEFFICIENTS, **(coefficients or {})}
+    tokens = [_check_batch(batch) for batch in batches]
+    if not tokens:
+        raise ValueError("calibrate needs at least one batch of input_ids, [B, T]")
+    session = _Session()
+    training = model.training
+    model.eval()
+    try:
+        needs_statistics = basis == "pca" and rotation != "none"
+        session.run(model, tokens[:1], progress=False)  # finds the structure
+        structure = session.capture.structure
+        if structure.skipped:
+            linear, reason = structure.skipped[0]
+            log.warning("%d linears stay dense, %s the first: %s", len(structure.skipped), linear, reason)
+        members = structure.bases(rotation)
+        matrices: dict[str, torch.Tensor] = {}
+        if needs_statistics:
+            for group in _groups(members, _channels(structure), statistics_bytes, structure.device):
+                session.collect({site.name for name in group for site in members[name]})
+                session.run(model, tokens, progress)
+                for name in group:
+                    covariance = session.pooled([site.name for site in members[name]])
+                    matrices[name] = orthogonal.pca(covariance, damping).cpu()
+                session.collect(())
+        else:
+            make = {"random": orthogonal.random, "hadamard": orthogonal.hadamard}.get(basis)
+            matrices = {name: make(_channels(structure), seed + i, structure.device) for i, name in enumerate(members)}
+    finally:
+        model.train(training)
+    weights = session.weights
+    plan = Plan(
+        rotation, float(sparsity), coefficients,
+        [PlanSite.of(site, rotation) for site in structure.sites], matrices,
+        {name: sample(tensors) for name, tensors in weights.items()}, str(structure.dtype).removeprefix("torch."), basis,
+        {"method": "LaRoSA, arXiv 2507.01299", "model": type(model).__name__, "layers": structure.layers,
+         "tokens": sum(t.numel() for t in tokens), "batches": len(tokens), "tokens_sha256": _digest(tokens),
+         "damping": damping, "seed": seed, "versions": library_versions(), **(provenance or {})})
+    if selection == "threshold":
+        plan = with_thresholds(model, plan, tokens, progress=progress)
+    plan.validate()
+    ATTACHED.attach(plan, (w for tensors in weights.values() for w in tensors))
+    return plan
+
+
+class _Session:
+    """One calibration. Its graph may have been captured for an earlier one: taps find the session in a context variable."""
+
+    def __init__(self) -> None:
+        self.capture: Capture | None = None
+        self.weights: dict[str, list[torch.Tensor]] = {}
+        self._covariances: dict[str, torch.Tensor | None] = {}
+
+    def collect(self, sites: Iterable[str]) -> None:
+        self._covariances = dict.fromkeys(sites)
+
+    def run(self, model: torch.nn.Module, tokens: Sequence[torch.Tensor], progress: bool) -> None:
+        options = headless(model)
+        device = next(model.parameters()).device
+        captured = torch.compile(model, backend=_capture_backend, fullgraph=True)
+        token = _session.set(self)
+        try:
+            with torch.no_grad(), tqdm(tokens, "calibrating", unit="batch", disable=not progress) as bar:
+                for batch in bar:
+                    captured(batch.to(device), **options)
+        finally:
+            _session.reset(token)
+
+    def begin(self, captured: Capture, args: Sequence[object]) -> None:
+        if captured.refusal is not None:
+            raise RuntimeError(f"larosa cannot calibrate this model: {captured.refusal}")
+        self.capture = captured
+        self.weights = captured.weights(args)
+
+    def observe(self, site: str, x_hat: torch.Tensor) -> None:
+        """Add x_hat^T x_hat in fp64, where the site's statistics are wanted."""
+        if site not in self._covariances:
+            return
+        rows = x_hat.flatten(0, -2).double()
+        total = self._covariances[site]
+        self._covariances[site] = rows.T @ rows if total is None else total.addmm_(rows.T, rows)
+
+    def pooled(self, sites: Sequence[str]) -> torch.Tensor:
+        """Sum of the sites' covariances, each divided by its trace: no site outweighs another."""
+        return sum(self._covariances[name] / self._covariances[name].trace() for name in sites)
+
+
+_session: ContextVar[_Session] = ContextVar("larosa_calibration")
+
+
+def _observe(site: str, x_hat: torch.Tensor) -> None:
+    _session.get().observe(site, x_hat)
+
+
+def _capture_backend(gm: fx.GraphModule, example_inputs: Sequence[object]):
+    run = Runner()
+    captured = capture(gm, g.parameter_mask(example_inputs), run)
+    if captured.refusal is None:
+        run(insert_taps, captured.gm, captured.structure, _observe)
+    captured.gm.recompile()
+
+    def call(*args: object):
+        _session.get().begin(captured, args)
+        return captured.gm(*args)
+
+    return call
+
+
+def _groups(members: Mapping[str, Sequence], channels: int, budget: int | None, device: torch.device) -> list[list[str]]:
+    """Bases whose statistics fit in memory together; at least one basis a group."""
+    if budget is None:
+        free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
+                os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        budget = free // 2
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, sites in members.items():
+        size = len(sites) * channels**2 * 8
+        if groups[-1] and used + size > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
+
+
+def _channels(structure: Structure) -> int:
+    return structure.inner_sites()[0].in_features
+
+
+def _check_batch(batch: object) -> torch.Tensor:
+    if not isinstance(batch, torch.Tensor) or batch.ndim != 2 or batch.dtype not in (torch.int64, torch.int32):
+        got = f"{list(batch.shape)} of {batch.dtype}" if isinstance(batch, torch.Tensor) else type(batch).__name__
+        raise ValueError(f"calibrate takes batches of input_ids, LongTensor [B, T]; got {got}")
+    return batch.long()
+
+
+def _digest(tokens: Sequence[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for batch in tokens:
+        digest.update(batch.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,217 @@
+"""The method in plain words, with hooks on the eager model: map, select channels, map back. Slow, and independent.
+
+No graph, no folding, no adapters, no custom op: what the compiled model must agree with, and a way to simulate a plan.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+
+from larosa_fx.plan.plan import Plan, PlanSite
+from larosa_fx.plan.rotations import orthonormal
+
+
+class Affine(NamedTuple):
+    """What a norm makes of the normalised activation: x = x_hat * gain + bias."""
+
+    gain: torch.Tensor | float = 1.0
+    bias: torch.Tensor | float = 0.0
+
+    def __call__(self, x_hat: torch.Tensor) -> torch.Tensor:
+        return x_hat * self.gain + self.bias
+
+
+#: (site's activation x; at inner sites x_hat, and the norm's affine map: x = affine(x_hat)) -> what its linears read instead
+Replacement = Callable[[torch.Tensor, torch.Tensor | None, Affine | None], torch.Tensor]
+
+
+@contextmanager
+def replaced(model: torch.nn.Module, sites: Iterable[PlanSite], replacement: Callable[[PlanSite], Replacement]
+             ) -> Iterator[torch.nn.Module]:
+    """Within the context the linears of each site read ``replacement(site)(x, x_hat, affine)`` in place of x."""
+    before, after = _Turns(), _Turns()
+    for site in sites:
+        _replace(model, site, replacement(site), before, after)
+    handles = [module.register_forward_pre_hook(lambda module, args: before(module, args)) for module in before.hooks]
+    handles += [module.register_forward_hook(lambda module, args, output: after(module, args)) for module in after.hooks]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Turns:
+    """Hooks that take turns, one a call: a module that several layers share serves their sites in order."""
+
+    def __init__(self) -> None:
+        self.hooks: dict[torch.nn.Module, list[Callable[[tuple], tuple | None]]] = {}
+        self._calls: Counter[torch.nn.Module] = Counter()
+
+    def add(self, module: torch.nn.Module, hook: Callable[[tuple], tuple | None]) -> None:
+        self.hooks.setdefault(module, []).append(hook)
+
+    def __call__(self, module: torch.nn.Module, args: tuple) -> tuple | None:
+        if _aside.get():
+            return None
+        turn = self._calls[module] % len(self.hooks[module])
+        self._calls[module] += 1
+        return self.hooks[module][turn](args)
+
+
+_aside: ContextVar[bool] = ContextVar("larosa_aside", default=False)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Within the context no site's activation is replaced: the model is the dense one again."""
+    token = _aside.set(True)
+    try:
+        yield
+    finally:
+        _aside.reset(token)
+
+
+def headless(model: torch.nn.Module) -> dict[str, object]:
+    """Arguments with which a forward pass that is only watched keeps no cache and computes few logits."""
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in known}
+
+
+def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
+    """x, [..., D], with all but the k entries of largest magnitude of each row set to zero; ties keep the lower index."""
+    order = x.abs().sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(x).scatter(-1, order[..., :k], x.gather(-1, order[..., :k]))
+
+
+def largest(score: torch.Tensor, k: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mask of the k largest scores of each row of [..., D], the k-th largest itself, [..., 1]).
+
+    Ties at the threshold are all kept, as the released code does. k may be a tensor, [1] int64, which nobody waits for;
+    the rows are then sorted.
+    """
+    if isinstance(k, torch.Tensor):
+        threshold = score.sort(dim=-1).values.index_select(-1, score.shape[-1] - k)
+    else:
+        threshold = score.kthvalue(score.shape[-1] - k + 1, dim=-1, keepdim=True).values
+    return score >= threshold, threshold
+
+
+def keep_largest(x: torch.Tensor, k: int) -> torch.Tensor:
+    """``keep_top_k`` but for ties."""
+    return x * largest(x.abs(), k)[0]
+
+
+def at_least(score: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
+    """Mask of the scores that a threshold keeps, all but those below it: NaN stays."""
+    return ~(score < threshold)
+
+
+def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None,
+              keep: Callable[[torch.Tensor, int], torch.Tensor] = keep_top_k, selection: str | None = None
+              ) -> AbstractContextManager[torch.nn.Module]:
+    """Within the context ``model`` computes as if compiled with ``plan`` and ``sparsify="all"``, every token sparsified.
+
+    keep: the Top-K. selection: "topk" or "threshold", None for the plan's own.
+    """
+    k, thresholds = plan.k_at(sparsity), plan.thresholds_at(sparsity, selection)
+    if thresholds is None:
+        return mapped(model, plan, lambda site, z: keep(z, k[site.name]))
+    return mapped(model, plan, lambda site, z: z * at_least(z.abs(), thresholds[site.name]))
+
+
+@contextmanager
+def mapped(model: torch.nn.Module, plan: Plan, select: Callable[[PlanSite, torch.Tensor], torch.Tensor]
+           ) -> Iterator[torch.nn.Module]:
+    """Within the context ``select(site, z)`` takes the place of z, the site's activation as ``plan`` maps and scales it."""
+    device = next(model.parameters()).device
+    rotations = {name: orthonormal(q.to(device)) for name, q in plan.rotations.items()}
+
+    def replacement(site: PlanSite) -> Replacement:
+        q = rotations.get(site.basis)
+        heads, scale = (held.get(site.name) for held in (plan.heads, plan.scales))
+        heads = None if heads is None else heads.to(device, torch.float64)[site.blocks]
+        inverse = None if heads is None else heads.inverse()
+
+        def sparse(x: torch.Tensor, x_hat: torch.Tensor | None, affine: Affine | None) -> torch.Tensor:
+            z = x
+            if q is not None:
+                z = x_hat @ q.to(x)
+            if heads is not None:
+                z = map_heads(z, heads.to(x))
+            if scale is None:
+                z = select(site, z)
+            else:
+                s = scale.to(x)
+                z = select(site, z * s) / s
+            if inverse is not None:
+                z = map_heads(z, inverse.to(x))
+            return affine(z @ q.T.to(x)) if q is not None else z
+
+        return sparse
+
+    with replaced(model, plan.sites, replacement):
+        yield model
+
+
+def map_heads(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """x, [..., heads * d], each head times its map, [heads, d, d]."""
+    return torch.einsum("...hd,hde->...he", x.unflatten(-1, maps.shape[:2]), maps).flatten(-2)
+
+
+def _replace(model: torch.nn.Module, site: PlanSite, replacement: Replacement, before: _Turns, after: _Turns) -> None:
+    read: list = [None, None]  # the site's activation and what replaces it, for all its linears
+    normed: list = [None, None if site.gain else Affine()]  # x_hat, and what the norm makes of it
+
+    def swap(args: tuple) -> tuple:
+        x = args[0]
+        if read[0] is not x:
+            x_hat, affine = normed
+            if site.gain is not None:
+                x_hat = x_hat.view_as(x)
+            elif site.basis is not None:  # linears that read the stream itself
+                x_hat = x
+            else:
+                affine = None
+            read[:] = x, replacement(x, x_hat, affine)
+        return read[1], *args[1:]
+
+    def observe(args: tuple) -> None:
+        normed[0] = _normalised(args[0], site)
+        if normed[1] is None:
+            with torch.no_grad():
+                normed[1] = _affine(_owner(model, site.gain), args[0], site)
+
+    for name in site.weights:
+        before.add(_owner(model, name), swap)
+    if site.gain is not None:
+        after.add(_owner(model, site.gain), observe)
+
+
+def _affine(norm: torch.nn.Module, x: torch.Tensor, site: PlanSite) -> Affine:
+    """Whatever the module makes of its parameters, seen from outside; [D] each, since linears may read x reshaped."""
+    probe = torch.ones_like(x[..., :1, :])
+    probe[..., ::2] = -1
+    bias = norm.forward(torch.zeros_like(probe))
+    gain = (norm.forward(probe) - bias) / _normalised(probe, site)
+    return Affine(gain.flatten(0, -2)[0], bias.flatten(0, -2)[0])
+
+
+def _normalised(x: torch.Tensor, site: PlanSite) -> torch.Tensor:
+    """x_hat: the norm without gain and bias."""
+    eps = torch.finfo(x.dtype).eps if site.eps is None else site.eps  # F.rms_norm's default
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if site.centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _owner(model: torch.nn.Module, parameter: str) -> torch.nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])

@@ -1,0 +1,85 @@
+"""Thresholds in place of Top-K: at each site the |z s| below which channels go unread, fitted on calibration text.
+
+A token whose activations are small everywhere then reads fewer channels than one whose are large, with the same bytes on
+average. (TEAL, arXiv 2408.14690, thresholds unrotated activations; the paper's Figure 4 argues for Top-K.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from tqdm.auto import tqdm
+
+from larosa_fx.method.reference import at_least, headless, mapped
+from larosa_fx.plan.plan import LEVELS, Plan, PlanSite
+
+TEXT = 16384  # tokens at most, of each length of row
+TOKENS = 4096  # whose scores are ranked together
+STEP, WHOLE = 7, 1024  # of more than WHOLE tokens one in STEP, which divides no common length of text, is ranked
+
+
+def with_thresholds(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], *, progress: bool = True) -> Plan:
+    """``plan`` with thresholds for every sparsity, selecting by them; batches: input_ids, [B, T] each.
+
+    At each of LEVELS, one forward pass in which every site takes the threshold that leaves out on average what the plan's
+    Top-K leaves out, so that sites see what the sparse sites before them made of the text. It runs in pieces of TOKENS
+    tokens, whose thresholds are averaged; of more than TEXT tokens, rows evenly spread are used.
+    """
+    device, options = next(model.parameters()).device, headless(model)
+    pieces = _pieces(batches)
+    k: dict[str, int] = {}
+    limits: dict[str, list[torch.Tensor]] = {site.name: [] for site in plan.sites}
+    found: dict[str, list[torch.Tensor]] = {site.name: [] for site in plan.sites}
+
+    def select(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
+        score = z.abs()
+        limit = quantile(score, 1 - k[site.name] / site.in_features)
+        limits[site.name].append(limit.float())
+        return z * at_least(score, limit)
+
+    training = model.training
+    model.eval()
+    try:
+        with (torch.no_grad(), mapped(model, plan, select),
+              tqdm(LEVELS, "thresholds", disable=not progress, leave=False) as bar):
+            for level in bar:
+                k.update(plan.k_at(level))
+                for ids in pieces:
+                    model(ids.to(device), **options)
+                for name, seen in limits.items():
+                    found[name].append(torch.stack(seen).mean())
+                    seen.clear()
+    finally:
+        model.train(training)
+    return replace(plan, selection="threshold", thresholds={name: torch.stack(t).cpu() for name, t in found.items()})
+
+
+def quantile(score: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
+    """A score that a ``share`` of all entries of [..., K] lies below, a scalar; nothing waits for a share on the GPU.
+
+    It lies between two different entries, so that rounding decides about neither: equal ones are kept together, as one
+    token's are wherever it stands. Of many tokens only some are ranked.
+    """
+    tokens = score.flatten(0, -2)
+    tokens = tokens[::STEP] if len(tokens) > WHOLE else tokens
+    ordered = tokens.flatten().to(torch.promote_types(score.dtype, torch.float32)).sort().values
+    last = ordered.numel() - 1
+    at = torch.as_tensor(share * (last + 1), device=score.device).round().long().clamp(max=last)
+    at = torch.searchsorted(ordered, ordered.take(at))  # the first of its value
+    return ordered[torch.stack([(at - 1).clamp(min=0), at])].mean()
+
+
+def _pieces(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Rows of all batches, TOKENS tokens a piece; each piece from everywhere, since texts may stand one behind the other."""
+    by_length: dict[int, list[torch.Tensor]] = {}
+    for batch in batches:
+        by_length.setdefault(batch.shape[1], []).append(batch.cpu())
+    pieces = []
+    for length, held in by_length.items():
+        rows = torch.cat(held)
+        rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), max(1, TEXT // length)), dtype=torch.float64).long()]
+        count = -(-rows.numel() // max(TOKENS, length))
+        pieces += [rows[i::count] for i in range(count)]
+    return pieces

@@ -1,0 +1,1 @@
+"""For researchers: other papers' methods, tasks, families, verification, figures. Nothing but the commands imports it."""

@@ -1,0 +1,323 @@
+"""Every causal-LM class of the installed transformers, tiny and random: what the backend makes of it, and is it right?
+
+Each class runs in a process of its own. The figures are max |difference| / max |logit|: at sparsity 0 in float32 against the
+eager model, at 50 % in float64 against hooks on the eager model (``reference.simulated``), where rounding moves no channel
+across the threshold.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import multiprocessing
+import tempfile
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from tqdm.auto import tqdm
+
+from larosa_fx.compiler import backend
+from larosa_fx.method.calibrate import calibrate
+from larosa_fx.method.reference import simulated
+from larosa_fx.plan.plan import Plan, library_versions
+
+TOLERANCE = 1e-4  # of the largest logit; a wrong fold or another selection shows as 1e-2 and more
+
+#: Value in the tiny model -> attributes of a configuration, wherever in it they stand.
+_SIZES = {
+    64: ("hidden_size", "n_embd", "d_model", "dim_model", "n_embed", "embedding_size", "model_dim", "emb_dim"),
+    4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads",
+        "num_local_experts", "num_experts", "n_routed_experts", "sliding_window"),
+    2: ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_experts_per_tok", "moe_topk", "top_k_experts",
+        "eos_token_id", "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
+        "num_decoder_layers", "num_encoder_layers"),
+    96: ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size",
+         "dim_ff", "dff"),
+    16: ("head_dim", "v_head_dim", "dim_head", "d_kv", "kv_lora_rank"),
+    8: ("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"),
+    24: ("q_lora_rank",),
+    32: ("moe_intermediate_size", "shared_expert_intermediate_size"),
+    1: ("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "bos_token_id"),
+    128: ("vocab_size", "text_vocab_size", "max_position_embeddings", "n_positions", "n_ctx",
+          "vocab_size_per_layer_input"),
+    0: ("pad_token_id",),
+}
+SIZES = {name: size for size, names in _SIZES.items() for name in names}
+
+#: Attributes that some configurations want to derive from others: left out where the first try fails.
+_DERIVED = ((), ("head_dim",), ("num_heads", "head_dim"), ("num_hidden_layers",), ("num_experts_per_tok",),
+            ("pad_token_id",), ("num_key_value_heads",), ("head_dim", "num_attention_heads", "hidden_size"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One class. ``treatment``: "fold", "online", "unrotated", "dense" or "-"; ``reason``: why not more.
+
+    verdict: "accelerated", "left alone" (compiled dense, unharmed), "not built" (no tiny model runs on input_ids alone),
+    "not traced" (torch.compile cannot, whatever the backend), "no answer" (out of time), "unstable" (rounding alone moves
+    the logits further than a wrong result has to) or "wrong".
+    sites: kinds of sites lowered, each with its count. dense: linears of the layers that stay dense. error_p0, error_p50: at
+    sparsity 0, and at 50 % by Top-K; error_threshold: at 50 % by thresholds.
+    """
+
+    name: str
+    treatment: str = "-"
+    verdict: str = "not built"
+    sites: str = ""
+    dense: int = 0
+    error_p0: float | None = None
+    error_p50: float | None = None
+    error_threshold: float | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        row = asdict(self)
+        return {"class": row.pop("name"), **row}
+
+
+def classes() -> dict[str, tuple[type, type]]:
+    """Class name -> (configuration class, model class), for all that AutoModelForCausalLM knows."""
+    from transformers import AutoModelForCausalLM
+
+    mapping = AutoModelForCausalLM._model_mapping
+    found: dict[str, tuple[type, type]] = {}
+    for config in mapping:
+        models = mapping[config]
+        for model in models if isinstance(models, tuple) else (models,):
+            found.setdefault(model.__name__, (getattr(model, "config_class", None) or config, model))
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def tiny_model(name: str, seed: int = 0) -> torch.nn.Module:
+    """A random model of the class in evaluation mode; gains lie off 1 and biases off 0, so that wrong folds show.
+
+    Whatever the first configuration raises, where none makes a model that runs on input_ids.
+    """
+    config_class, model_class = classes()[name]
+    failures = []
+    for left_out in _DERIVED:
+        for part in (lambda config: config, lambda config: config.get_text_config(decoder=True)):
+            try:
+                model = model_class(part(tiny_config(config_class, left_out))).eval()
+                logits = _logits(_randomize(model, seed + zlib.crc32(name.encode())), _ids())
+                if not logits.isfinite().all():
+                    raise ValueError("a random model returns NaN or Inf")
+                return model
+            except Exception as error:  # a configuration that does not suit: whatever a model makes of it
+                failures.append(error)
+    raise failures[0]
+
+
+def tiny_config(config_class: type, left_out: Iterable[str] = ()):
+    """The class's default configuration with SIZES in place of what it has, configurations inside it included."""
+    from transformers import PreTrainedConfig
+
+    default = config_class()
+    changes: dict[str, object] = {}
+    known = default.to_dict()
+    for name, value in known.items():
+        if isinstance(value, dict) and isinstance(part := getattr(default, name, None), PreTrainedConfig):
+            changes[name] = tiny_config(type(part), left_out)
+        elif name in SIZES and name not in left_out:
+            changes[name] = SIZES[name]
+    if "kv_lora_rank" in known:  # latent attention: no groups, and head_dim is a part of a head
+        changes = {name: value for name, value in changes.items() if name != "head_dim"}
+        changes["num_key_value_heads"] = SIZES["num_attention_heads"]
+    return config_class(**changes)
+
+
+def _randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(noise * 0.15 if p.ndim > 1 else noise * 0.3 + (0.0 if "bias" in name else 1.0))
+    return model
+
+
+def check(name: str, directory: str) -> Row:
+    """Build, calibrate and compile one class, and compare; ``directory`` is for the plan."""
+    try:
+        model = tiny_model(name)
+    except Exception as error:
+        return Row(name, reason=f"no tiny configuration makes a model that runs on input_ids: {_brief(error)}")
+    ids = _ids()
+    expected = _logits(model, ids)
+    path = str(Path(directory) / f"{name}.larosa")
+    try:
+        plan = calibrate(model, [ids], basis="random", selection="threshold", progress=False)
+        plan.save(path)
+    except Exception as error:
+        reason = str(error).partition("calibrate this model: ")[2] or f"Dynamo cannot trace it whole: {_brief(error)}"
+        torch.compiler.reset()
+        try:
+            _logits(torch.compile(model, backend="eager"), ids)
+        except Exception:
+            return Row(name, verdict="not traced", reason=f"torch.compile fails with any backend: {_brief(error)}")
+        torch.compiler.reset()
+        error_p0 = _error(_logits(_compiled(model, None, fullgraph=False), ids), expected)
+        return Row(name, "dense", "left alone" if error_p0 <= TOLERANCE else "wrong", error_p0=error_p0, reason=reason)
+    torch.compiler.reset()
+    error_p0 = _error(_logits(_compiled(model, path, sparsity=0.0), ids), expected)
+    report = backend.last_report()
+    errors = [error_p0, *(_error_at_half(model, path, ids, selection) for selection in ("topk", "threshold"))]
+    kinds = [site.site.rpartition(".")[2] for site in report.sites]
+    reasons = [report.reason, *dict.fromkeys(reason for what, reason in report.skipped if not reason.startswith("k is"))]
+    verdict = "accelerated"
+    if max(errors) > TOLERANCE:
+        verdict = "unstable" if _rounding(model, ids, expected) > TOLERANCE else "wrong"
+    return Row(name, report.treatment, verdict,
+               " ".join(f"{kinds.count(kind)}x{kind}" for kind in sorted(set(kinds))),
+               sum(1 for r in report.passes if r.name == "match" for _ in r.skipped), *errors,
+               "; ".join(filter(None, reasons)))
+
+
+def _rounding(model: torch.nn.Module, ids: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far the eager model is from itself in float64; 0 where torch cannot run it so."""
+    try:
+        return _error(expected, _logits(copy.deepcopy(model).double(), ids))
+    except RuntimeError:
+        return 0.0
+
+
+def _error_at_half(model: torch.nn.Module, path: str, ids: torch.Tensor, selection: str) -> float:
+    """In float64, or in the model's own dtype where torch cannot run it in float64."""
+    def measure(model: torch.nn.Module) -> float:
+        torch.compiler.reset()
+        with simulated(model, Plan.load(path), 0.5, selection=selection):
+            expected = _logits(model, ids)
+        return _error(_logits(_compiled(model, path, sparsity=0.5, selection=selection), ids), expected)
+
+    try:
+        return measure(copy.deepcopy(model).double())
+    except RuntimeError:
+        return measure(model)
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def _logits(model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def _compiled(model: torch.nn.Module, plan: str | None, *, fullgraph: bool = True, **options: object):
+    if plan is not None:
+        options["plan"] = plan
+    return torch.compile(model, backend="larosa", fullgraph=fullgraph,
+                         options={"sparsify": "all", "compiler": "eager", **options})
+
+
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
+    return difference.nan_to_num(nan=float("inf")).item()
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+# ---- for people and scripts ----------------------------------------------------------------------------------------
+
+HEADERS = ("class", "treatment", "sites", "dense", "error at 0 %", "at 50 %", "by thresholds", "why not more")
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    """How many classes have each verdict, and each treatment among the accelerated."""
+    found = Counter(row.verdict for row in rows)
+    found.update(row.treatment for row in rows if row.verdict == "accelerated")
+    return {name: found[name] for name in ("accelerated", "fold", "online", "unrotated", "left alone", "not built",
+                                           "not traced", "no answer", "unstable", "wrong")}
+
+
+def to_dict(rows: Sequence[Row]) -> dict[str, object]:
+    return {"rows": [row.to_dict() for row in rows], "counts": counts(rows), "versions": library_versions()}
+
+
+def text(rows: Sequence[Row]) -> str:
+    return (tabulate([_cells(row) for row in rows], HEADERS, maxcolwidths=[None] * (len(HEADERS) - 1) + [90]) + "\n\n"
+            + ", ".join(f"{n} {what}" for what, n in counts(rows).items()))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The support matrix."""
+    versions, total = library_versions(), counts(rows)
+    return f"""# Models
+
+What `larosa families --markdown docs/families.md` found: every causal-LM class of transformers {versions["transformers"]}
+(torch {versions["torch"]}), as a tiny random model.
+
+{tabulate(total.items(), ("verdict", "classes"), tablefmt="github")}
+
+"fold", "online" and "unrotated" are the treatments of those accelerated: rotations folded into weights, applied at run
+time, or none. Sites: h1 (QKV input), h2 (o_proj), h3 (gate, up), h4 (down_proj), each times its layers; dense: linears that
+no site covers (routers, experts, latent projections). Errors are the largest difference of the logits over the largest
+logit: at sparsity 0 in float32 against the eager model, at 50 %, by Top-K and by thresholds, in float64 (float32 where a
+model cannot run in float64) against hooks on the eager model.
+
+{tabulate([_cells(row) for row in rows], HEADERS, tablefmt="github")}
+"""
+
+
+def _cells(row: Row) -> list[object]:
+    errors = ["" if error is None else f"{error:.0e}" for error in (row.error_p0, row.error_p50, row.error_threshold)]
+    treatment = row.treatment if row.verdict == "accelerated" else row.verdict
+    return [row.name, treatment, row.sites, row.dense or "", *errors, row.reason.replace("|", "/")]
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+def table(names: Sequence[str], *, timeout: float = 180, jobs: int = 1, progress: bool = True) -> Iterator[Row]:
+    """One row a class, each from a process that is killed after ``timeout`` seconds; ``jobs`` run at a time."""
+    context = multiprocessing.get_context("forkserver")
+    # Imported once, not in every child: Dynamo, and the modules of all classes, which the mapping names
+    context.set_forkserver_preload(["larosa_fx.study.families", "torch._dynamo",
+                                    *{model.__module__ for _, model in classes().values()}])
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(names), unit="class", disable=not progress) as bar:
+        def one(name: str) -> Row:
+            row = _isolated(context, name, timeout)
+            bar.set_postfix_str(f"{name}: {row.treatment}", refresh=False)
+            bar.update()
+            return row
+
+        yield from pool.map(one, names)
+
+
+def _isolated(context, name: str, timeout: float) -> Row:
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(name, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout):
+            return Row(name, verdict="no answer", reason=f"no answer within {timeout:.0f} s")
+        return ours.recv()
+    except EOFError:
+        return Row(name, verdict="no answer", reason="the process ended without an answer")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _child(name: str, answer) -> None:
+    import transformers
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            answer.send(check(name, directory))
+        except Exception as error:
+            answer.send(Row(name, verdict="wrong", reason=f"raised {_brief(error)}"))

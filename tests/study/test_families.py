@@ -1,0 +1,60 @@
+"""The table of model classes, on a few that stand for many; ``larosa families`` makes the rest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from larosa_fx import cli
+from larosa_fx.study import families
+
+ALL = "2xh1 2xh2 2xh3 2xh4"
+EXPECTED = {  # class: treatment, sites, part of the reason
+    "Phi3ForCausalLM": ("fold", ALL, ""),  # packed projections
+    "GPT2LMHeadModel": ("fold", ALL, ""),  # LayerNorm, tied, Conv1D
+    "PhiForCausalLM": ("fold", "2xh1 2xh2 2xh4", ""),  # one LayerNorm for attention and MLP
+    "FalconForCausalLM": ("fold", "2xh1 2xh2 2xh4", ""),
+    "OPTForCausalLM": ("fold", ALL, ""),
+    "Qwen3MoeForCausalLM": ("fold", "2xh1 2xh2", "experts"),
+    "DeepseekV3ForCausalLM": ("fold", ALL, "latent attention"),
+    "Gemma3ForCausalLM": ("online", ALL, "cannot be carried past"),  # norms behind the branches as well
+    "Olmo2ForCausalLM": ("online", ALL, "without a norm"),  # norms behind the branches only
+    "DeepseekV4ForCausalLM": ("dense", "", "no linears behind a norm"),  # hyper-connections
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_class(name, tmp_path, fresh_dynamo):
+    row = families.check(name, str(tmp_path))
+    treatment, sites, reason = EXPECTED[name]
+    assert row.verdict == ("left alone" if treatment == "dense" else "accelerated")
+    assert (row.treatment, row.sites) == (treatment, sites) and reason in row.reason
+    assert row.error_p0 <= 1e-5
+    assert max(row.error_p50 or 0, row.error_threshold or 0) <= families.TOLERANCE
+    assert (row.error_threshold is None) == (treatment == "dense")
+
+
+def test_wrong_folds_show(tmp_path, fresh_dynamo, monkeypatch):
+    """The check is worth something: a fold that forgets the norms' biases is called wrong."""
+    from larosa_fx.passes import fold_gain
+
+    monkeypatch.setattr(fold_gain, "_carry", lambda graph, weight, bias, own: own)
+    assert families.check("GPT2LMHeadModel", str(tmp_path)).verdict == "wrong"
+    monkeypatch.setattr(families, "_rounding", lambda *_: 1.0)  # unless nothing can be told of the model
+    assert families.check("GPT2LMHeadModel", str(tmp_path)).verdict == "unstable"
+
+
+def test_command(tmp_path, capsys):
+    files = tmp_path / "rows.json", tmp_path / "table.md"
+    assert cli.main(["families", "--only", "LlamaForCausalLM", "--json", str(files[0]), "--markdown", str(files[1])]) == 0
+    assert "1 accelerated" in capsys.readouterr().out
+    (row,) = json.loads(files[0].read_text())["rows"]
+    assert row["class"] == "LlamaForCausalLM" and row["verdict"] == "accelerated" and row["error_p0"] < 1e-5
+    assert "| LlamaForCausalLM | fold" in files[1].read_text()
+    assert cli.main(["families", "--only", "NoSuchModel"]) == 2
+
+
+def test_a_class_that_hangs_is_a_row():
+    (row,) = families.table(["LlamaForCausalLM"], timeout=0.01, progress=False)
+    assert row.verdict == "no answer"

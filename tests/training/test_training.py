@@ -1,0 +1,238 @@
+"""Training: less divergence from the dense model, rotations that stay orthogonal, plans that survive their file."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import larosa_fx
+from larosa_fx.method import thresholds
+from larosa_fx.method.reference import at_least, largest, mapped, simulated
+from larosa_fx.method.thresholds import with_thresholds
+from larosa_fx.plan.allocate import MOST, byte_sparsity
+from larosa_fx.training import loop as training
+from larosa_fx.training.loop import State, TrainingOptions, train
+from tiny import error, ids, llama
+
+QUICK = TrainingOptions(steps=30, lr=1e-2, lr_scales=1e-2, lr_allocation=2e-2, validate_every=10, sparsities=(0.4, 0.6))
+
+
+@pytest.fixture
+def start(fresh_dynamo):
+    torch.manual_seed(0)
+    model = llama()
+    tokens = [ids(4, 24) for _ in range(4)]
+    plan = larosa_fx.calibrate(model, tokens, progress=False)
+    return model, plan, tokens
+
+
+def divergence(model, plan, tokens, sparsity):
+    with torch.no_grad():
+        dense = model(tokens).logits.log_softmax(-1)
+        with simulated(model, plan, sparsity):
+            sparse = model(tokens).logits.log_softmax(-1)
+    return (dense.exp() * (dense - sparse)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"selection": "topk"}, {"heads": False}, {"scales": (), "allocation": False}, {"rotations": False}, {"rows": 1},
+    {"scales": ("h2", "h4")}],
+    ids=["all", "top-k", "no heads", "rotations", "no rotations", "row by row", "scales of outer sites"])
+def test_training_lowers_the_divergence(start, change):
+    model, plan, tokens = start
+    before = [p.clone() for p in model.parameters()]
+    with torch.enable_grad():
+        trained = train(model, plan, tokens[:1], tokens[:1], replace(QUICK, **change), progress=False)
+    assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(before, model.parameters(), strict=True))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    before, after = (sum(divergence(model, p, tokens[0], s) for s in QUICK.sparsities) for p in (plan, trained))
+    losses = [loss for _, loss in trained.provenance["training"]["validation_log_kl"]]
+    assert after < 0.95 * before and min(losses) < losses[0] - 0.05
+    for q in trained.rotations.values():
+        assert (q.double().T @ q.double() - torch.eye(len(q))).abs().max() < 1e-6
+    assert trained.byte_sparsity == pytest.approx(0.5, abs=0.02)
+    assert trained.selection == change.get("selection", "threshold")
+    assert bool(trained.thresholds) == (trained.selection == "threshold")
+
+
+@pytest.mark.parametrize("k", [1, 8, 17])
+def test_channel_counts_may_be_tensors(k):
+    score = torch.rand(3, 5, 17).round(decimals=1)  # with ties
+    for a, b in zip(largest(score, k), largest(score, torch.tensor([k])), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_replayed_steps_are_the_called_ones(start, monkeypatch, caplog):
+    model, plan, tokens = start
+    model = model.cuda()
+
+    def losses():
+        with torch.enable_grad():
+            trained = train(model, plan, tokens[:2], tokens[2:], replace(QUICK, rows=3), progress=False)
+        return torch.tensor([loss for _, loss in trained.provenance["training"]["validation_log_kl"]])
+
+    replayed = losses()
+    assert not [record for record in caplog.records if "kernel by kernel" in record.message]
+    monkeypatch.setattr(training, "Replayed", lambda function: function)
+    torch.testing.assert_close(replayed[:2], losses()[:2], rtol=0, atol=2e-2)  # later steps amplify rounding
+
+
+def test_the_trained_plan_is_what_was_validated(start, monkeypatch):
+    """The state's own forward and the reference's simulation of its plan are one function."""
+    model, tokens = llama(num_key_value_heads=4), start[2]  # GQA makes ties in the first token's h2
+    state = State(model, larosa_fx.calibrate(model, tokens, progress=False), replace(QUICK, selection="topk"))
+    with torch.no_grad():
+        state.scales["layers.0.h2"] += torch.randn_like(state.scales["layers.0.h2"])
+        with state.applied(model, 0.5):
+            got = model(tokens[0]).logits
+        trained = state.plan()
+        kept = dict(zip((site.name for site in state.sites), state.kept(state.dropped(0.5)).tolist(), strict=True))
+        assert all(abs(trained.k_at(0.5)[name] - k) <= 1 for name, k in kept.items())
+        monkeypatch.setattr(larosa_fx.Plan, "k_at", lambda plan, sparsity: kept)
+        with simulated(model, trained, 0.5):
+            expected = model(tokens[0]).logits
+    close = (got - expected).abs().amax(-1) < 1e-3 * expected.abs().max()
+    assert close.double().mean() > 0.9  # a channel at the threshold may flip by rounding
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.9])
+def test_saturated_sites_hand_on_what_they_cannot_drop(start, sparsity):
+    """The state's shares of channels are the plan's, the steepest allocation included."""
+    model, plan, _ = start
+    state = State(model, plan, QUICK)
+    with torch.no_grad():
+        state.shares.copy_(torch.randn_like(state.shares) * 1.5)
+    share, k = state.dropped(sparsity).tolist(), state.plan().k_at(sparsity)
+    assert max(share) <= MOST + 1e-6
+    for site, dropped in zip(state.sites, share, strict=True):
+        assert site.in_features - k[site.name] == pytest.approx(dropped * site.in_features, abs=1)
+
+
+def test_thresholds_are_those_of_the_training(start, monkeypatch):
+    """Fitted to the one batch that the state ranks they select what it selects."""
+    model, plan, tokens = start
+    state = State(model, plan, QUICK)
+    with torch.no_grad():
+        state.scales["layers.0.h3"] += torch.randn_like(state.scales["layers.0.h3"])
+        with state.applied(model, 0.5):
+            expected = model(tokens[0]).logits
+        kept = {site.name: site.in_features * (1 - share) for site, share in zip(
+            state.sites, state.dropped(0.5).tolist(), strict=True)}  # not rounded to whole channels
+        with monkeypatch.context() as patch:
+            patch.setattr(larosa_fx.Plan, "k_at", lambda plan, sparsity: kept)
+            trained = with_thresholds(model, state.plan(), tokens[:1], progress=False)
+        with simulated(model, trained, 0.5):
+            got = model(tokens[0]).logits
+    close = (got - expected).abs().amax(-1) < 1e-3 * expected.abs().max()
+    assert close.double().mean() > 0.9  # a channel at the threshold may flip by rounding
+
+
+def test_thresholds_are_fitted_to_text_from_everywhere(monkeypatch):
+    monkeypatch.setattr(thresholds, "TEXT", 12)
+    monkeypatch.setattr(thresholds, "TOKENS", 6)
+    rows = torch.arange(20)[:, None].expand(20, 2)
+    pieces = thresholds._pieces([rows[:10], torch.zeros(1, 3), rows[10:]])
+    assert [p[:, 0].tolist() for p in pieces] == [[0, 7, 15], [3, 11, 19], [0]]
+    assert [p[:, 0].tolist() for p in thresholds._pieces([rows[:1].repeat(1, 9)])] == [[0]]  # a row beyond both limits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantile_lies_between_two_scores(dtype):
+    score = torch.randn(40, 7).abs().to(dtype)
+    for share in (0.0, 0.25, torch.tensor(0.5), 0.999, 1.0):
+        limit = thresholds.quantile(score, share)
+        below = (score.float() < limit).sum().item()
+        assert below == pytest.approx(float(share) * 280, abs=1 if dtype == torch.float32 else 4)  # bf16: ties
+        assert not (score == limit).any() or share in (0.0, 1.0) or dtype == torch.bfloat16
+
+
+def test_a_quantile_waits_for_nothing():
+    """Fake tensors refuse what needs a value on the host, as a CUDA graph does: an index by a scalar, for one."""
+    with FakeTensorMode():
+        assert thresholds.quantile(torch.empty(3, 70, 16), torch.rand(())).shape == ()
+
+
+def test_a_quantile_does_not_part_equal_scores():
+    score = torch.tensor([[1.0, 2.0, 2.0, 2.0, 3.0]])
+    assert [thresholds.quantile(score, share).item() for share in (0.0, 0.2, 0.4, 0.6, 0.8)] == [1.0, 1.5, 1.5, 1.5, 2.5]
+
+
+def test_fitted_thresholds_leave_out_what_the_top_k_does(start):
+    model, plan, tokens = start
+    text = torch.cat(tokens)
+    fitted = with_thresholds(model, plan, tokens, progress=False)
+    assert fitted.selection == "threshold" and plan.selection == "topk" and plan.thresholds_at() is None
+    for sparsity in (0.3, 0.5, 0.55, 0.9):
+        limits, read = fitted.thresholds_at(sparsity), {}
+
+        def select(site, z, limits=limits, read=read):
+            mask = at_least(z.abs(), limits[site.name])
+            read[site.name] = mask.double().mean().item() * site.in_features
+            return z * mask
+
+        with torch.no_grad(), mapped(model, fitted, select):
+            model(text)
+        assert byte_sparsity(fitted.sites, read) == pytest.approx(sparsity, abs=0.02)
+    assert set(fitted.thresholds_at(0.0).values()) == {0.0}
+
+
+def test_an_interrupted_training_goes_on(start, tmp_path, monkeypatch):
+    model, plan, tokens = start
+    path = tmp_path / "checkpoint"
+
+    def run(**settings):
+        with torch.enable_grad():
+            return train(model, plan, tokens[:3], tokens[3:], QUICK, progress=False, **settings)
+
+    whole = run()
+    step = training._Trainer._step
+
+    def stop(trainer, n):
+        if n == 25:
+            raise KeyboardInterrupt
+        step(trainer, n)
+
+    monkeypatch.setattr(training._Trainer, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=path)
+    monkeypatch.setattr(training._Trainer, "_step", step)
+    assert path.is_file() and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="another training"):
+        train(model, plan, tokens[:2], tokens[3:], QUICK, checkpoint=path, progress=False)
+    resumed = run(checkpoint=path)
+    assert not path.exists()
+    assert resumed.coefficients == whole.coefficients
+    assert all(torch.equal(resumed.matrices[name], m) for name, m in whole.matrices.items())
+
+
+def test_round_trip(start, tmp_path):
+    model, plan, tokens = start
+    with torch.enable_grad():
+        trained = train(model, plan, tokens[:3], tokens[3:], replace(QUICK, steps=2), progress=False)
+    loaded = larosa_fx.Plan.load(trained.save(tmp_path / "plan"))
+    assert loaded.digest == trained.digest and loaded.k == trained.k and loaded.basis == "trained"
+    assert loaded.matrices.keys() == trained.matrices.keys()
+    assert error(torch.stack(list(loaded.heads.values())), torch.stack(list(trained.heads.values()))) == 0
+
+
+def test_nothing_to_train_on(start):
+    model, plan, tokens = start
+    for a, b in ((tokens, []), ([], tokens)):
+        with pytest.raises(ValueError, match="needs batches"):
+            train(model, plan, a, b)
+
+
+def test_the_mask_keeps_k_and_passes_gradients():
+    z = torch.randn(5, 7, 40, dtype=torch.float64, requires_grad=True)
+    scale, share = torch.randn(40, dtype=torch.float64, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    out = training._Mask.apply(z, scale, share, 12, 0.1)
+    assert ((out != 0).sum(-1) == 12).all()
+    (out.square().sum() * -0.5).backward()  # as if every kept channel were a gain: keep more of all of them
+    assert share.grad > 0 and scale.grad.abs().sum() > 0
+    straight = z.detach().requires_grad_()
+    training._Mask.apply(straight, None, None, 12, None).sum().backward()
+    assert straight.grad.sum() == 5 * 7 * 12
+
+
