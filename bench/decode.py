@@ -46,8 +46,8 @@ from larosa_fx.compiler.folds import STORE, Folded
 from larosa_fx.ir.structure import BASES
 from larosa_fx.loading import load_model
 from larosa_fx.method.calibrate import calibrate
+from larosa_fx.method.metering import metered
 from larosa_fx.plan.plan import Plan, library_versions
-from larosa_fx.study.methods import metered
 
 #: Model type and configuration, as published.
 MODELS = {

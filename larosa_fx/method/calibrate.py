@@ -42,8 +42,8 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
     coefficients: relative sparsity per kind of site, by default those of the released code, {"h1": 0.8, "h2": 1.2, "h3":
     0.8, "h4": 1.2}. damping: share of the mean variance added to the covariance's diagonal. selection: "topk", or
     "threshold" to fit thresholds as well and select by them (``larosa_fx.method.thresholds``). statistics_bytes: memory for
-    fp64 covariances; where all do not fit, the batches are run several times, at least one basis at a time; by default half of
-    what is free on the model's device. provenance: what to record about the text. progress: show a progress bar.
+    fp64 covariances; where all do not fit, the batches are run several times, at least one basis at a time; by default half
+    of what is free on the model's device. provenance: what to record about the text. progress: show a progress bar.
 
     Statistics are fp64 covariances of the gain-free normed activations x_hat, not centred (paper, PCA of layer inputs).
     ValueError for bad arguments or batches; RuntimeError where the model is not understood, with the reason.

@@ -104,8 +104,8 @@ def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sp
     """Perplexity of ``model`` dense (first row) and compiled with the plan at ``plan``, every token sparsified.
 
     Rows: method ("dense" or "larosa"), byte_sparsity (thresholds: as counted on these
-    batches; they were fitted to others), selection (``larosa_fx.compiler.options``), ppl, ratio to dense, nll, tokens, window,
-    seconds.
+    batches; they were fitted to others), selection (``larosa_fx.compiler.options``), ppl, ratio to dense, nll, tokens,
+    window, seconds.
     """
     loaded = Plan.load(plan)
     rows: list[dict[str, object]] = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -36,9 +36,20 @@ class Meter:
         return -sum(torch.cat(calls).mean().item() / size[name] for name, calls in self._read.items()) / len(size)
 
 
+def thresholded(model: torch.nn.Module, plan: Plan, limits: Mapping[str, float],
+                seen: Callable[[PlanSite, torch.Tensor], None]) -> AbstractContextManager[torch.nn.Module]:
+    """A context in which the sites select by ``limits``, thresholds by site name; ``seen`` gets each site's mask [..., K]."""
+    def select(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
+        read = at_least(z.abs(), limits[site.name])
+        seen(site, read)
+        return z * read
+
+    return mapped(model, plan, select)
+
+
 @contextmanager
 def metered(model: torch.nn.Module, plan: Plan, sparsity: float) -> Iterator[Meter]:
     """Within the context a plan's thresholds select, and the meter that it yields counts what they read."""
     meter = Meter(plan.sites)
-    with _thresholded(model, plan, plan.thresholds_at(sparsity, "threshold"), meter.add):
+    with thresholded(model, plan, plan.thresholds_at(sparsity, "threshold"), meter.add):
         yield meter

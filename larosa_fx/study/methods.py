@@ -13,8 +13,8 @@ from functools import cached_property
 
 import torch
 
-from larosa_fx.method.metering import Meter
-from larosa_fx.method.reference import Affine, Replacement, at_least, keep_largest, largest, mapped, replaced, simulated
+from larosa_fx.method.metering import Meter, thresholded
+from larosa_fx.method.reference import Affine, Replacement, keep_largest, largest, replaced, simulated
 from larosa_fx.method.thresholds import with_thresholds
 from larosa_fx.plan.allocate import allocate
 from larosa_fx.plan.plan import Plan, PlanSite
@@ -179,19 +179,9 @@ def from_plan(plan: Plan, selection: str | None = None) -> Method:
         limits = plan.thresholds_at(sparsity, selection)
         if limits is None:
             return simulated(lab.model, plan, sparsity, keep_largest, "topk")
-        return _thresholded(lab.model, plan, limits, lambda site, read: lab.meter.add(site, read))
+        return thresholded(lab.model, plan, limits, lambda site, read: lab.meter.add(site, read))
 
     return method
-
-
-def _thresholded(model: torch.nn.Module, plan: Plan, limits: Mapping[str, float],
-                 seen: Callable[[PlanSite, torch.Tensor], None]) -> AbstractContextManager[torch.nn.Module]:
-    def select(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
-        read = at_least(z.abs(), limits[site.name])
-        seen(site, read)
-        return z * read
-
-    return mapped(model, plan, select)
 
 
 def larosa(lab: Lab, sparsity: float) -> AbstractContextManager:
