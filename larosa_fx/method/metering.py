@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from larosa_fx.method.reference import at_least, mapped
 from larosa_fx.plan.plan import Plan, PlanSite
 
 
@@ -38,7 +39,7 @@ class Meter:
 
 def thresholded(model: torch.nn.Module, plan: Plan, limits: Mapping[str, float],
                 seen: Callable[[PlanSite, torch.Tensor], None]) -> AbstractContextManager[torch.nn.Module]:
-    """A context in which the sites select by ``limits``, thresholds by site name; ``seen`` gets each site's mask [..., K]."""
+    """A context in which sites select by ``limits``, thresholds by name; ``seen`` gets each site's mask, [..., K]."""
     def select(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
         read = at_least(z.abs(), limits[site.name])
         seen(site, read)
