@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,21 @@ _last_report: Report | None = None
 def last_report() -> Report | None:
     """The report of the graph that backend "larosa" compiled last in this process; None before the first."""
     return _last_report
+
+
+class _Calls(threading.local):
+    number = 0
+
+
+_calls = _Calls()
+
+
+def calls() -> int:
+    """How many calls of graphs that backend "larosa" compiled this thread has made so far.
+
+    Who runs a model and sees this number stand still has run it eagerly, densely: no compiled graph was reached.
+    """
+    return _calls.number
 
 
 class LarosaError(RuntimeError):
@@ -90,6 +106,7 @@ class CompiledGraph:
         self._variants[self._key(plan)] = self._build(plan, example_inputs)
 
     def __call__(self, *args: object):
+        _calls.number += 1
         parameters = [args[i] for i in self._watched]
         ids = tuple(map(id, parameters))
         state = self._states.get(ids)
