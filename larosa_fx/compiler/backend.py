@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import warnings
 import weakref
@@ -22,6 +23,7 @@ from larosa_fx.ir import graph as g
 from larosa_fx.ir.report import Report
 from larosa_fx.kernels import ops
 from larosa_fx.passes.fold_maps import HalfRotatedError
+from larosa_fx.plan import file
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
 
 log = logging.getLogger("larosa_fx")
@@ -80,7 +82,7 @@ class _State:
     folded: list[Folded]
     kept: list[int]  # positions of the inputs that are passed on
     stamp: list[tuple[int, int]]
-    epoch: int
+    epoch: object  # of the plan, see CompiledGraph._epoch
     refs: list[weakref.ref] = field(default_factory=list)
 
 
@@ -96,7 +98,7 @@ class CompiledGraph:
         self.options = options
         self._gm = gm
         self._mask = g.parameter_mask(example_inputs)
-        self._plan = Plan.load(options.plan) if options.plan is not None else None
+        self._path = None if options.plan is None else os.path.abspath(options.plan)  # whatever directory is entered later
         self._variants: dict[object, _Variant] = {}
         self._states: dict[tuple[int, ...], _State] = {}
         self._warned = False
@@ -110,13 +112,14 @@ class CompiledGraph:
         parameters = [args[i] for i in self._watched]
         ids = tuple(map(id, parameters))
         state = self._states.get(ids)
-        if state is None or state.epoch != ATTACHED.epoch or state.stamp != stamp(parameters):
+        if state is None or state.epoch != self._epoch() or state.stamp != stamp(parameters):
             state = self._bind(args, parameters, ids)
         if state.variant.binding is None:
             return state.variant.call(*args)
         return state.variant.call(*[args[i] for i in state.kept], *[entry.tensor for entry in state.folded])
 
     def _bind(self, args: Sequence[object], parameters: Sequence[torch.Tensor], ids: tuple[int, ...]) -> _State:
+        epoch = self._epoch()  # before the plan: a plan that comes in between is found at the next call
         plan = self._plan_for(args)
         key = self._key(plan)
         if key not in self._variants:
@@ -128,7 +131,7 @@ class CompiledGraph:
             folded, kept = binding.fold(args, replace=self.options.weights == "replace"), binding.kept()
         states = self._states
         refs = [weakref.ref(p, lambda _: states.pop(ids, None)) for p in parameters]
-        states[ids] = _State(variant, folded, kept, stamp(parameters), ATTACHED.epoch, refs)
+        states[ids] = _State(variant, folded, kept, stamp(parameters), epoch, refs)
         return states[ids]
 
     def _check_live_weights(self, variant: _Variant, plan: Plan, args: Sequence[object]) -> None:
@@ -144,9 +147,13 @@ class CompiledGraph:
             warnings.warn(f"larosa: {error}. The new weights are folded exactly, but rotations and k were fitted to others.",
                           stacklevel=4)
 
+    def _epoch(self) -> object:
+        """What changes when another plan may be meant: the file at the path was written, or a plan was attached."""
+        return ATTACHED.epoch if self._path is None else file.identity(self._path)
+
     def _plan_for(self, args: Sequence[object]) -> Plan | None:
-        if self._plan is not None:
-            return self._plan
+        if self._path is not None:
+            return file.current(self._path)
         return ATTACHED.find([x for x, is_parameter in zip(args, self._mask, strict=True) if is_parameter])
 
     def _key(self, plan: Plan | None) -> object:
