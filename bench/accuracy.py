@@ -4,7 +4,9 @@
         --train "ours steps=600" --json bench/results/accuracy-MODEL.json
 
 A text is a file, or lines START to STOP of a jsonl file with "text". The JSON holds {"rows", "provenance"}; a row that is
-there is not measured again. --train makes a plan: a name, then fields of TrainingOptions and ``rotation`` as key=value.
+there is not measured again. Each window's nats and each item's answer, by which later rows are paired, are kept beside it
+in *.samples.json; where that is missing, the dense model is measured again. --train makes a plan: a name, then fields of
+TrainingOptions and ``rotation`` as key=value.
 Rows: method, byte_sparsity, reached (mean and standard deviation over tokens), nominal (the paper's p: mean share of
 channels), text, window, ppl, dense_ppl, delta_nll and delta_se (paired by window), kl (mean KL(dense || sparse) of a token,
 nats); tasks: acc, acc_norm and their differences with paired standard errors. adapter_share: bytes that a method reads
@@ -63,7 +65,10 @@ class Bench:
         self.args = args
         self.path = Path(args.json) if args.json else None
         found = json.loads(self.path.read_text()) if self.path and self.path.is_file() else {"rows": [], "provenance": {}}
-        self.rows: list[dict] = found["rows"]
+        self.samples: dict[str, list[float]] = {}  # "method sparsity text" -> a value a window, or an item
+        if self.path and _samples_path(self.path).is_file():
+            self.samples = json.loads(_samples_path(self.path).read_text())
+        self.rows: list[dict] = [r for r in found["rows"] if r["method"] != "dense" or _key(r) in self.samples]
         self.seconds: dict[str, float] = found["provenance"].get("seconds", {})
         self.trainings: dict[str, object] = found["provenance"].get("training", {})
         self.model, self.tokenizer = load_model(args.model, args.gguf_file, device=args.device)
@@ -151,7 +156,8 @@ class Bench:
                                 label=f"{name} {sparsity:.0%} {text}", progress=not self.args.quiet)
         reached = self.lab.meter.per_token()
         row = {"method": name, "byte_sparsity": sparsity, "text": text, "window": self.args.window, "windows": len(nll),
-               "ppl": math.exp(nll.mean()), "nll": [round(x, 5) for x in nll.tolist()], "adapter_share": adapters}
+               "ppl": math.exp(nll.mean()), "adapter_share": adapters}
+        self.samples[_key(row)] = [round(x, 5) for x in nll.tolist()]
         if plan is not None:
             row["nominal"] = nominal_sparsity(plan.sites, plan.k_at(sparsity))
         if reached is not None:
@@ -160,7 +166,7 @@ class Bench:
                     "reached_p5_p95": reached.quantile(torch.tensor([0.05, 0.95], device=reached.device)).tolist()}
         if name != "dense":
             dense = self._row("dense", 0.0, text)
-            delta, error = paired(nll, torch.tensor(dense["nll"], dtype=nll.dtype))
+            delta, error = paired(nll, torch.tensor(self.samples[_key(dense)], dtype=nll.dtype))
             row |= {"dense_ppl": dense["ppl"], "delta_nll": delta, "delta_se": error, "kl": kl.mean().item()}
         self.rows.append(row)
 
@@ -175,9 +181,10 @@ class Bench:
         for metric, right in (("acc", found.acc), ("acc_norm", found.acc_norm)):
             if right is None:
                 continue
-            row |= {metric: right.mean().item(), f"{metric}_right": "".join(str(int(x)) for x in right)}
+            row[metric] = right.mean().item()
+            self.samples[_key(row, metric)] = right.tolist()
             if name != "dense":
-                dense = torch.tensor([float(c) for c in self._row("dense", 0.0, task)[f"{metric}_right"]])
+                dense = torch.tensor(self.samples[_key(self._row("dense", 0.0, task), metric)])
                 row[f"{metric}_delta"], row[f"{metric}_delta_se"] = paired(right, dense)
         self.rows.append(row)
 
@@ -205,15 +212,24 @@ class Bench:
             "model": provenance.model_name(self.model, self.args.model),
             "calibration_tokens": self.calibration.numel(), "training_tokens": self.training.numel(),
             "seconds": {k: round(v, 1) for k, v in self.seconds.items()}, "training": self.trainings}
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({"rows": self.rows, "provenance": about}) + "\n")
-        part.replace(self.path)
+        _samples_path(self.path).write_text(json.dumps(self.samples))
+        provenance.write_results(self.path, self.rows, provenance=about)
 
     def _windows(self, spec: str, limit: int | None) -> torch.Tensor:
         return text_windows(self.tokenizer, spec, self.args.window, limit)
 
     def _timed(self, what: str):
         return _Timed(self.seconds, what, torch.device(self.args.device))
+
+
+def _samples_path(path: Path) -> Path:
+    return path.with_suffix(".samples.json")
+
+
+def _key(row: dict, metric: str | None = None) -> str:
+    """The name of a row's samples; ``metric``: which of a task's, by default the one that each task has."""
+    on = f"{row['text']} {row['window']}" if "text" in row else f"{row['task']} {metric or 'acc'}"
+    return f"{row['method']} {row['byte_sparsity']} {on}"
 
 
 def _shuffled(rows: torch.Tensor) -> torch.Tensor:

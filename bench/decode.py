@@ -354,7 +354,7 @@ def main() -> int:
             rows, measured = merge(rows, row), [*measured, row]
             print(f"{name} {dtype} {row['variant']} {row['byte_sparsity']:.0%}: {row['ms_per_token']:.3f} ms", flush=True)
             if args.json:
-                args.json.write_text(json.dumps({"rows": rows, "provenance": header}, indent=1) + "\n")
+                provenance.write_results(args.json, rows, provenance=header)
             if not row["logit_error"] < (TOLERANCE[model.dtype] if row["byte_sparsity"] == 0 else math.inf):
                 wrong.append(row)
         print(f"\n{name}, {about['layers']} layers, {dtype}\n{table(measured)}\n", flush=True)

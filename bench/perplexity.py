@@ -8,7 +8,6 @@ Rows: rotation ("dense", "layer", "block", ...), byte_sparsity, ppl, ratio to de
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -63,7 +62,7 @@ def main() -> None:
             "model": provenance.model_name(model, args.model),
             "commit": provenance.commit(), "versions": library_versions(),
             "calibration_tokens": sum(c.numel() for c in calibration)}
-        Path(args.json).write_text(json.dumps({"rows": rows, "provenance": about}, indent=1) + "\n")
+        provenance.write_results(args.json, rows, provenance=about)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Where a figure comes from: the checkout, and the machine under its product's name."""
+"""Where a figure comes from, the checkout and the machine under its product's name, and the file that it goes into."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from larosa_fx.loading import device_name
+from larosa_fx.study.results import results_text
 
 
 def commit() -> str:
@@ -42,3 +45,10 @@ def device(name: str) -> str:
         lines = []
     product = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{product}, {torch.get_num_threads()} threads"
+
+
+def write_results(path: str | os.PathLike, rows: Sequence[Mapping], **about: object) -> None:
+    """Write ``results_text`` to ``path``; the file appears whole or not at all."""
+    part = Path(f"{path}.part")
+    part.write_text(results_text(rows, **about))
+    part.replace(path)

@@ -13,14 +13,14 @@
 Texts are named as NAME=TEXT, TEXT a file or lines START to STOP of a jsonl file. All studies but "text" calibrate on the
 first. The JSON holds {"rows", "provenance"}; what the rows of a study hold stands with its function. Wherever perplexity is
 measured: sparsity (byte sparsity asked for), text, windows, ppl, dense_ppl, and delta_nll and delta_se, nats a token over
-dense and its standard error, paired by window; nll, each window's. Every token is sparsified, simulated by hooks.
+dense and its standard error, paired by window; nll, each window's, does not go into the file. Every token is sparsified,
+simulated by hooks.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
 import time
@@ -446,7 +446,8 @@ def main() -> int:
                 "commit": provenance.commit(), "versions": library_versions(), "window": args.window,
                 "calibration_windows": {name: len(tokens) for name, tokens in bench.calibration.items()},
                 "held_out_windows": len(bench.held_out), "seconds": seconds}
-            Path(args.json).write_text(json.dumps({"rows": rows, "provenance": about}) + "\n")
+            kept = [{key: held for key, held in row.items() if key != "nll"} for row in rows]
+            provenance.write_results(args.json, kept, provenance=about)
     if args.plot:
         draw(rows, Path(args.plot))
     return 0

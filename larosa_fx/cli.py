@@ -219,6 +219,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _families(args: argparse.Namespace) -> int:
     from larosa_fx.study import families
+    from larosa_fx.study.results import results_text
 
     known = list(families.classes())
     names = args.only.split(",") if args.only else known
@@ -227,7 +228,7 @@ def _families(args: argparse.Namespace) -> int:
     rows = list(families.table(names, timeout=args.timeout, jobs=args.jobs))
     print(families.text(rows))
     if args.json:
-        Path(args.json).write_text(json.dumps(families.to_dict(rows), indent=1) + "\n")
+        Path(args.json).write_text(results_text(**families.to_dict(rows)))
     if args.markdown:
         Path(args.markdown).write_text(families.markdown(rows))
     return int(any(row.verdict == "wrong" for row in rows))

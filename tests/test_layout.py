@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -90,6 +91,22 @@ def test_two_folders_are_no_packages():
     """A regular package "kernels" at the root would shadow Hugging Face's."""
     for folder in ("passes", "kernels"):
         assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("folder", [".", "bench", "tests", "tests/support", "larosa_fx"])
+def test_kernels_is_not_ours(folder):
+    """transformers imports a top-level module "kernels" where there is one: from no folder of ours may it get a file.
+
+    The folder at the root counts as none: a namespace package yields to any installed module and holds no code.
+    """
+    code = ("import importlib.util, json, sys\n"
+            "found = importlib.util.find_spec('kernels')\n"
+            "print(json.dumps(found and found.origin))")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT / folder)
+    assert done.returncode == 0, done.stderr
+    origin = json.loads(done.stdout)
+    assert origin is None or ROOT not in Path(origin).resolve().parents or ".venv" in Path(origin).parts
+    assert importlib.util.find_spec("kernels") is None or importlib.util.find_spec("kernels").origin == origin
 
 
 def test_packaging_names_what_is_there():

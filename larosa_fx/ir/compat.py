@@ -31,16 +31,21 @@ def mark_static_placeholder(node: fx.Node) -> None:
 
 
 def parameter_name(node: fx.Node) -> str:
-    """Dotted name of the parameter behind a Dynamo placeholder, for people to read; never used to decide anything."""
+    """Dotted name of the parameter behind a Dynamo placeholder, relative to the module that the graph was made from.
+
+    A source is written as a chain, ``L['self']._modules['layers']._modules['0']._parameters['weight']``. Its root is what
+    the traced function calls the module, which is no part of the name: an argument (``L['self']``), one of ``*args``
+    (``L['args'][0]``, where a decorator wraps forward) or a global (``G['model']``). Never used to decide anything.
+    """
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", None)
     if callable(name):  # a method in older releases, a property since
         name = name()
     if not isinstance(name, str):
         return str(node.target)
-    parts = re.findall(r"\['([^']+)'\]|\.(\w+)", name)  # L['self']._modules['layers']._modules['0']...
-    return ".".join(key or attribute for i, (key, attribute) in enumerate(parts)
-                    if attribute not in ("_modules", "_parameters", "_buffers") and (i or key != "self"))
+    root, chain = re.fullmatch(r"(\w\['[^']*'\](?:\[\d+\])?|)(.*)", name, re.DOTALL).groups()
+    keys = re.findall(r"[\w/-]+", re.sub(r"\._(modules|parameters|buffers)\b", "", chain))
+    return ".".join(keys or re.findall(r"'(.*)'", root)) or str(node.target)
 
 
 def foreach_add(graph: fx.Graph, tensors: Sequence[fx.Node], by: int) -> fx.Node:

@@ -56,7 +56,7 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
     tokens = [_check_batch(batch) for batch in batches]
     if not tokens:
         raise ValueError("calibrate needs at least one batch of input_ids, [B, T]")
-    session = _Session()
+    session = _Session(model)
     training = model.training
     model.eval()
     try:
@@ -84,7 +84,7 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
     weights = session.weights
     plan = Plan(
         rotation, float(sparsity), coefficients,
-        [PlanSite.of(site, rotation) for site in structure.sites], matrices,
+        [PlanSite.of(site, rotation).renamed(session.names) for site in structure.sites], matrices,
         {name: sample(tensors) for name, tensors in weights.items()}, str(structure.dtype).removeprefix("torch."), basis,
         {"method": "LaRoSA, arXiv 2507.01299", "model": type(model).__name__, "layers": structure.layers,
          "tokens": sum(t.numel() for t in tokens), "batches": len(tokens), "tokens_sha256": _digest(tokens),
@@ -99,8 +99,10 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
 class _Session:
     """One calibration. Its graph may have been captured for an earlier one: taps find the session in a context variable."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self.capture: Capture | None = None
+        self.names: dict[str, str] = {}  # the graph's name of a parameter -> the model's
+        self._model = model
         self.weights: dict[str, list[torch.Tensor]] = {}
         self._covariances: dict[str, torch.Tensor | None] = {}
 
@@ -124,6 +126,7 @@ class _Session:
             raise RuntimeError(f"larosa cannot calibrate this model: {captured.refusal}")
         self.capture = captured
         self.weights = captured.weights(args)
+        self.names = _names_in(self._model, captured, args)
 
     def observe(self, site: str, x_hat: torch.Tensor) -> None:
         """Add x_hat^T x_hat in fp64, where the site's statistics are wanted."""
@@ -157,6 +160,24 @@ def _capture_backend(gm: fx.GraphModule, example_inputs: Sequence[object]):
         return captured.gm(*args)
 
     return call
+
+
+def _names_in(model: torch.nn.Module, captured: Capture, args: Sequence[object]) -> dict[str, str]:
+    """The graph's names of its parameters and the model's own, of the very same tensors.
+
+    The graph's names are read off the way on which Dynamo came to a parameter, which is another one where a decorator or
+    a wrapper stands before ``forward``. A plan holds names by which ``model.get_parameter`` finds the tensor.
+    """
+    held: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        held.setdefault(id(parameter), []).append(name)
+    names = {}
+    for node, tensor in zip(g.placeholders(captured.gm.graph), args, strict=True):
+        found = node.meta.get(g.PARAMETER)
+        if found is not None and id(tensor) in held:
+            own = held[id(tensor)]  # a tied parameter has several names; the graph's says which module reads it
+            names[found] = found if found in own else own[0]
+    return names
 
 
 def _groups(members: Mapping[str, Sequence], channels: int, budget: int | None, device: torch.device) -> list[list[str]]:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -62,6 +62,13 @@ class PlanSite:
         return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
                    owned[0].meta[PARAMETER] if owned else None, site.norm.args[-1], BASES[rotation](site),
                    is_layer_norm(site.norm))
+
+    def renamed(self, names: Mapping[str, str]) -> PlanSite:
+        """The site with its parameters under other names; those that ``names`` does not hold keep theirs."""
+        def new(name: str | None) -> str | None:
+            return names.get(name, name)
+
+        return replace(self, weights=[new(name) for name in self.weights], gain=new(self.gain), source=new(self.source))
 
 
 @dataclass(eq=False)

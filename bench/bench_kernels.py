@@ -1,6 +1,6 @@
 """Where the time of a decoding step goes, op by op: the four sites of a layer, selection, attention, and a whole token.
 
-    python bench/kernels.py --model llama-2-7b --json bench/results/kernels-DEVICE.json
+    python bench/bench_kernels.py --model llama-2-7b --json bench/results/kernels-DEVICE.json
 
 Timed in a CUDA graph over enough copies of the weights that none is in L2 when it is read. Rows of four kinds:
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import types
@@ -254,7 +253,7 @@ def main() -> None:
         header = {"command": provenance.command(), "device": provenance.device("cuda"),
                   "commit": provenance.commit(), "versions": library_versions(), "read_gb_per_s": bandwidth / 1e9}
         rows = [{"model": args.model} | row for row in found]
-        args.json.write_text(json.dumps({"rows": rows, "provenance": header}, indent=1) + "\n")
+        provenance.write_results(args.json, rows, provenance=header)
 
 
 if __name__ == "__main__":
