@@ -17,6 +17,7 @@ from torch import fx
 from larosa_fx.ir import effects, layers
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 
 #: Arguments that the patterns below, and later passes, expect by position.
@@ -51,10 +52,10 @@ class Norm(NamedTuple):
         return graph.call_function(F.rms_norm, (self.input, dims, self.gain, self.eps))
 
 
-def run(graph: fx.Graph) -> PassResult:
-    """Rewrite ``graph`` in place; counts are ``norms`` and ``linears`` that were
+def run(ctx: Context) -> PassResult:
+    """Rewrite the graph in place; counts are ``norms`` and ``linears`` that were
     not canonical before, ``no-ops`` (casts to the same dtype, inactive dropout) removed, and ``sums out of place``."""
-    result = PassResult("canonicalize")
+    graph, result = ctx.graph, PassResult("canonicalize")
     for node in list(graph.nodes):
         _by_position(node)
         if g.is_no_op(node):

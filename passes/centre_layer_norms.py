@@ -13,18 +13,21 @@ from torch import fx
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir import layers
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.structure import StreamNode, Structure
 
 
-def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
-    """Centre the whole stream; gains and biases must be folded. The norms that linears read become bare RMSNorms."""
-    result = PassResult("centre_layer_norms")
+def run(ctx: Context) -> PassResult:
+    """Centre the whole stream, if a LayerNorm reads it. Gains and biases must be folded; LayerNorms become bare RMSNorms."""
+    structure, result = ctx.structure, PassResult("centre_layer_norms")
+    if not structure.has_layer_norms:
+        return result
     for value in structure.stream:
         if value.previous is None:
-            _start(gm.graph, structure, value)
+            _start(ctx.graph, structure, value)
         for linear in value.writers:
-            _writer(gm.graph, linear)
+            _writer(ctx.graph, linear)
         for norm in value.norms:
             x, dims, _, _, eps = norm.args
             norm.target, norm.args = F.rms_norm, (x, dims, None, eps)

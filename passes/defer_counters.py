@@ -13,14 +13,15 @@ from torch import fx
 
 from larosa_fx.ir import compat, effects
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 
 
-def run(gm: fx.GraphModule) -> PassResult:
+def run(ctx: Context) -> PassResult:
     """Defer each counter: a scalar placeholder read only as ``arange(1) + counter`` and written once, by ``add_``."""
-    result = PassResult("defer_counters")
+    graph, result = ctx.graph, PassResult("defer_counters")
     counters: dict[object, list[fx.Node]] = {}
-    for counter in g.placeholders(gm.graph):
+    for counter in g.placeholders(graph):
         if g.shape(counter) != () or not isinstance(g.value(counter), torch.Tensor):
             continue
         writes = [user for user in counter.users if g.calls(user, "add_")]
@@ -28,19 +29,19 @@ def run(gm: fx.GraphModule) -> PassResult:
         if len(writes) != 1 or writes[0].users or not _increments(writes[0]) or not all(map(_is_position, positions)):
             continue
         for position in positions:
-            with gm.graph.inserting_before(position):
-                read = gm.graph.call_method("reshape", (counter, (1,)))
+            with graph.inserting_before(position):
+                read = graph.call_method("reshape", (counter, (1,)))
             read.meta = dict(position.meta)
             position.replace_all_uses_with(read)
-            gm.graph.erase_node(position)
+            graph.erase_node(position)
         counters.setdefault(writes[0].args[1], []).append(counter)
-        gm.graph.erase_node(writes[0])
+        graph.erase_node(writes[0])
         result.count("counters")
-    (output,) = gm.graph.find_nodes(op="output")
-    with gm.graph.inserting_before(output):
+    (output,) = graph.find_nodes(op="output")
+    with graph.inserting_before(output):
         for by, nodes in counters.items():
-            compat.foreach_add(gm.graph, nodes, by)
-    effects.remove_dead_code(gm.graph)
+            compat.foreach_add(graph, nodes, by)
+    effects.remove_dead_code(graph)
     return result
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -11,17 +10,19 @@ from torch import fx
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir import layers
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.structure import Structure
 
 
-def run(gm: fx.GraphModule, structure: Structure, norms: Iterable[fx.Node]) -> PassResult:
-    """Fold gain and bias of each norm into all linears that read it.
+def run(ctx: Context) -> PassResult:
+    """Fold gain and bias of each norm of the stream into all linears that read it; where rotations are applied online, of
+    the inner sites' norms alone.
 
     A norm with other readers is split: they keep the norm as it is, the linears get a gain-free one of their own.
     """
-    result = PassResult("fold_gain")
-    for norm in norms:
+    gm, structure, result = ctx.gm, ctx.structure, PassResult("fold_gain")
+    for norm in _norms(ctx):
         linears = structure.readers[norm]
         gain, bias = layers.affine(norm)
         if not g.only_read_by(norm, linears):
@@ -40,6 +41,12 @@ def run(gm: fx.GraphModule, structure: Structure, norms: Iterable[fx.Node]) -> P
         if gain is not None or bias is not None:
             result.count("linears", len(linears))
     return result
+
+
+def _norms(ctx: Context) -> list[fx.Node]:
+    if ctx.treatment == "fold":
+        return [norm for value in ctx.structure.stream for norm in value.norms]
+    return [site.norm for site in ctx.structure.inner_sites() if site.norm is not None]
 
 
 def _carry(graph: fx.Graph, weight: fx.Node, bias: fx.Node, own: fx.Node | None) -> fx.Node:

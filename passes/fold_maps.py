@@ -15,33 +15,30 @@ from torch import fx
 
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site, Structure
+from larosa_fx.ir.structure import Site
 
 
 class HalfRotatedError(RuntimeError):
     """Mapped and unmapped values would meet in one cache."""
 
 
-def run(gm: fx.GraphModule, structure: Structure, matrices: Mapping[str, torch.Tensor], rotate_cache: bool
-        ) -> tuple[dict[str, str], PassResult]:
-    """Apply what ``matrices`` holds under "<site>/heads", [n, d, d], and "<site>/scale", [K]; what folds gains comes first.
+def run(ctx: Context) -> PassResult:
+    """Apply what the plan's matrices hold under "<site>/heads", [n, d, d], and "<site>/scale", [K]; gains are folded before.
 
-    ``rotate_cache``: values may be mapped in a cache. HalfRotatedError where it says so and a site's heads cannot be
-    folded. Returns how each site's channels are mapped: "heads folded", "heads online" or "none"; siblings must not be
-    merged yet.
+    ``ctx.rotate_cache``: values may be mapped in a cache. HalfRotatedError where it says so and a site's heads cannot be
+    folded. Siblings must not be merged yet.
     """
-    result = PassResult("fold_maps")
-    done = {}
-    for site in structure.sites:
-        done[site.name] = "none"
+    gm, matrices, result = ctx.gm, ctx.plan.matrices, PassResult("fold_maps")
+    for site in ctx.structure.sites:
         if f"{site.name}/heads" in matrices:
-            done[site.name] = _map_heads(gm, site, f"{site.name}/heads", matrices, rotate_cache, result)
-            result.count(done[site.name])
+            site.rotation = _map_heads(gm, site, f"{site.name}/heads", matrices, ctx.rotate_cache, result)
+            result.count(site.rotation)
         if f"{site.name}/scale" in matrices:
             _scale(gm, site, f"{site.name}/scale", matrices)
             result.count("scales")
-    return done, result
+    return result
 
 
 def _map_heads(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, torch.Tensor], rotate_cache: bool,

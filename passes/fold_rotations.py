@@ -16,15 +16,18 @@ from torch import fx
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir import layers
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.structure import BASES, StreamNode, Structure
 
 
-def run(gm: fx.GraphModule, structure: Structure, rotations: Mapping[str, torch.Tensor], granularity: str) -> PassResult:
-    """Rotate the whole stream; the gains must be folded. ``rotations``: basis -> Q, [D, D], orthogonal."""
-    result = PassResult("fold_rotations")
-    assign_bases(structure, granularity)
-    rotate = _Rotator(gm, rotations)
+def run(ctx: Context) -> PassResult:
+    """Rotate the whole stream by the plan's matrices: basis -> Q, [D, D], orthogonal. The gains must be folded."""
+    structure, result = ctx.structure, PassResult("fold_rotations")
+    assign_bases(structure, ctx.plan.rotation)
+    for site in structure.inner_sites():
+        site.rotation = f"fold {BASES[ctx.plan.rotation](site)}"
+    rotate = _Rotator(ctx.gm, ctx.plan.matrices)
     for i, value in enumerate(structure.stream):
         following = structure.stream[i + 1].node if i + 1 < len(structure.stream) else None
         kept = {following, *value.norms}

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from larosa_fx.ir import compat, effects
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.recipe import Recipe
 from larosa_fx.ir.report import PassResult
 
 
-def run(gm: fx.GraphModule, dtype: torch.dtype) -> tuple[list[int | Recipe], PassResult]:
-    """Returns, for each placeholder of the rewritten graph, the position of the original input or a recipe.
+def run(ctx: Context) -> PassResult:
+    """Set ``ctx.inputs``: for each placeholder of the rewritten graph, the position of the original input or a recipe.
 
-    ``dtype`` is what folded tensors have. The model's own casts to another (``A_log.float()``), and its
+    Folded tensors have the sites' dtype. The model's own casts to another (``A_log.float()``), and its
     own transposed views, stay where they are.
     """
-    result = PassResult("fold_weights")
-    graph = gm.graph
+    gm, graph, dtype, result = ctx.gm, ctx.graph, ctx.structure.dtype, PassResult("fold_weights")
     position = {node: i for i, node in enumerate(g.placeholders(graph))}
     last = list(position)[-1]
     folded: dict[object, fx.Node] = {}
@@ -55,7 +54,8 @@ def run(gm: fx.GraphModule, dtype: torch.dtype) -> tuple[list[int | Recipe], Pas
             inputs.append(position[node])
     for name in [name for name, _ in gm.named_buffers() if name.startswith("larosa_rotation_")]:
         delattr(gm, name)
-    return inputs, result
+    ctx.inputs = inputs
+    return result
 
 
 def _expression(node: object, position: dict[fx.Node, int]) -> object:

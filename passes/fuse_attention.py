@@ -7,54 +7,52 @@ Repeated key/value heads (grouped queries) are read where they lie.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-import larosa_fx.kernels.ops as ops
+import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
 from larosa_fx.ir import effects
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 
 _ATTENTION = torch.ops.larosa.decode_attention.default
 _WHOLE = slice(None)
 
-#: Whether the device computes it in one launch; see ``kernels.ops.attends``.
-Attends = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], bool]
 
-
-def run(gm: fx.GraphModule, attends: Attends = ops.attends) -> PassResult:
+def run(ctx: Context) -> PassResult:
     """Fuse each attention of one query token over cache placeholders; counts what went with it."""
-    result = PassResult("fuse_attention")
-    for node in gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+    graph, result = ctx.graph, PassResult("fuse_attention")
+    for node in graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
         q, keys, values = node.args[0], *(_cache(_unrepeated(x)) for x in node.args[1:3])
         mask, scale = g.argument(node, 3, "attn_mask"), node.kwargs.get("scale")
         if g.argument(node, 4, "dropout_p", 0.0) or g.argument(node, 5, "is_causal", False) or len(g.shape(q)) != 4:
             continue
-        if keys is None or values is None or not attends(g.value(q), g.value(keys), mask and g.value(mask)):
+        if keys is None or values is None or not ctx.device.attends(
+                g.value(q), g.value(keys), mask and g.value(mask)):
             result.skip(node, "not one token over a static cache, or the device has no kernel for it")
             continue
-        write = _write(gm.graph, node, keys, values)
+        write = _write(graph, node, keys, values)
         k, v, position = (None, None, None) if write is None else (write[0].args[3], write[1].args[3], write[0].args[2])
         turned = write and _rope(q, k)
         if turned:
             q, k, *turned = turned
-        with gm.graph.inserting_before(node):
-            fused = gm.graph.call_function(_ATTENTION, (
+        with graph.inserting_before(node):
+            fused = graph.call_function(_ATTENTION, (
                 q, keys, values, mask, g.shape(q)[-1] ** -0.5 if scale is None else scale, k, v, position,
                 *(turned or (None, None))))
         fused.meta = dict(node.meta)
         node.replace_all_uses_with(fused)
-        gm.graph.erase_node(node)
+        graph.erase_node(node)
         for copy in write or ():
             copy.replace_all_uses_with(copy.args[0])
-            gm.graph.erase_node(copy)
+            graph.erase_node(copy)
         result.count("attentions")
         result.count("cache updates", bool(write))
         result.count("rotary embeddings", bool(turned))
-    effects.remove_dead_code(gm.graph)
+    effects.remove_dead_code(graph)
     return result
 
 

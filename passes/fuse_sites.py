@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-import larosa_fx.kernels.ops as ops
+import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
 from larosa_fx.ir import effects, layers
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site, Structure
+from larosa_fx.ir.structure import Site
 
 _GEMV = torch.ops.larosa.sparse_gemv.default
 _LINEAR = torch.ops.larosa.sparse_linear.default
 
-#: Whether the device computes a fused site in one launch; see ``kernels.ops.fuses``.
+#: See ``ir.context.Device``.
 Fuses = Callable[[torch.Tensor, int, int, bool, str], bool]
 
 
@@ -47,10 +48,10 @@ class _Fused:
     threshold: float | None = None
 
 
-def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> PassResult:
+def run(ctx: Context) -> PassResult:
     """Fuse each site that ``lower_topk`` made a GEMV, sparse or dense, with what the device's kernel takes around it."""
-    result = PassResult("fuse_sites")
-    for site in structure.sites:
+    fuses, result = ctx.device.fuses, PassResult("fuse_sites")
+    for site in ctx.structure.sites:
         found = _gemv(site)
         if found is None:
             continue
@@ -62,9 +63,9 @@ def run(gm: fx.GraphModule, structure: Structure, fuses: Fuses = ops.fuses) -> P
             if more is not None and _fits(more, fuses):
                 found = more
                 result.count("adapters" if found.adapter and what == "residuals" else what)
-        site.linears = [_emit(gm.graph, found)]
+        site.linears = [_emit(ctx.graph, found)]
         result.count("sites")
-    effects.remove_dead_code(gm.graph)
+    effects.remove_dead_code(ctx.graph)
     return result
 
 

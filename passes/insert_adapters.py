@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
 
 from larosa_fx.ir import effects
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 
 
-def run(gm: fx.GraphModule) -> PassResult:
+def run(ctx: Context) -> PassResult:
     """Fuse each pair of run-time rotations that follow each other; counts ``adapters``."""
-    result = PassResult("insert_adapters")
-    for node in gm.graph.find_nodes(op="call_function", target=torch.matmul):
+    graph, result = ctx.graph, PassResult("insert_adapters")
+    for node in graph.find_nodes(op="call_function", target=torch.matmul):
         if not _rotates_activation(node) or not _rotates_activation(node.args[0]) or len(node.args[0].users) != 1:
             continue
         (x, back), into = node.args[0].args, node.args[1]
-        with gm.graph.inserting_before(node):
-            adapter = ex.weight_call(gm.graph, torch.matmul, back, into)
+        with graph.inserting_before(node):
+            adapter = ex.weight_call(graph, torch.matmul, back, into)
         node.args = (x, adapter)
         result.count("adapters")
-    effects.remove_dead_code(gm.graph)
+    effects.remove_dead_code(graph)
     return result
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import fx
-
 from larosa_fx.ir import layers
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Structure
 
 
-def run(gm: fx.GraphModule, structure: Structure, observe: Callable[[str, object], None]) -> PassResult:
-    """Call ``observe(site name, tensor)`` at every inner site with x_hat, [..., D]: the norm less gain and bias."""
-    result = PassResult("insert_taps")
-    for site in structure.inner_sites():
+def run(ctx: Context) -> PassResult:
+    """Call ``ctx.observe(site name, tensor)`` at every inner site with x_hat, [..., D]: the norm less gain and bias."""
+    graph, result = ctx.graph, PassResult("insert_taps")
+    for site in ctx.structure.inner_sites():
         x_hat = site.input
         if site.norm is not None:
-            with gm.graph.inserting_after(site.norm):
-                x_hat = gm.graph.call_function(site.norm.target, layers.bare(site.norm))
-        with gm.graph.inserting_after(x_hat):
-            gm.graph.call_function(observe, (site.name, x_hat))
+            with graph.inserting_after(site.norm):
+                x_hat = graph.call_function(site.norm.target, layers.bare(site.norm))
+        with graph.inserting_after(x_hat):
+            graph.call_function(ctx.observe, (site.name, x_hat))
         result.count("taps")
     return result

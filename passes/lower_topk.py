@@ -8,7 +8,7 @@ All weights take the [K, N] layout here, dense or sparse, so that graphs of pref
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -17,39 +17,37 @@ import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir import layers
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site, Structure
+from larosa_fx.ir.structure import Site
 
 
-def run(gm: fx.GraphModule, structure: Structure, k: Mapping[str, int], sparsify: str,
-        thresholds: Mapping[str, float] | None = None) -> tuple[dict[str, str], PassResult]:
-    """Lower each site's linear; siblings must be merged.
+def run(ctx: Context) -> PassResult:
+    """Lower each site's linear and set its ``form``: "sparse GEMV", "masked matmul" or "dense". Siblings must be merged.
 
-    ``k``: channels kept at each site. ``sparsify``: "decode" lowers graphs of one token a sequence to the sparse GEMV and
-    keeps others dense; "all" masks the activations of the others. A site with k == in_features is dense. ``thresholds``: of
-    each site, in place of its Top-K.
-    Returns the form of each site: "sparse GEMV", "masked matmul" or "dense".
+    ``ctx.sparsify``: "decode" lowers graphs of one token a sequence to the sparse GEMV and keeps others dense; "all" masks
+    the activations of the others. A site with k == in_features is dense. Thresholds stand in place of Top-K.
     """
-    result = PassResult("lower_topk")
-    forms = {}
+    structure, k, thresholds, result = ctx.structure, ctx.plan.k, ctx.plan.thresholds, PassResult("lower_topk")
     decoding = structure.tokens_per_sequence == 1
     built, limits = (TOPK_FORMS, k) if thresholds is None else (THRESHOLD_FORMS, thresholds)
     for site in structure.sites:
         (linear,) = site.linears
+        site.weight, site.writes = ex.formula(linear.args[1]), structure.residual_edge(site)
         if k[site.name] == site.in_features:
             result.skip(site.name, "k is the whole site: dense")
             form = "dense"
         elif decoding:
             form = "sparse GEMV"
-        elif sparsify == "all":
+        elif ctx.sparsify == "all":
             form = "masked matmul"
         else:
             result.skip(site.name, "several tokens a sequence: prefill stays dense")
             form = "dense"
-        _lower(gm.graph, site, linear, built[form], None if form == "dense" else limits[site.name])
-        forms[site.name] = form
+        _lower(ctx.graph, site, linear, built[form], None if form == "dense" else limits[site.name])
+        site.form = form
         result.count(form)
-    return forms, result
+    return result
 
 
 def _lower(graph: fx.Graph, site: Site, linear: fx.Node, form: Callable, limit: int | float | None) -> None:

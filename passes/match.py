@@ -18,13 +18,14 @@ from torch import fx
 from larosa_fx.ir import effects, layers
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.structure import Site, StreamNode, Structure
 
 
-def run(graph: fx.Graph) -> tuple[Structure, PassResult]:
-    """The structure of a canonical graph, and the pass's counts; ``skipped`` names linears that belong to no site."""
-    result = PassResult("match")
+def run(ctx: Context) -> PassResult:
+    """Set ``ctx.structure``, of a canonical graph; ``skipped`` names linears that belong to no site."""
+    graph, result = ctx.graph, PassResult("match")
     readers = {norm: linears for norm in filter(layers.is_norm, graph.nodes) if (linears := _readers(norm))}
     stream_like = _stream_like(graph, readers)
     readers = {norm: linears for norm, linears in readers.items() if norm.args[0] in stream_like}
@@ -42,7 +43,8 @@ def run(graph: fx.Graph) -> tuple[Structure, PassResult]:
     for what, n in (("layers", structure.layers), ("sites", len(sites)), ("norms", len(readers)),
                     ("linears", sum(len(s.linears) for s in sites))):
         result.count(what, n)
-    return structure, result
+    ctx.structure = structure
+    return result
 
 
 def _readers(norm: fx.Node) -> list[fx.Node]:

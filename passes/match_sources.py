@@ -17,8 +17,9 @@ from torch import fx
 
 from larosa_fx.ir import compat, layers
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site, Source, Structure
+from larosa_fx.ir.structure import Site, Source
 
 SHAPE_METHODS = ("view", "reshape", "transpose", "permute", "contiguous", "expand", "unsqueeze", "squeeze", "flatten",
                  "unflatten", "split", "chunk", "repeat_interleave")
@@ -26,13 +27,13 @@ SHAPE_FUNCTIONS = (operator.getitem, torch.transpose, torch.permute, torch.resha
                    torch.unsqueeze, torch.repeat_interleave)
 
 
-def run(graph: fx.Graph, structure: Structure) -> PassResult:
+def run(ctx: Context) -> PassResult:
     """Set ``source`` of the outer sites that have one; counts them, and names the others with the reason."""
-    result = PassResult("match_sources")
+    structure, result = ctx.structure, PassResult("match_sources")
     inner = {(site.layer, site.kind): site.linears for site in structure.inner_sites()}
     for site in (s for s in structure.sites if not s.inner):
         candidates = inner.get((site.layer, {"h2": "h1", "h4": "h3"}[site.kind]), [])
-        found = [source for linear in candidates if (source := _trace(graph, site, linear)) is not None]
+        found = [source for linear in candidates if (source := _trace(ctx.graph, site, linear)) is not None]
         if len(found) == 1:
             site.source = found[0]
             result.count(site.kind)

@@ -6,19 +6,17 @@ import operator
 
 import torch
 import torch.nn.functional as F
-from torch import fx
 
 from larosa_fx.ir import effects, layers
 from larosa_fx.ir import expressions as ex
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Structure
 
 
-def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
+def run(ctx: Context) -> PassResult:
     """Merge the linears of each site along out_features, and their biases where all have one; else the pieces keep them."""
-    result = PassResult("merge_siblings")
-    graph = gm.graph
-    for site in structure.sites:
+    graph, result = ctx.graph, PassResult("merge_siblings")
+    for site in ctx.structure.sites:
         if len(site.linears) == 1:
             continue
         biases = [layers.bias_of(linear) for linear in site.linears]

@@ -11,13 +11,14 @@ from torch import fx
 from larosa_fx.ir import effects
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site, Structure
+from larosa_fx.ir.structure import Site
 
 
-def run(gm: fx.GraphModule, structure: Structure) -> PassResult:
+def run(ctx: Context) -> PassResult:
     """Pack the weight of each lowered site, [K, N], with the adapter, [D, N], that its output is added to."""
-    result = PassResult("pack_adapters")
+    gm, structure, result = ctx.gm, ctx.structure, PassResult("pack_adapters")
     products = {node for site in structure.sites for lowered in site.linears for node in (lowered, *lowered.all_input_nodes)}
     width = g.shape(structure.stream[0].node)[-1]
     leaves = [n for n in gm.graph.nodes if n.op == "placeholder" or ex.ROTATION in n.meta]

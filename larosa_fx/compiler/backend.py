@@ -17,9 +17,10 @@ from torch import fx
 from larosa_fx.compiler.capture import Capture, capture
 from larosa_fx.compiler.folds import STORE, Binding, Folded, stamp
 from larosa_fx.compiler.options import Options
-from larosa_fx.compiler.pipeline import Runner, transform
+from larosa_fx.compiler.pipeline import Runner, disabled, transform
 from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import PlanView
 from larosa_fx.ir.report import Report
 from larosa_fx.kernels import ops
 from larosa_fx.passes.fold_maps import HalfRotatedError
@@ -168,7 +169,7 @@ class CompiledGraph:
 
     def _build(self, plan: Plan | None, args: Sequence[object], at_run_time: bool = False) -> _Variant:
         global _last_report
-        run = Runner(self.options.dump_dir)
+        run = Runner(self.options.dump_dir, disabled(self.options.disable))
         captured = capture(self._gm, self._mask, run)
         weights = captured.weights(range(len(self._mask)))
         report = Report(sparsify=self.options.sparsify, passes=run.results, nodes_before=run.nodes_before)
@@ -211,9 +212,10 @@ class CompiledGraph:
             if self.options.strict:
                 raise LarosaError(f"larosa (strict): {report.reason}")
         try:
-            return transform(captured.gm, structure, plan.matrices, plan.rotation, plan.k_at(self.options.sparsity),
-                             self.options.sparsify, self.options.rotate_cache, run, report,
-                             plan.thresholds_at(self.options.sparsity, self.options.selection))
+            return transform(replace(
+                captured.context, sparsify=self.options.sparsify, rotate_cache=self.options.rotate_cache, report=report,
+                plan=PlanView(plan.rotation, plan.matrices, plan.k_at(self.options.sparsity),
+                              plan.thresholds_at(self.options.sparsity, self.options.selection))), run)
         except HalfRotatedError as error:
             raise LarosaError(f"larosa: {error}") from error
 

@@ -9,19 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx.compiler.pipeline import Runner
+from larosa_fx.compiler.pipeline import CAPTURE, Runner
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
 from larosa_fx.ir.structure import Structure, weight_placeholders
-from larosa_fx.passes import canonicalize, match, match_sources
 
 
 @dataclass
 class Capture:
     """A private clone of a Dynamo graph in canonical form. ``refusal`` says why it must stay dense, if it must."""
 
-    gm: fx.GraphModule
-    structure: Structure
+    context: Context
     refusal: str | None
+
+    @property
+    def gm(self) -> fx.GraphModule:
+        return self.context.gm
+
+    @property
+    def structure(self) -> Structure:
+        return self.context.structure
 
     def weights(self, args: Sequence) -> dict[str, list]:
         """Site name -> the weights of its linears, among the inputs that the graph is called with (or their positions)."""
@@ -31,12 +38,9 @@ class Capture:
 
 def capture(gm: fx.GraphModule, parameter_mask: Sequence[bool], run: Runner) -> Capture:
     """Clone ``gm``, bring it to canonical form and match it. ``parameter_mask``: which inputs are module parameters."""
-    clone = g.clone(gm, parameter_mask)
-    run.start(clone)
-    run(canonicalize, clone.graph)
-    structure = run(match, clone.graph)
-    run(match_sources, clone.graph, structure)
-    return Capture(clone, structure, _refusal(clone, structure))
+    context = Context(g.clone(gm, parameter_mask))
+    run(CAPTURE, context)
+    return Capture(context, _refusal(context.gm, context.structure))
 
 
 def _refusal(gm: fx.GraphModule, structure: Structure) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from larosa_fx.compiler import pipeline
 from larosa_fx.ir import compat
 from larosa_fx.ir.checks import check_choice, check_sparsity
 from larosa_fx.ir.structure import SELECTIONS
@@ -35,6 +36,8 @@ class Options:
     rotate_cache: let a plan's head maps be folded into what writes the key-value cache, so that values lie in it mapped. A
         promise: all that fills or reads this cache, prefill too, runs compiled with this plan. Without it heads are
         mapped at run time wherever values outlive the graph.
+    disable: names of passes to leave out, "fuse_attention,lower_head", to find which one a wrong answer comes from; see
+        ``larosa_fx.compiler.pipeline``.
     compiler: "inductor", or "eager" to run the rewritten graph as it stands (quick to build, for debugging and accuracy).
     """
 
@@ -48,6 +51,7 @@ class Options:
     rotate_cache: bool = False
     compiler: str = "inductor"
     selection: str | None = None
+    disable: str = ""
 
     @classmethod
     def parse(cls, options: Mapping[str, object] | None, mode: str | None = None) -> Options:
@@ -82,3 +86,4 @@ class Options:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"option {name!r} is {getattr(self, name)!r}; choose True or False")
         compat.inductor_options(self.mode)
+        pipeline.disabled(self.disable)

@@ -1,23 +1,23 @@
-"""The ordered passes from a captured graph to one that Inductor takes, timed, linted, logged and dumped."""
+"""The passes as data, and what runs them: timed, linted, logged, dumped, and left out on request."""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import torch
-from torch import fx
-
 from larosa_fx.compiler.folds import Binding
-from larosa_fx.ir.expressions import formula, is_weight
-from larosa_fx.ir.graph import PARAMETER, calls, placeholders
-from larosa_fx.ir.report import PassResult, Report, SiteReport
-from larosa_fx.ir.structure import BASES, Site, Structure
+from larosa_fx.ir.context import Context
+from larosa_fx.ir.graph import PARAMETER, placeholders
+from larosa_fx.ir.report import PassResult, SiteReport
+from larosa_fx.ir.structure import Structure
 from larosa_fx.passes import (
+    canonicalize,
     centre_layer_norms,
     defer_counters,
     fold_gain,
@@ -27,8 +27,11 @@ from larosa_fx.passes import (
     fuse_attention,
     fuse_sites,
     insert_adapters,
+    insert_taps,
     lower_head,
     lower_topk,
+    match,
+    match_sources,
     merge_siblings,
     pack_adapters,
     rotate_online,
@@ -37,38 +40,106 @@ from larosa_fx.passes import (
 log = logging.getLogger("larosa_fx")
 
 
-class Runner:
-    """Runs passes: one log line each, seconds, a lint of the graph, and numbered dumps before and after in ``dump_dir``."""
+@dataclass(frozen=True)
+class Pass:
+    """One pass. ``when``: the treatments it belongs to; it runs under no other. ``needed``: why no one may leave it out,
+    "" where the graph is right without it."""
 
-    def __init__(self, dump_dir: str | None = None) -> None:
+    module: ModuleType
+    when: Collection[str] = ("fold", "online", "unrotated")
+    needed: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.module.__name__.rpartition(".")[2]
+
+
+_WHOLE = "without it the model would be half rotated; disable fold_rotations to have rotations applied online"
+_FOUND = "without it nothing is found"
+
+#: What compilation and calibration begin with.
+CAPTURE = (
+    Pass(canonicalize, needed=_FOUND),
+    Pass(match, needed=_FOUND),
+    Pass(match_sources),
+)
+
+#: From a matched graph to one that Inductor takes, in their order.
+COMPILE = (
+    Pass(fold_gain, when=("fold", "online"), needed=_WHOLE),
+    Pass(centre_layer_norms, when=("fold",), needed=_WHOLE),
+    Pass(fold_rotations, when=("fold",)),
+    Pass(insert_adapters, when=("fold",)),
+    Pass(rotate_online, when=("online",), needed="the plan's channels are those of its rotations; calibrate with "
+                                                 "rotation='none' for a plan without"),
+    Pass(fold_maps, needed="the plan's channels are those of its maps"),
+    Pass(merge_siblings, needed="a site is lowered as one product"),
+    Pass(lower_topk, needed="it is what sparsifies; pass sparsity=0.0 for a dense model"),
+    Pass(pack_adapters),
+    Pass(fuse_sites),
+    Pass(fuse_attention),
+    Pass(lower_head),
+    Pass(defer_counters),
+    Pass(fold_weights, needed="without it weights would be folded anew for every token"),
+)
+
+#: In calibration, behind ``CAPTURE``.
+CALIBRATE = (Pass(insert_taps),)
+
+
+def disabled(names: str) -> frozenset[str]:
+    """The passes that option ``disable`` names, "fuse_attention,lower_head".
+
+    Disabling ``fold_rotations`` applies rotations online, all of them. ValueError for a name that is none, with the closest,
+    and for a pass without which the result would be wrong, with the reason.
+    """
+    if not isinstance(names, str):
+        raise ValueError(f"option 'disable' takes names of passes with commas between them, not {type(names).__name__}")
+    passes = {p.name: p for p in (*CAPTURE, *COMPILE)}
+    chosen = frozenset(filter(None, (name.strip() for name in names.split(","))))
+    for name in sorted(chosen):
+        if name not in passes:
+            close = difflib.get_close_matches(name, passes, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]!r}?" if close else f"passes: {', '.join(passes)}"
+            raise ValueError(f"option 'disable': there is no pass {name!r}; {hint}")
+        if passes[name].needed:
+            raise ValueError(f"option 'disable': {name} cannot be left out: {passes[name].needed}")
+    return chosen
+
+
+class Runner:
+    """Runs passes: one log line each, seconds, a lint of the graph, and a numbered dump behind each in ``dump_dir``.
+
+    disabled: names of passes that are left out.
+    """
+
+    def __init__(self, dump_dir: str | None = None, disabled: Collection[str] = ()) -> None:
         self.results: list[PassResult] = []
-        self.gm: fx.GraphModule | None = None
-        self.nodes_before = 0
+        self.disabled = disabled
+        self.nodes_before: int | None = None
         self._dumps = _next_graph_dir(Path(dump_dir)) if dump_dir else None
 
-    def start(self, gm: fx.GraphModule) -> None:
-        self.gm, self.nodes_before = gm, len(gm.graph.nodes)
+    def __call__(self, passes: Sequence[Pass], ctx: Context, until: str | None = None) -> None:
+        """Run those of the passes that belong to the context's treatment, up to and including the one named ``until``."""
+        if self.nodes_before is None:
+            self.nodes_before = len(ctx.graph.nodes)
+        for step in passes:
+            if ctx.treatment in step.when and step.name not in self.disabled:
+                self._run(step, ctx)
+            if step.name == until:
+                break
 
-    def __call__(self, module: ModuleType, *args: object):
-        """``module.run(*args)``, which returns a PassResult or a tuple that ends in one; returns what stands before it."""
-        name = module.__name__.rpartition(".")[2]
-        self._dump(name, "before")
+    def _run(self, step: Pass, ctx: Context) -> None:
         started = time.perf_counter()
-        outcome = module.run(*args)
-        *values, result = outcome if isinstance(outcome, tuple) else (outcome,)
+        result = step.module.run(ctx)
         result.seconds = time.perf_counter() - started
-        self.gm.graph.lint()
+        ctx.graph.lint()
         self.results.append(result)
-        self._dump(name, "after", len(self.results))
+        if self._dumps is not None:
+            (self._dumps / f"{len(self.results):02d}-{step.name}.txt").write_text(f"{ctx.graph}\n")
         log.info("%s (%.3f s)", result, result.seconds)
         for what, reason in result.skipped:
             log.debug("%s left %s alone: %s", result.name, what, reason)
-        return values[0] if values else None
-
-    def _dump(self, name: str, when: str, number: int | None = None) -> None:
-        if self._dumps is not None:
-            number = number or len(self.results) + 1
-            (self._dumps / f"{number:02d}-{name}-{when}.txt").write_text(f"{self.gm.graph}\n")
 
 
 def _next_graph_dir(root: Path) -> Path:
@@ -80,62 +151,26 @@ def _next_graph_dir(root: Path) -> Path:
     return path
 
 
-def treatment(structure: Structure, rotation: str) -> str:
+def treatment(structure: Structure, rotation: str, disabled: Collection[str] = ()) -> str:
     """How a rotation granularity is carried out here: "fold", "online" or "unrotated"."""
     if rotation == "none":
         return "unrotated"
-    return "online" if rotation == "online" or structure.obstacles else "fold"
+    return "online" if rotation == "online" or structure.obstacles or "fold_rotations" in disabled else "fold"
 
 
-def _residual_edge(structure: Structure, site: Site) -> str | None:
-    """The adapter where the site's linears write the stream; "" without one, None where they write something else."""
-    for value in structure.stream:
-        if not set(value.writers).isdisjoint(site.linears):
-            edges = [x for x in value.node.all_input_nodes if calls(x, torch.matmul) and is_weight(x.args[1])]
-            return "".join(formula(edge.args[1]) for edge in edges)
-    return None
-
-
-def transform(gm: fx.GraphModule, structure: Structure, rotations: Mapping, rotation: str, k: Mapping[str, int],
-              sparsify: str, rotate_cache: bool, run: Runner, report: Report, thresholds: Mapping[str, float] | None = None
-              ) -> Binding:
-    """All passes after matching. Rewrites ``gm`` in place and fills ``report``; returns how to call the result.
-
-    ``rotations``: a plan's matrices: rotations, and maps of heads and scales, where it has them. ``rotation``: granularity.
-    ``k``: channels kept at each site. ``rotate_cache``: see ``larosa_fx.compiler.options``.
-    ``thresholds``: in place of Top-K, with which each site keeps k channels on average.
-    """
+def transform(ctx: Context, run: Runner, until: str | None = None) -> Binding:
+    """All passes after matching. Rewrites ``ctx.gm`` in place and fills ``ctx.report``; returns how to call the result."""
+    structure, plan, report = ctx.structure, ctx.plan, ctx.report
     report.structure = structure.rows()
-    names = [node.meta.get(PARAMETER, str(node)) for node in placeholders(gm.graph)]
-    report.treatment = treatment(structure, rotation)
-    if report.treatment == "fold":
-        run(fold_gain, gm, structure, [norm for value in structure.stream for norm in list(value.norms)])
-        if structure.has_layer_norms:
-            run(centre_layer_norms, gm, structure)
-        run(fold_rotations, gm, structure, rotations, rotation)
-        run(insert_adapters, gm)
-    elif report.treatment == "online":
-        run(fold_gain, gm, structure, [site.norm for site in structure.inner_sites() if site.norm is not None])
-        run(rotate_online, gm, structure, rotations, rotation)
-    maps = run(fold_maps, gm, structure, rotations, rotate_cache)
+    names = [node.meta.get(PARAMETER, str(node)) for node in placeholders(ctx.graph)]
+    report.treatment = ctx.treatment = treatment(structure, plan.rotation, run.disabled)
+    if "fold_rotations" in run.disabled and ctx.treatment == "online" and not report.reason:
+        report.reason = "rotations are applied online, not folded: fold_rotations is disabled"
+    run(COMPILE, ctx, until)
     report.sites = [SiteReport(
-        site.name, site.in_features, site.out_features, len(site.linears),
-        f"{report.treatment} {BASES[rotation](site)}" if site.inner and rotation != "none" else maps[site.name],
-        k[site.name], "", writes=_residual_edge(structure, site), threshold=thresholds and thresholds[site.name])
-        for site in structure.sites]
-    run(merge_siblings, gm, structure)
-    for row, site in zip(report.sites, structure.sites, strict=True):
-        row.weight = formula(site.linears[0].args[1])
-    forms = run(lower_topk, gm, structure, k, sparsify, thresholds)
-    run(pack_adapters, gm, structure)
-    run(fuse_sites, gm, structure)
-    run(fuse_attention, gm)
-    run(lower_head, gm)
-    run(defer_counters, gm)
-    for site in report.sites:
-        site.form = forms[site.site]
-    inputs = run(fold_weights, gm, structure.dtype)
-    report.passes, report.layers, report.rotation = run.results, structure.layers, rotation
-    report.nodes_before, report.nodes_after = run.nodes_before, len(gm.graph.nodes)
-    gm.recompile()
-    return Binding(inputs, structure.dtype, structure.device, rotations, names=names)
+        site.name, site.in_features, site.out_features, site.members, site.rotation, plan.k[site.name], site.form,
+        site.weight, site.writes, plan.thresholds and plan.thresholds[site.name]) for site in structure.sites]
+    report.passes, report.layers, report.rotation = run.results, structure.layers, plan.rotation
+    report.nodes_before, report.nodes_after = run.nodes_before, len(ctx.graph.nodes)
+    ctx.gm.recompile()
+    return Binding(ctx.inputs, structure.dtype, structure.device, rotations=plan.matrices, names=names)

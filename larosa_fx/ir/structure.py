@@ -8,6 +8,7 @@ import torch
 from tabulate import tabulate
 from torch import fx
 
+from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir import layers
 
@@ -39,7 +40,10 @@ class Site:
 
     kind: "h1" (QKV input), "h2" (o_proj input), "h3" (gate/up input) or "h4" (down_proj input).
     norm: the RMSNorm or LayerNorm whose output the site is; None at h2 and h4, and where linears read the stream itself.
-    source: what ``passes.match_sources`` finds there.
+    source: what ``passes.match_sources`` finds there. members: how many linears
+    read it in the model. rotation: how its channels are rotated or mapped, for people. Set by ``passes.lower_topk``: form,
+    how the product behind it runs; weight, what its weights became, as a formula; writes, what adds their output to the
+    residual stream, if they do: the adapter's formula, "" without one.
     """
 
     layer: int
@@ -48,10 +52,15 @@ class Site:
     linears: list[fx.Node]
     norm: fx.Node | None = None
     source: Source | None = None
+    rotation: str = "none"
+    form: str = ""
+    weight: str = ""
+    writes: str | None = None
 
     def __post_init__(self) -> None:
         self.in_features = layers.linear_size(self.linears[0])[0]
         self.out_features = sum(layers.linear_size(linear)[1] for linear in self.linears)
+        self.members = len(self.linears)
         self.parameters = [node.meta[g.PARAMETER] for node in weight_placeholders(self)]
 
     @property
@@ -137,6 +146,14 @@ class Structure:
             if (basis := BASES[rotation](site)) is not None:
                 found.setdefault(basis, []).append(site)
         return found
+
+    def residual_edge(self, site: Site) -> str | None:
+        """The adapter where the site's linears write the stream; "" without one, None where they write something else."""
+        for value in self.stream:
+            if not set(value.writers).isdisjoint(site.linears):
+                edges = [x for x in value.node.all_input_nodes if g.calls(x, torch.matmul) and ex.is_weight(x.args[1])]
+                return "".join(ex.formula(edge.args[1]) for edge in edges)
+        return None
 
     def rows(self) -> list[dict[str, object]]:
         """One row a site, as tests assert it and ``larosa inspect`` prints it."""

@@ -13,13 +13,12 @@ from torch import fx
 from tqdm.auto import tqdm
 
 from larosa_fx.compiler.capture import Capture, capture
-from larosa_fx.compiler.pipeline import Runner
+from larosa_fx.compiler.pipeline import CALIBRATE, Runner
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.checks import check_choice, check_sparsity
 from larosa_fx.ir.structure import BASES, SELECTIONS, Structure
 from larosa_fx.method.reference import headless
 from larosa_fx.method.thresholds import with_thresholds
-from larosa_fx.passes import insert_taps
 from larosa_fx.plan import rotations as orthogonal
 from larosa_fx.plan.allocate import COEFFICIENTS
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanSite, library_versions, sample
@@ -152,7 +151,8 @@ def _capture_backend(gm: fx.GraphModule, example_inputs: Sequence[object]):
     run = Runner()
     captured = capture(gm, g.parameter_mask(example_inputs), run)
     if captured.refusal is None:
-        run(insert_taps, captured.gm, captured.structure, _observe)
+        captured.context.observe = _observe
+        run(CALIBRATE, captured.context)
     captured.gm.recompile()
 
     def call(*args: object):

@@ -433,8 +433,8 @@ def test_report_and_dumps(saved, tmp_path):
         assert word in text
     names = sorted(p.name for p in (tmp_path / "dumps" / "graph-00").iterdir())
     passes = [p.name for p in report.passes]
-    assert names == sorted(f"{i:02d}-{name}-{when}.txt" for i, name in enumerate(passes, 1) for when in ("before", "after"))
-    assert "topk_select" in (tmp_path / "dumps" / "graph-00" / f"{len(passes):02d}-{passes[-1]}-after.txt").read_text()
+    assert names == sorted(f"{i:02d}-{name}.txt" for i, name in enumerate(passes, 1))
+    assert "topk_select" in (tmp_path / "dumps" / "graph-00" / f"{len(passes):02d}-{passes[-1]}.txt").read_text()
     assert report.to_dict()["sites"][0]["site"] == "layers.0.h1"
 
 

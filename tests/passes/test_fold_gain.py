@@ -1,5 +1,7 @@
 """Gains move into the linears that read the norm, and into nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,5 +74,6 @@ class Sliced(nn.Module):
                          ids=["a slice", "an index computed later"])
 def test_linear_behind_some_positions_of_a_norm_with_other_readers(choose):
     p = trace(randomize(Sliced(choose)), torch.randn(2, 5, D))
-    fold_gain.run(p.gm, p.structure, list(p.structure.readers))
+    assert [norm for value in p.structure.stream for norm in value.norms] == list(p.structure.readers)
+    fold_gain.run(replace(p.context, treatment="fold"))
     p.check()

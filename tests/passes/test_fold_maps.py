@@ -1,9 +1,12 @@
 """Maps of heads and scales: nothing changes at sparsity 0, the selection is the plan's, no cache is half mapped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import larosa_fx
+from larosa_fx.ir.context import PlanView
 from larosa_fx.method.reference import simulated
 from larosa_fx.passes import fold_maps, match_sources
 from programs import orthogonal, program, tiny_model
@@ -55,7 +58,7 @@ def test_another_reader_of_the_values_rules_them_out():
         site.source = None
     with p.gm.graph.inserting_after(linear):
         p.gm.graph.call_function(torch.neg, (linear,))
-    result = match_sources.run(p.gm.graph, p.structure)
+    result = match_sources.run(p.context)
     assert [s.name for s in p.structure.sites if s.kind == "h2" and s.source is None] == ["layers.1.h2"]
     assert [name for name, _ in result.skipped] == ["layers.1.h2"]
 
@@ -104,7 +107,7 @@ def test_values_that_cannot_be_mapped_where_they_are_made_are_refused():
     p = program("gemma2")
     matrices = {"layers.0.h2/heads": torch.eye(8).expand(KV, 8, 8)}
     with pytest.raises(fold_maps.HalfRotatedError, match="leave the option out"):
-        fold_maps.run(p.gm, p.structure, matrices, True)
+        fold_maps.run(replace(p.context, plan=PlanView(matrices=matrices), rotate_cache=True))
 
 
 def test_the_cache_holds_mapped_values_only_by_promise():

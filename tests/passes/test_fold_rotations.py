@@ -1,9 +1,12 @@
 """The stream is held in rotated bases, and every value that leaves it is the model's own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import fx
 
+from larosa_fx.ir.context import PlanView
 from larosa_fx.passes import fold_gain, fold_rotations
 from programs import FOLDABLE, FOLDED, assert_close, program, rewrite, rotations, tiny_model, trace
 from tiny import SIZES, ids
@@ -40,8 +43,9 @@ def test_each_value_of_the_stream_is_the_models_times_its_rotation(family, granu
     own = _Values(p.gm).run(*p.args)
     expected = [own[value.node] for value in p.structure.stream]
     matrices = rotations(p.structure, granularity)
-    fold_gain.run(p.gm, p.structure, [norm for value in p.structure.stream for norm in value.norms])
-    fold_rotations.run(p.gm, p.structure, matrices, granularity)
+    ctx = replace(p.context, treatment="fold", plan=PlanView(granularity, matrices))
+    fold_gain.run(ctx)
+    fold_rotations.run(ctx)
     p.gm.recompile()
     held = _Values(p.gm).run(*p.args)
     first = {"layer": "layers.0", "block": "layers.0.h1", "model": "model"}[granularity]

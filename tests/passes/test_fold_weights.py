@@ -113,5 +113,5 @@ def test_weights_that_the_model_computes(weight):
             return x + F.linear(self.up(h).relu(), weight(self.a, self.b))
 
     p = trace(randomize(Computed()), torch.randn(2, 5, D))
-    inputs, _ = fold_weights.run(p.gm, torch.float32)
-    p.check(Binding(inputs, torch.float32, torch.device("cpu")))
+    fold_weights.run(p.context)
+    p.check(Binding(p.context.inputs, torch.float32, torch.device("cpu")))

@@ -10,6 +10,7 @@ from transformers import StaticCache
 from larosa_fx.compiler.capture import capture
 from larosa_fx.compiler.pipeline import Runner
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context, Device
 from larosa_fx.passes import defer_counters, fuse_attention
 from programs import assert_close, tiny_model
 from tiny import SIZES, ids
@@ -18,8 +19,8 @@ ATTENTION = torch.ops.larosa.decode_attention.default
 LAYERS = SIZES["num_hidden_layers"]
 
 
-def yes(*_):
-    return True
+def context(gm, attends=lambda *_: True):
+    return Context(gm, device=Device(attends=attends))
 
 
 @cache
@@ -78,7 +79,7 @@ def clone(family, **changes):
 ])
 def test_same_step(family, counts):
     gm = clone(family)
-    result = fuse_attention.run(gm, yes)
+    result = fuse_attention.run(context(gm))
     assert {what: n for what, n in result.counts.items() if n} == counts
     assert not gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
     assert not gm.graph.find_nodes(op="call_method", target="index_copy_")
@@ -87,7 +88,7 @@ def test_same_step(family, counts):
 
 def test_grouped_queries_read_the_cache_itself():
     gm = clone("llama")
-    fuse_attention.run(gm, yes)
+    fuse_attention.run(context(gm))
     for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
         assert g.shape(node.args[1])[1] == SIZES["num_key_value_heads"] < g.shape(node.args[0])[1]
         assert node.args[1].op == node.args[2].op == "placeholder"
@@ -95,11 +96,12 @@ def test_grouped_queries_read_the_cache_itself():
 
 def test_the_device_decides():
     gm = clone("llama")
-    result = fuse_attention.run(gm, lambda q, keys, mask: False)
+    result = fuse_attention.run(context(gm, lambda q, keys, mask: False))
     assert not result.counts and len(result.skipped) == LAYERS
     check(gm, "llama")
     asked = []
-    fuse_attention.run(gm, lambda q, keys, mask: asked.append((q.shape, keys.shape, mask.shape, mask.dtype)) or False)
+    fuse_attention.run(context(
+        gm, lambda q, keys, mask: asked.append((q.shape, keys.shape, mask.shape, mask.dtype)) or False))
     heads, dim = SIZES["num_attention_heads"], SIZES["hidden_size"] // SIZES["num_attention_heads"]
     assert set(asked) == {((1, heads, 1, dim), (1, SIZES["num_key_value_heads"], 12, dim), (1, 1, 1, 12), torch.bool)}
 
@@ -111,7 +113,7 @@ def test_another_reader_of_the_cache_keeps_the_update_where_it_is():
     with gm.graph.inserting_before(output):
         extra = gm.graph.call_method("sum", (keys,))
     output.args = ((*output.args[0], extra),)
-    result = fuse_attention.run(gm, yes)
+    result = fuse_attention.run(context(gm))
     assert result.counts == {"attentions": LAYERS, "cache updates": LAYERS - 1, "rotary embeddings": LAYERS - 1}
     output.args = (output.args[0][:-1],)
     check(gm, "llama")
@@ -121,8 +123,8 @@ def test_another_reader_of_the_cache_keeps_the_update_where_it_is():
 def test_counters_move_once(fused):
     gm = clone("llama")
     if fused:
-        fuse_attention.run(gm, yes)
-    assert defer_counters.run(gm).counts == {"counters": LAYERS}
+        fuse_attention.run(context(gm))
+    assert defer_counters.run(Context(gm)).counts == {"counters": LAYERS}
     assert not gm.graph.find_nodes(op="call_method", target="add_")
     check(gm, "llama")
 
@@ -134,4 +136,4 @@ def test_a_counter_that_something_else_reads_stays():
     with gm.graph.inserting_before(output):
         extra = gm.graph.call_method("float", (counter,))
     output.args = ((*output.args[0], extra),)
-    assert defer_counters.run(gm).counts == {"counters": LAYERS - 1}
+    assert defer_counters.run(Context(gm)).counts == {"counters": LAYERS - 1}

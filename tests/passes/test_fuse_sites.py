@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from larosa_fx.ir import graph as g
-from larosa_fx.passes import fuse_sites
 from programs import CASES, assert_close, program, rewrite, rotations, tiny_model, trace
 from tiny import SIZES, ids
 
@@ -145,6 +144,5 @@ def test_activation(family, activation):
 
 def test_default_asks_the_device():
     p = program("llama", tokens=1)
-    assert fuse_sites.run.__defaults__ == (fuse_sites.ops.fuses,)
-    done = rewrite(p, "none", "fuse_sites", k=halved(p), fuses=fuse_sites.ops.fuses)
+    done = rewrite(p, "none", "fuse_sites", k=halved(p), fuses=p.context.device.fuses)
     assert p.calls(LINEAR) == done.results["fuse_sites"].counts.get("sites", 0)

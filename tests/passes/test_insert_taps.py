@@ -1,5 +1,7 @@
 """Taps hand the normed activation without its gain to an observer, and change nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ def test_taps_see_the_norm_without_its_gain(family):
     model, x = tiny_model(family, rms_norm_eps=0.01), ids(2, 5)
     p = trace(model, x, use_cache=False)
     seen = {}
-    insert_taps.run(p.gm, p.structure, lambda name, x_hat: seen.update({name: x_hat}))
+    insert_taps.run(replace(p.context, observe=lambda name, x_hat: seen.update({name: x_hat})))
     p.check()
 
     expected = {}
@@ -31,6 +33,6 @@ def test_taps_see_the_norm_without_its_gain(family):
 def test_every_inner_site_is_tapped_once():
     p = program("mixtral")
     seen = []
-    result = insert_taps.run(p.gm, p.structure, lambda name, _: seen.append(name))
+    result = insert_taps.run(replace(p.context, observe=lambda name, _: seen.append(name)))
     p.check()
     assert seen == ["layers.0.h1", "layers.1.h1"] and result.counts == {"taps": 2}

@@ -1,10 +1,13 @@
 """The head of a step of one token becomes one op; what has more tokens, is small or is no weight stays."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from larosa_fx.ir import layers
+from larosa_fx.ir.context import Device
 from larosa_fx.passes import lower_head
 from larosa_fx.study.families import tiny_model
 from programs import program, rewrite, trace
@@ -28,7 +31,7 @@ def small(monkeypatch):
 def test_the_head_is_one_op_and_computes_the_same(small, family, granularity):
     p = program(family, tokens=1)
     rewrite(p, granularity, "lower_topk")
-    result = lower_head.run(p.gm, one_row)
+    result = lower_head.run(replace(p.context, device=Device(multiplies=one_row)))
     assert result.counts == {"linears": 1} and p.calls(GEMV) == 1 and p.calls(F.linear) == 0
     p.check()
 
@@ -37,14 +40,14 @@ def test_a_bias_is_added_behind_it(small):
     p = trace(tiny_model("PhiForCausalLM"), ids(1, 1), use_cache=False)
     linears = p.gm.graph.find_nodes(op="call_function", target=F.linear)
     assert all(layers.bias_of(linear) is not None for linear in linears)
-    assert lower_head.run(p.gm, one_row).counts == {"linears": len(linears)}
+    assert lower_head.run(replace(p.context, device=Device(multiplies=one_row))).counts == {"linears": len(linears)}
     p.check()
 
 
 def test_many_tokens_stay(small):
     p = program("llama", tokens=5)
     rewrite(p, "layer", "lower_topk")
-    result = lower_head.run(p.gm, one_row)
+    result = lower_head.run(replace(p.context, device=Device(multiplies=one_row)))
     assert not result.counts and p.calls(GEMV) == 0 and p.calls(F.linear) == 1
     assert "many tokens" in result.skipped[0][1]
 
@@ -52,4 +55,4 @@ def test_many_tokens_stay(small):
 def test_a_small_one_stays():
     p = program("llama", tokens=1)
     rewrite(p, "layer", "lower_topk")
-    assert not lower_head.run(p.gm, one_row).counts and p.calls(F.linear) == 1
+    assert not lower_head.run(replace(p.context, device=Device(multiplies=one_row))).counts and p.calls(F.linear) == 1

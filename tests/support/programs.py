@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import random
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -15,23 +15,11 @@ from torch import fx
 
 from larosa_fx.compiler.capture import capture
 from larosa_fx.compiler.folds import Binding
-from larosa_fx.compiler.pipeline import Runner
+from larosa_fx.compiler.pipeline import Runner, transform
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context, PlanView
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.structure import Structure
-from larosa_fx.passes import (
-    centre_layer_norms,
-    fold_gain,
-    fold_maps,
-    fold_rotations,
-    fold_weights,
-    fuse_sites,
-    insert_adapters,
-    lower_topk,
-    merge_siblings,
-    pack_adapters,
-    rotate_online,
-)
 from tiny import SIZES, ids
 
 #: Weights are other ones in every run; the workers of one run share them.
@@ -66,12 +54,19 @@ CASES = [(family, granularity) for family in SITES for granularity in (*FOLDED, 
 class Program:
     """A captured graph in canonical form, what it is called with, and what it must go on to return."""
 
-    gm: fx.GraphModule
-    structure: Structure
+    context: Context
     refusal: str | None
     args: Sequence[object]
     expected: Sequence[torch.Tensor]
     source: fx.GraphModule
+
+    @property
+    def gm(self) -> fx.GraphModule:
+        return self.context.gm
+
+    @property
+    def structure(self) -> Structure:
+        return self.context.structure
 
     def fresh(self) -> Program:
         """The program before any pass behind matching; Dynamo is not asked again."""
@@ -157,7 +152,7 @@ def _dynamo(model: torch.nn.Module, inputs: Sequence, options: Mapping) -> tuple
 def _program(gm: fx.GraphModule, args: Sequence[object]) -> Program:
     with torch.no_grad():
         captured = capture(gm, g.parameter_mask(args), Runner())
-        return Program(captured.gm, captured.structure, captured.refusal, args, gm(*args), gm)
+        return Program(captured.context, captured.refusal, args, gm(*args), gm)
 
 
 def orthogonal(size: int, seed: int | None = None) -> torch.Tensor:
@@ -172,54 +167,30 @@ def rotations(structure: Structure, granularity: str) -> dict[str, torch.Tensor]
 
 @dataclass
 class Rewritten:
-    """What the passes up to one of them returned."""
+    """What the passes up to one of them returned; the binding is None where they stopped before there is one."""
 
     results: dict[str, PassResult]
-    binding: Binding | None = None
-    forms: Mapping[str, str] | None = None
+    forms: dict[str, str]
+    binding: Binding | None
 
 
 def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Mapping[str, int] | None = None,
-            sparsify: str = "all", fuses: fuse_sites.Fuses | None = None,
-            matrices: Mapping[str, torch.Tensor] | None = None, thresholds: Mapping[str, float] | None = None) -> Rewritten:
-    """Run the passes behind matching in their order, up to and including ``until``, with a plan's matrices or random
+            sparsify: str = "all", fuses: Callable | None = None, matrices: Mapping[str, torch.Tensor] | None = None,
+            thresholds: Mapping[str, float] | None = None, disabled: Collection[str] = ()) -> Rewritten:
+    """Run the product's own passes behind matching, up to and including ``until``, with a plan's matrices or random
     rotations.
 
-    fuses: what the device's kernel takes, where sites are to be fused.
+    fuses: what the device's kernel takes; without it sites are not fused.
     """
     matrices = rotations(p.structure, granularity) if matrices is None else matrices
-    done = Rewritten({})
-
-    def step(module, *args):
-        outcome = module.run(*args)
-        *values, result = outcome if isinstance(outcome, tuple) else (outcome,)
-        done.results[result.name] = result
-        return values[0] if values else None
-
-    folded, online = granularity in FOLDED, granularity == "online"
-    norms = ([n for value in p.structure.stream for n in value.norms] if folded else
-             [site.norm for site in p.structure.inner_sites()])
     k = k or {site.name: site.in_features for site in p.structure.sites}
-    passes = [
-        (folded or online, fold_gain, p.gm, p.structure, norms),
-        (folded and p.structure.has_layer_norms, centre_layer_norms, p.gm, p.structure),
-        (folded, fold_rotations, p.gm, p.structure, matrices, granularity),
-        (folded, insert_adapters, p.gm),
-        (online, rotate_online, p.gm, p.structure, matrices, granularity),
-        (True, fold_maps, p.gm, p.structure, matrices, False),
-        (True, merge_siblings, p.gm, p.structure),
-        (True, lower_topk, p.gm, p.structure, k, sparsify, thresholds),
-        (True, pack_adapters, p.gm, p.structure),
-        (fuses is not None, fuse_sites, p.gm, p.structure, fuses),
-        (True, fold_weights, p.gm, p.structure.dtype),
-    ]
-    for applies, module, *args in passes:
-        value = step(module, *args) if applies else None
-        if module is lower_topk:
-            done.forms = value
-        if module is fold_weights:
-            done.binding = Binding(value, p.structure.dtype, p.structure.device, rotations=matrices,
-                                   digest=str(random.random()))
-        if module.__name__.endswith(f".{until}"):
-            break
-    return done
+    ctx = p.context
+    ctx.plan, ctx.sparsify = PlanView(granularity, matrices, k, thresholds), sparsify
+    if fuses is None:
+        disabled = {*disabled, "fuse_sites"}
+    else:
+        ctx.device = replace(ctx.device, fuses=fuses)
+    run = Runner(disabled=disabled)
+    binding = transform(ctx, run, until)
+    return Rewritten({result.name: result for result in run.results}, {site.name: site.form for site in p.structure.sites},
+                     replace(binding, digest=str(random.random())) if until == "fold_weights" else None)

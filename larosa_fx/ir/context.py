@@ -1,0 +1,63 @@
+"""What every pass is given: ``run(ctx) -> PassResult`` is the signature of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from larosa_fx.ir.recipe import Recipe
+from larosa_fx.ir.report import Report
+from larosa_fx.ir.structure import Structure
+from larosa_fx.kernels import ops
+
+
+@dataclass(frozen=True)
+class PlanView:
+    """What passes read of a plan.
+
+    rotation: its granularity. matrices: rotations [D, D] by basis, maps of heads and scales by site, where it has them.
+    k: channels kept at each site. thresholds: in place of Top-K, with which each site keeps k channels on average.
+    """
+
+    rotation: str = "none"
+    matrices: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    k: Mapping[str, int] = field(default_factory=dict)
+    thresholds: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the device computes in one launch, as passes ask it; see the functions of ``kernels.ops``."""
+
+    fuses: Callable[[torch.Tensor, int, int, bool, str], bool] = ops.fuses
+    attends: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], bool] = ops.attends
+    multiplies: Callable[[torch.Tensor, torch.Tensor], bool] = ops.multiplies
+
+
+@dataclass
+class Context:
+    """One graph on its way through the passes, with all that they read and leave for each other.
+
+    gm: rewritten in place. structure: what ``match`` finds. treatment: "fold", "online" or "unrotated", how the plan's
+    rotations are carried out here. sparsify, rotate_cache: see ``larosa_fx.compiler.options``. observe: what calibration's
+    taps call with (site name, activation). inputs: what ``fold_weights`` leaves: for each placeholder of the rewritten graph
+    the position of an original input, or a recipe.
+    """
+
+    gm: fx.GraphModule
+    structure: Structure | None = None
+    plan: PlanView = field(default_factory=PlanView)
+    treatment: str = "unrotated"
+    sparsify: str = "decode"
+    rotate_cache: bool = False
+    device: Device = field(default_factory=Device)
+    report: Report = field(default_factory=Report)
+    observe: Callable[[str, object], None] | None = None
+    inputs: list[int | Recipe] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
