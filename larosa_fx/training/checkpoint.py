@@ -17,7 +17,7 @@ class CheckpointError(ValueError):
 
 
 def save(path: Path, content: dict[str, object]) -> None:
-    """Write ``content``, one entry for each of FIELDS, tensors in it; an earlier checkpoint stays until this one is whole."""
+    """Write ``content``, an entry for each of FIELDS; an earlier checkpoint stays until this one is whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:

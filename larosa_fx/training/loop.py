@@ -82,10 +82,11 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
 
 
 def estimate(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], validation: Sequence[torch.Tensor],
-             options: TrainingOptions | None = None) -> Estimate:
-    """What ``train`` with these arguments will take on the model's device, by two of its steps, whose outcome is dropped.
+             options: TrainingOptions | None = None, repeats: int = 1) -> Estimate:
+    """What ``train`` with these arguments will take on the model's device, by some of its steps, whose outcome is dropped.
 
-    On a GPU the peak is the measured one; on a CPU it is estimated, the model's weights included.
+    Timed are ``repeats`` steps behind a first one. On a GPU the peak is the measured one; on a CPU it is estimated, the
+    model's weights included.
     """
     options, tokens, held_out = _checked(options, batches, validation)
     device = next(model.parameters()).device
@@ -93,7 +94,7 @@ def estimate(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor]
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with _frozen(model), _Trainer(model, plan, tokens, held_out, options, None) as trainer:
-        step, piece = trainer.probe()
+        step, piece = trainer.probe(repeats)
         arrangement = trainer.arrangement
     validations = options.steps // options.validate_every + 1
     per_token = piece / (arrangement.rows * tokens.shape[1])
@@ -166,26 +167,27 @@ class _Trainer:
             self.checkpoint.unlink(missing_ok=True)
         skipped = self.skipped.item()
         if skipped:
-            log.warning("%d of %d steps were skipped because their gradients were not finite; a bfloat16 model has none such",
+            log.warning("%d of %d steps were skipped: their gradients were not finite, as happens in float16",
                         skipped, o.steps)
         return {"validation_log_kl": self.history, "best": self.best_loss, "skipped_steps": skipped,
                 "rows": self.arrangement.rows}
 
-    def probe(self) -> tuple[float, float]:
-        """Seconds of a step and of comparing one piece, each the second time it runs; the state is spoilt."""
+    def probe(self, repeats: int) -> tuple[float, float]:
+        """Seconds of a step and of comparing one piece, means of ``repeats`` behind a first; the state is spoilt."""
         piece = self.tokens[:self.arrangement.rows].to(self.device)
         with precision("high"), _deterministic(), requiring_grad(self.leaves):
-            return (self._clocked(lambda i: self._step(i)),
-                    self._clocked(lambda i: self.divergence(piece, self.sparsities[0])))
+            return (self._clocked(self._step, repeats),
+                    self._clocked(lambda _: self.divergence(piece, self.sparsities[0]), repeats))
 
-    def _clocked(self, call: Callable[[int], object]) -> float:
+    def _clocked(self, call: Callable[[int], object], repeats: int) -> float:
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         call(0)
         wait()
         started = time.perf_counter()
-        call(1)
+        for i in range(1, repeats + 1):
+            call(i)
         wait()
-        return time.perf_counter() - started
+        return (time.perf_counter() - started) / repeats
 
     def _step(self, step: int) -> torch.Tensor:
         """One step; the mean KL of its tokens, as it was before, in nats."""
@@ -238,7 +240,7 @@ class _Trainer:
         losses /= self.held_out.numel()
         loss = losses.log().mean().item()
         if not self.best and not math.isfinite(loss):
-            raise RuntimeError(f"the divergence of the sparse model is {losses.tolist()} before training: the model's logits are "
+            raise RuntimeError(f"the sparse model's divergence is {losses.tolist()} before training: the model's logits are "
                                f"not finite in {self.state.dtype}; bfloat16 or float32 have the range")
         self.history.append((step, loss))
         self.validated = "KL " + ", ".join(f"{s:.0%} {kl:.4f}" for s, kl in zip(

@@ -2,16 +2,16 @@
 
 Kept for a whole training, R being the rotations' bytes in float32 (2 GiB for 32 of 4096 x 4096): the model's weights, in its
 dtype and without gradients; of what is trained the values, two moments and the sum of the gradients, 4 R, and one piece's
-gradients, R. Offloaded, values and moments stand on the host; the device holds a copy of the values in the model's dtype, one
-piece's gradients in the same, and their sum, 2 R for 16-bit models.
+gradients, R. Offloaded, values and moments stand on the host; the device holds a copy of the values in the model's dtype,
+one piece's gradients in the same, and their sum, 2 R for 16-bit models.
 For one piece of a step (``rows`` sequences at once): the activations that the backward pass needs, or with recomputation the
 inputs of the layers and the activations of one layer; the dense and the sparse model's logits in the model's dtype.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from larosa_fx.method.memory import free_bytes
 from larosa_fx.training import divergence, rotation_adam
 from larosa_fx.training.options import TrainingOptions
 from larosa_fx.training.state import State
@@ -60,7 +59,7 @@ class Needs:
     others: int  # all else that is trained, in float32
 
     def peak(self, rows: int, recompute: bool, offload: bool) -> int:
-        """Bytes on the device at most. Besides what the module's docstring lists: scores of one site, an optimiser's stack."""
+        """Bytes on the device at most: what the module's docstring lists, scores of one site, an optimiser's stack."""
         kept = self.saved // self.layers + self.inputs if recompute else self.saved
         piece = rows * (kept + 2 * self.logits + self.scores) + self.wide_logits
         state = (2 * self.leaves + self.rotations if offload else 5 * self.rotations) + 5 * self.others
@@ -70,8 +69,8 @@ class Needs:
 def arrange(needs: Needs, options: TrainingOptions, length: int, free: int, operations: float, gpu: bool) -> Arrangement:
     """The fastest arrangement that fits ``free`` bytes: activations kept, layers recomputed, rotations on the host.
 
-    length: tokens a row. operations: of one row. What the options fix is taken as it is. ValueError where nothing fits a GPU;
-    the host's memory is only an estimate, so there the smallest arrangement goes ahead, with a warning.
+    length: tokens a row. operations: of one row. What the options fix is taken as it is. ValueError where nothing fits a
+    GPU; the host's memory is only an estimate, so there the smallest arrangement goes ahead, with a warning.
     """
     budget = int(free * USED)
     found = None
@@ -86,8 +85,8 @@ def arrange(needs: Needs, options: TrainingOptions, length: int, free: int, oper
                 found = Arrangement(rows, recompute, offload, replay, size)
                 if size <= budget:
                     return found
-    message = (f"training needs about {found.bytes / 2**30:.1f} GiB, and {budget / 2**30:.1f} GiB are free for it: free some, "
-               "take shorter sequences, or load the model in bfloat16")
+    message = (f"training needs about {found.bytes / 2**30:.1f} GiB, and {budget / 2**30:.1f} GiB are free for it: free "
+               "some, take shorter sequences, or load the model in bfloat16")
     if gpu:
         raise ValueError(message)
     log.warning("%s", message)
@@ -120,9 +119,9 @@ def needs(model: torch.nn.Module, state: State, ids: torch.Tensor) -> Needs:
         raise RuntimeError("activations that were counted are gone")
 
     leaves = [leaf for group in state.groups() for leaf in group.leaves]
-    with torch.enable_grad(), requiring_grad(leaves), torch.autograd.graph.saved_tensors_hooks(count, refuse):
-        with state.applied(model, state.options.sparsities[0]):
-            logits = model(ids.to(state.device), use_cache=False).logits
+    with (torch.enable_grad(), requiring_grad(leaves), torch.autograd.graph.saved_tensors_hooks(count, refuse),
+          state.applied(model, state.options.sparsities[0])):
+        logits = model(ids.to(state.device), use_cache=False).logits
     length, itemsize = ids.shape[1], logits.element_size()
     wide = max(4, itemsize)
     widest = max(site.in_features for site in state.sites)
@@ -133,7 +132,8 @@ def needs(model: torch.nn.Module, state: State, ids: torch.Tensor) -> Needs:
     return Needs(
         saved, layers * length * stream * itemsize, logits.numel() * itemsize, 8 * length * widest * wide,
         5 * divergence.TOKENS * logits.shape[-1] * wide, layers,
-        4 * min(max(rotation_adam.STACKED, *sizes, 0), sum(sizes)), 4 * sum(sizes), state.dtype.itemsize * sum(sizes), 4 * others)
+        4 * min(max(rotation_adam.STACKED, *sizes, 0), sum(sizes)), 4 * sum(sizes), state.dtype.itemsize * sum(sizes),
+        4 * others)
 
 
 def operations(model: torch.nn.Module, state: State, length: int) -> float:
@@ -160,12 +160,18 @@ def decoder_layers(model: torch.nn.Module, state: State) -> list[torch.nn.Module
     held: dict[str, list[str]] = {}
     for site in state.sites:
         held.setdefault(site.name.rpartition(".")[0], []).extend(site.weights)
-    paths = [".".join(os.path.commonprefix([name.split(".")[:-1] for name in names])) for names in held.values()]
+    paths = [_common(names) for names in held.values()]
     modules = [model.get_submodule(path) for path in paths]
     nested = any(a is not b and a in b.children() for a in modules for b in modules)
     if len(set(modules)) < len(modules) or "" in paths or nested:
         return []
     return modules
+
+
+def _common(names: Sequence[str]) -> str:
+    """The path of the module that holds all parameters of these names."""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor], lr: float, scale: torch.Tensor) -> None:
-        """One step along ``gradients``, one a tensor, on ``device``, times ``scale``, a scalar; 0 also takes what is not finite."""
+        """One step along ``gradients`` times ``scale``, a scalar; at 0 gradients need not be finite. Both on ``device``."""
         self.count += 1
         for stack, moments in zip(self.stacks, self.moments, strict=True):
             values = torch.stack([self._here(self.tensors[i]) for i in stack])
@@ -71,10 +71,10 @@ class Adam:
 def retracted(q: torch.Tensor, k: torch.Tensor, orthonormal: bool = True) -> torch.Tensor:
     """Q exp(-K) to third order in the skew matrix K, [..., D, D] each, for rotations Q.
 
-    K is scaled down to turn by TURN in no plane more: the fourth root of the sum of all angles' fourth powers, |K^2|_F^(1/2),
-    bounds each. The series then leaves singular values within TURN^4 / 24 of 1. ``orthonormal``: a Newton-Schulz step
-    squares that distance; only its residual Q^T Q - I, a difference of near numbers, needs all of float32's digits. Four
-    products besides, which may be TF32: what they compute is small beside Q, or is squared away.
+    K is scaled down to turn by at most TURN in any plane: the fourth root of the sum of the angles' fourth powers,
+    |K^2|_F^(1/2), bounds each. The series then leaves singular values within TURN^4 / 24 of 1. ``orthonormal``: a
+    Newton-Schulz step squares that distance; only its residual Q^T Q - I, a difference of near numbers, needs all of
+    float32's digits. Four products besides may be TF32: what they compute is small beside Q.
     """
     shape, q, k = q.shape, q.reshape(-1, *q.shape[-2:]), k.reshape(-1, *k.shape[-2:])
     with precision("high"):

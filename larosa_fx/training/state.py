@@ -20,7 +20,7 @@ SATURATING = 8  # rounds of handing on what saturated sites cannot drop; each ca
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors trained alike: the state's own, what the model reads of each, peak learning rate, whether they are rotations."""
+    """Tensors trained alike, what the model reads of each, their peak learning rate, and whether they are rotations."""
 
     tensors: list[torch.Tensor]
     leaves: list[torch.Tensor]

@@ -14,7 +14,7 @@ from larosa_fx.training.divergence import summed_divergence
 def test_value_and_gradient(monkeypatch, tokens, dtype, tolerance):
     monkeypatch.setattr(divergence, "TOKENS", tokens)
     logits, target = (3 * torch.randn(2, 5, 37).to(dtype) for _ in range(2))
-    wide = logits.double().requires_grad_()
+    wide = logits.to(torch.float64, copy=True).requires_grad_()
     expected = F.kl_div(wide.log_softmax(-1), target.double().log_softmax(-1), log_target=True, reduction="sum")
     expected.backward()
     logits.requires_grad_()

