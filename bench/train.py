@@ -3,9 +3,9 @@
     python bench/train.py --model llama-3.2-1b llama-2-7b llama-3-8b --json bench/results/train-DEVICE.json
     python bench/train.py --model llama-2-7b --limit-gib 24 --json bench/results/train-DEVICE.json
 
-The JSON holds {"rows", "provenance"}, rows as they are measured: model, layers, dtype, rows (sequences at once), batch, tokens
-(a sequence), seconds_per_step, minutes (what ``larosa_fx.training.estimate`` says of a whole training with the default steps),
-peak_gib, limit_gib (what the process was allowed, null for all), recompute, offload, device, commit, torch, command.
+The JSON holds {"rows", "provenance"}, rows as they are measured: model, layers, dtype, rows (sequences at once), batch,
+tokens (a sequence), seconds_per_step, minutes (what ``larosa_fx.training.estimate`` says of a whole training), peak_gib,
+limit_gib (what the process was allowed, null for all), recompute, offload, device, commit, torch, command.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,18 +47,18 @@ def measure(name: str, dtype: str, layers: int | None, device: str, length: int,
             "offload": about.offload}
 
 
-def limits(values: list[float], device: str) -> Iterator[float | None]:
-    """Each limit in GiB while it holds; None for the whole GPU."""
-    for value in values or [None]:
-        if value is None:
-            yield None
-            continue
-        share = value * 2**30 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
-        try:
-            yield value
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
+@contextmanager
+def limited(gib: float | None, device: str) -> Iterator[None]:
+    """Within the context the process may take so much of the GPU's memory; None for all."""
+    if gib is None:
+        yield
+        return
+    share = gib * 2**30 / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def main() -> None:
@@ -78,17 +79,18 @@ def main() -> None:
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for name, dtype, limit in itertools.product(args.model, args.dtype, args.limit_gib or [None]):
         started = time.perf_counter()
-        for _ in limits([] if limit is None else [limit], args.device):
+        with limited(limit, args.device):
             row = measure(name, dtype, args.layers, args.device, args.tokens, options, args.repeats)
         row |= {"limit_gib": limit, "device": provenance.device(args.device), "commit": provenance.commit(),
                 "torch": torch.__version__, "command": provenance.command()}
-        print(f"{name} {dtype}, limit {limit}: {row['seconds_per_step']:.2f} s a step, {row['peak_gib']:.1f} GiB, {row['rows']} "
-              f"rows, recompute {row['recompute']}, offload {row['offload']}, {row['minutes']:.0f} minutes for "
-              f"{options.steps} steps (measured in {time.perf_counter() - started:.0f} s)", flush=True)
+        print(f"{name} {dtype}, limit {limit}: {row['seconds_per_step']:.2f} s a step, {row['peak_gib']:.1f} GiB, "
+              f"{row['rows']} rows, recompute {row['recompute']}, offload {row['offload']}, {row['minutes']:.0f} minutes "
+              f"for {options.steps} steps (measured in {time.perf_counter() - started:.0f} s)", flush=True)
         case = ("model", "layers", "dtype", "batch", "tokens", "limit_gib", "device")
         rows = [held for held in rows if any(held[key] != row[key] for key in case)] + [row]
         if args.json:
-            args.json.write_text(results_text(rows=rows, provenance={"device": row["device"], "versions": library_versions()}))
+            about = {"device": row["device"], "versions": library_versions()}
+            args.json.write_text(results_text(rows=rows, provenance=about))
         gc.collect()
         if args.device != "cpu":
             torch.cuda.empty_cache()
