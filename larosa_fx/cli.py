@@ -15,6 +15,10 @@ from larosa_fx.ir.checks import check_sparsity
 from larosa_fx.ir.structure import BASES, SELECTIONS
 from larosa_fx.plan.plan import Plan, PlanError
 from larosa_fx.smollm2 import DownloadError
+from larosa_fx.training.options import TrainingOptions
+
+TRAINED = 512  # tokens of a sequence that is trained on
+VALIDATED, MOST_VALIDATED = 20, 32  # of so many sequences one validates, and so many at most
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,14 +61,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--windows", type=_positive, default=12, help="windows to evaluate on")
 
     calibrate = command("calibrate", _calibrate, "Fit rotations to a model and save them as a plan.")
-    calibrate.add_argument("-o", "--output", required=True, metavar="PLAN", help="file to write")
+    calibrate.add_argument("-o", "--output", metavar="PLAN", help="file to write; MODEL.larosa where not given")
     calibrate.add_argument("--text", metavar="FILE", help="text; half of Python's pydoc topics where not given")
     calibrate.add_argument("--sparsity", type=_sparsity, default=0.5, help="byte sparsity the plan stands for")
     calibrate.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity of the rotations")
     calibrate.add_argument("--basis", default="pca", choices=("pca", "random", "hadamard"), help="how they are made")
     calibrate.add_argument("--selection", choices=SELECTIONS, help="the same number of channels for each token, or "
                            "those over thresholds; topk where not given, threshold with --train")
-    calibrate.add_argument("--train", type=_positive, metavar="STEPS", help="train the plan end to end so many steps")
+    calibrate.add_argument("--train", type=_positive, nargs="?", const=TrainingOptions.steps, metavar="STEPS",
+                           help=f"train the plan end to end; {TrainingOptions.steps} steps where no number is given")
     calibrate.add_argument("--window", type=_positive, default=2048, help="tokens a window")
     calibrate.add_argument("--windows", type=_positive, default=16, help="windows to use")
 
@@ -132,23 +137,38 @@ def _calibrate(args: argparse.Namespace) -> None:
     from larosa_fx.loading import encode
     from larosa_fx.method.calibrate import calibrate
     from larosa_fx.method.evaluate import windows
-    from larosa_fx.training.loop import TrainingOptions, train
 
+    output = args.output or f"{Path(args.model).name if args.model else 'SmolLM2-135M-Instruct'}.larosa"
     model, tokenizer = _load(args)
     text, origin = _text(args, "calibration")
-    batches = windows(encode(tokenizer, text), args.window, args.windows)
+    ids = encode(tokenizer, text)
+    batches = windows(ids, args.window, args.windows)
     started = time.perf_counter()
     plan = calibrate(model, batches, sparsity=args.sparsity, rotation=args.rotation, basis=args.basis,
                      selection="topk" if args.train else args.selection or "topk", provenance={"text": origin})
     if args.train:
-        options = TrainingOptions(steps=args.train, selection=args.selection or TrainingOptions.selection)
-        held_out = max(1, len(batches) // 10)
-        plan = train(model, plan, batches[:-held_out], batches[-held_out:], options,
-                     checkpoint=f"{args.output}.checkpoint")
-    plan.save(args.output)
-    print(f"{args.output}: {len(plan.rotations)} rotations, {len(plan.sites)} sites, byte sparsity "
+        plan = _train(args, model, plan, windows(ids, min(args.window, TRAINED)), f"{output}.checkpoint")
+    plan.save(output)
+    print(f"{output}: {len(plan.rotations)} rotations, {len(plan.sites)} sites, byte sparsity "
           f"{plan.byte_sparsity:.2%} by {plan.selection}, calibrated on {plan.provenance['tokens']} tokens in "
           f"{time.perf_counter() - started:.0f} s")
+
+
+def _train(args: argparse.Namespace, model: torch.nn.Module, plan: Plan, rows: list[torch.Tensor], checkpoint: str) -> Plan:
+    """The plan trained on all rows but those of every so many that validate; says first what that will take."""
+    from larosa_fx.loading import device_name
+    from larosa_fx.training import estimate, train
+
+    if len(rows) < 2:
+        raise ValueError(f"training needs at least {2 * rows[0].shape[1]} tokens of text, some to train on and some to "
+                         "validate on; give more text or a smaller --window")
+    held_out = rows[::VALIDATED][:MOST_VALIDATED]
+    used = [row for i, row in enumerate(rows) if i % VALIDATED or i >= VALIDATED * MOST_VALIDATED]
+    options = TrainingOptions(steps=args.train, selection=args.selection or TrainingOptions.selection)
+    print(f"training {args.train} steps on {sum(row.numel() for row in used)} tokens takes "
+          f"{estimate(model, plan, used, held_out, options)} on {device_name(args.device)}; after an interruption the same "
+          f"command goes on from {checkpoint}", flush=True)
+    return train(model, plan, used, held_out, options, checkpoint=checkpoint)
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import larosa_fx
 from larosa_fx import cli
 from tiny import llama
 
@@ -47,6 +48,23 @@ def test_calibrate_eval_and_generate(directory, capsys):
     assert zero["ppl"] == pytest.approx(dense["ppl"], rel=1e-4) and zero["byte_sparsity"] == 0
     assert half["byte_sparsity"] == pytest.approx(0.5, abs=0.02) and half["ppl"] != pytest.approx(dense["ppl"], rel=1e-3)
     assert found["provenance"]["rotation"] == "layer"
+
+
+def test_one_command_trains_a_plan(directory, capsys, monkeypatch):
+    """No option but --train: what it will take is said first, and the plan is named after the model."""
+    monkeypatch.setattr(cli, "TRAINED", 16)
+    assert larosa("calibrate", "--train", "4", "--text", "text.txt", "--window", "32") == 0
+    said = capsys.readouterr().out
+    assert "training 4 steps on 368 tokens takes about" in said and "model.larosa.checkpoint" in said
+    assert "by threshold, calibrated on" in said and sorted(p.name for p in directory.iterdir() if "larosa" in p.name) == [
+        "model.larosa"]
+    plan = larosa_fx.Plan.load("model.larosa")
+    assert plan.basis == "trained" and plan.provenance["training"]["steps"] == 4
+
+
+def test_training_without_text_to_validate_on(directory, capsys):
+    assert larosa("calibrate", "--train", "--text", "text.txt", "--window", "400") == 2
+    assert "training needs at least 800 tokens of text" in capsys.readouterr().err
 
 
 def test_thresholds_report_what_they_reach(directory, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 
@@ -17,6 +16,7 @@ from larosa_fx.compiler.pipeline import CALIBRATE, Runner
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.checks import check_choice, check_sparsity
 from larosa_fx.ir.structure import BASES, SELECTIONS, Structure
+from larosa_fx.method.memory import free_bytes
 from larosa_fx.method.reference import headless
 from larosa_fx.method.thresholds import with_thresholds
 from larosa_fx.plan import rotations as orthogonal
@@ -183,9 +183,7 @@ def _names_in(model: torch.nn.Module, captured: Capture, args: Sequence[object])
 def _groups(members: Mapping[str, Sequence], channels: int, budget: int | None, device: torch.device) -> list[list[str]]:
     """Bases whose statistics fit in memory together; at least one basis a group."""
     if budget is None:
-        free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
-                os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        budget = free // 2
+        budget = free_bytes(device) // 2
     groups: list[list[str]] = [[]]
     used = 0
     for name, sites in members.items():

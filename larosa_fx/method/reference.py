@@ -132,7 +132,9 @@ def mapped(model: torch.nn.Module, plan: Plan, select: Callable[[PlanSite, torch
            ) -> Iterator[torch.nn.Module]:
     """Within the context ``select(site, z)`` takes the place of z, the site's activation as ``plan`` maps and scales it."""
     device = next(model.parameters()).device
-    rotations = {name: orthonormal(q.to(device)) for name, q in plan.rotations.items()}
+    dtypes = {model.get_parameter(name).dtype for site in plan.sites for name in site.weights}
+    wide = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)  # 32 rotations of a 7B model in fp64 take 4 GiB
+    rotations = {name: orthonormal(q.to(device)).to(wide) for name, q in plan.rotations.items()}
 
     def replacement(site: PlanSite) -> Replacement:
         q = rotations.get(site.basis)
@@ -167,7 +169,7 @@ def map_heads(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 
 def _replace(model: torch.nn.Module, site: PlanSite, replacement: Replacement, before: _Turns, after: _Turns) -> None:
-    read: list = [None, None]  # the site's activation and what replaces it, for all its linears
+    read: list = [None, None, 0]  # the site's activation, what replaces it, and how many of its linears have read that
     normed: list = [None, None if site.gain else Affine()]  # x_hat, and what the norm makes of it
 
     def swap(args: tuple) -> tuple:
@@ -180,8 +182,12 @@ def _replace(model: torch.nn.Module, site: PlanSite, replacement: Replacement, b
                 x_hat = x
             else:
                 affine = None
-            read[:] = x, replacement(x, x_hat, affine)
-        return read[1], *args[1:]
+            read[:] = x, replacement(x, x_hat, affine), 0
+        found = read[1]
+        read[2] += 1
+        if read[2] == len(site.weights):  # all have: memory is not held until the site's turn comes again
+            read[:] = None, None, 0
+        return found, *args[1:]
 
     def observe(args: tuple) -> None:
         normed[0] = _normalised(args[0], site)

@@ -8,62 +8,50 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from larosa_fx.ir.checks import check_choice
-from larosa_fx.ir.structure import SELECTIONS
-from larosa_fx.method.reference import Affine, Replacement, at_least, largest, map_heads, replaced
-from larosa_fx.method.thresholds import quantile, with_thresholds
-from larosa_fx.plan.allocate import MOST, coefficient
-from larosa_fx.plan.plan import ATTACHED, Plan, PlanSite
-from larosa_fx.plan.rotations import orthonormal
+from larosa_fx.method.memory import free_bytes
+from larosa_fx.method.thresholds import TEXT, with_thresholds
+from larosa_fx.plan.plan import ATTACHED, LEVELS, Plan
+from larosa_fx.training import checkpoint as files
+from larosa_fx.training.divergence import summed_divergence
+from larosa_fx.training.memory import Arrangement, arrange, decoder_layers, needs, operations, recomputed, requiring_grad
+from larosa_fx.training.options import TrainingOptions
 from larosa_fx.training.replay import Replayed
+from larosa_fx.training.rotation_adam import Adam, precision
+from larosa_fx.training.state import State
 
-SATURATING = 8  # rounds of handing on what saturated sites cannot drop; each can only saturate more
+log = logging.getLogger("larosa_fx")
+
+SHOWN_EVERY = 10  # steps; what is shown has to be waited for
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
-    """How a plan is trained.
+class Estimate:
+    """What a training will take. seconds: all of it, validations and thresholds included; peak_bytes: on the device."""
 
-    steps, batch (sequences a step), rows (sequences that run at once: bounds memory), lr (peak, of rotations; one cycle).
-    sparsities: byte sparsities, drawn in turn; the loss is log KL, so that none outweighs the others.
-    selection: "threshold" ranks the channels of all tokens that run at once together, as the thresholds will do that are
-        fitted at the end; "topk" each token's own.
-    temperature: width of the selection's soft boundary in log |z|; None passes gradients straight through the mask, which
-    tells scales and allocation nothing.
-    rotations, heads, scales, allocation: what is trained; the last two at lr_scales and lr_allocation (of logarithms).
-        scales: the kinds of sites that have one.
-    weighted: scales of rotated sites start from the norms of the weight columns behind each channel (WINA's score), not from
-        1; at other sites that start was no better.
-    validate_every: steps between validations; the best state seen, the start among them, is the outcome.
-    """
+    seconds: float
+    seconds_per_step: float
+    peak_bytes: int
+    arrangement: Arrangement
 
-    steps: int = 600
-    batch: int = 4
-    rows: int = 4
-    lr: float = 2e-4
-    lr_scales: float = 2e-3
-    lr_allocation: float = 5e-3
-    sparsities: tuple[float, ...] = (0.4, 0.5, 0.6)
-    selection: str = "threshold"
-    temperature: float | None = 0.1
-    rotations: bool = True
-    heads: bool = True
-    scales: tuple[str, ...] = ("h1", "h2", "h3", "h4")
-    allocation: bool = True
-    weighted: bool = True
-    validate_every: int = 100
-    seed: int = 0
+    def __str__(self) -> str:
+        a = self.arrangement
+        how = ", ".join([f"{a.rows} sequences at once", *(["layers recomputed"] if a.recompute else []),
+                         *(["rotations on the host"] if a.offload else [])])
+        return (f"about {_duration(self.seconds)} ({self.seconds_per_step:.2g} s a step) and "
+                f"{self.peak_bytes / 2**30:.1f} GiB ({how})")
 
 
 def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], validation: Sequence[torch.Tensor],
@@ -71,260 +59,88 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
           progress: bool = True) -> Plan:
     """A plan trained from ``plan`` on ``batches`` of input_ids, [B, T] with one T, attached to the model's weights.
 
-    validation: batches of other text, which choose the best state. checkpoint: a file that an interrupted training
-    leaves and the same call continues from; removed at the end. The model is left as it was.
-    ValueError where there is nothing to train on, or the checkpoint belongs to another training.
+    The model may be float32, bfloat16 or float16 and is left as it was; what is trained is float32. ``training.memory`` says
+    what is kept where, and how a step is arranged so that it fits. Float32 products of the training, not of the thresholds
+    that are fitted at the end, may be TF32. validation: batches of other text, which choose the best state. checkpoint: a
+    file that an interrupted training leaves and the same call continues from, to the same plan; removed at the end.
+    ValueError where there is nothing to train on, the memory does not do, or the checkpoint (``CheckpointError``) is damaged
+    or belongs to another training. RuntimeError where the model's logits are not finite.
     """
-    options = options or TrainingOptions()
-    check_choice("selection", options.selection, SELECTIONS)
-    if not options.sparsities or not all(0 < s < MOST for s in options.sparsities):
-        raise ValueError(f"sparsities are {options.sparsities}; training takes some between 0 and {MOST}")
-    device = next(model.parameters()).device
-    tokens = torch.cat([b.cpu() for b in batches]) if len(batches) else torch.empty(0, 0)
-    if not tokens.numel() or not validation:
-        raise ValueError("training needs batches of input_ids to train on and others to validate on")
-    held_out = torch.cat([b.cpu() for b in validation])
-    mode, grads = model.training, [p.requires_grad for p in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        state = State(model, plan, options)
-        with _Trainer(model, state, tokens, held_out, options, device, Path(checkpoint) if checkpoint else None) as trainer:
-            losses = trainer.run(progress)
-        trained = state.plan()
+    options, tokens, held_out = _checked(options, batches, validation)
+    with _frozen(model):
+        with _Trainer(model, plan, tokens, held_out, options, Path(checkpoint) if checkpoint else None) as trainer:
+            about = trainer.run(progress)
+            trained = trainer.state.plan()
+        del trainer  # what it holds is as large as what thresholds need
         if options.selection == "threshold":
             trained = with_thresholds(model, trained, [tokens], progress=progress)
-    finally:
-        model.train(mode)
-        for p, needed in zip(model.parameters(), grads, strict=True):
-            p.requires_grad_(needed)
     trained.provenance = {**plan.provenance, "training": {**asdict(options), "train_tokens": tokens.numel(),
-                                                          "validation_tokens": held_out.numel(), **losses}}
+                                                          "validation_tokens": held_out.numel(), **about}}
     trained.validate()
     ATTACHED.attach(trained, (model.get_parameter(name) for site in plan.sites for name in site.weights))
     return trained
 
 
-class _Mask(torch.autograd.Function):
-    """z, [..., D], with all but the k entries of a row of largest score |z| s set to zero; k None: but a share of all rows'.
+def estimate(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], validation: Sequence[torch.Tensor],
+             options: TrainingOptions | None = None, repeats: int = 1) -> Estimate:
+    """What ``train`` with these arguments will take on the model's device, by some of its steps, whose outcome is dropped.
 
-    Backward: the mask is a constant (straight through) plus, with a temperature t, half the derivative of the soft Top-K
-    sigmoid((log score - threshold) / t) that keeps its sum, over what is ranked together. Half, because the loss is about
-    quadratic around the dense model: letting channel i in changes it by g_i z_i + h z_i^2 / 2, and g_i is -h z_i where
-    channels do not interact.
+    Timed are ``repeats`` steps behind a first one. On a GPU the peak is the measured one; on a CPU it is estimated, the
+    model's weights included.
     """
-
-    @staticmethod
-    def forward(ctx, z, log_scale, share, k, temperature):
-        score = z.abs() if log_scale is None else z.abs() * log_scale.exp()
-        if k is None:
-            threshold = quantile(score, share)
-            mask = at_least(score, threshold)
-        else:
-            mask, threshold = largest(score, k)
-        ctx.temperature, ctx.together = temperature, tuple(range(z.ndim)) if k is None else -1
-        if temperature is None:
-            ctx.save_for_backward(mask)
-        else:
-            ctx.save_for_backward(mask, z, score / threshold)
-        return z * mask
-
-    @staticmethod
-    def backward(ctx, grad):
-        if ctx.temperature is None:
-            (mask,) = ctx.saved_tensors
-            return grad * mask, None, None, None, None
-        mask, z, ratio = ctx.saved_tensors
-        soft = torch.sigmoid(ratio.clamp_min(1e-12).log() / ctx.temperature)
-        weight = soft * (1 - soft)
-        gain = grad * z
-        mean = (weight * gain).sum(ctx.together, True) / weight.sum(ctx.together, True).clamp_min(1e-12)
-        boundary = 0.5 / ctx.temperature * weight * (gain - mean)  # derivative in log score
-        into_z = grad * mask + torch.where(weight > 1e-3, boundary / z, 0)
-        into_scale = boundary.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        into_share = -0.5 * z.numel() * mean.mean() if ctx.needs_input_grad[2] else None
-        return into_z, into_scale, into_share, None, None
-
-
-class State:
-    """What is trained, as tensors on the model's device, and how a plan comes of it.
-
-    rotations: basis -> Q, [D, D]; heads: site -> R, [heads, d, d], orthogonal. scales: site -> log s, [K]; at h2 [heads, d].
-    shares: log of each site's coefficient, [sites].
-    """
-
-    def __init__(self, model: torch.nn.Module, plan: Plan, options: TrainingOptions) -> None:
-        self.start, self.options = plan, options
-        self.device = next(model.parameters()).device
-        self.sites = plan.sites
-        self._blocks = {site.name: torch.tensor(site.blocks, device=self.device) for site in self.sites if site.blocks}
-        bases = dict.fromkeys(site.basis for site in self.sites if site.basis is not None)
-        self.rotations = {name: plan.rotations[name].to(self.device).clone() for name in bases}
-        self.heads = {site.name: self._head_maps(site) for site in self.sites
-                      if site.blocks and (options.heads or site.kind in options.scales)}
-        self.scales = {site.name: self._first_scale(model, site) for site in self.sites
-                       if site.kind in options.scales and (site.gain is not None or site.source is not None)}
-        c = torch.tensor([coefficient(plan.coefficients, site) for site in self.sites], dtype=torch.float64)
-        self.shares = c.log().float().to(self.device)
-        self._channels, outputs = (torch.tensor([getattr(site, name) for site in self.sites], dtype=torch.float32,
-                                                device=self.device) for name in ("in_features", "out_features"))
-        self._bytes = self._channels * outputs
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every trained tensor by name; the state is these and nothing else."""
-        groups = {"rotation": self.rotations, "heads": self.heads, "scale": self.scales}
-        return {f"{kind}/{name}": t for kind, group in groups.items() for name, t in group.items()} | {"shares": self.shares}
-
-    def groups(self) -> list[tuple[list[torch.Tensor], float, bool]]:
-        """(tensors, peak learning rate, whether they are orthogonal) of what the options say to train."""
-        o = self.options
-        turned = [*(self.rotations.values() if o.rotations else ()), *(self.heads.values() if o.heads else ())]
-        return [(turned, o.lr, True), (list(self.scales.values()), o.lr_scales, False),
-                ([self.shares] if o.allocation else [], o.lr_allocation, False)]
-
-    def dropped(self, sparsity: float | torch.Tensor) -> torch.Tensor:
-        """Share of channels dropped at each site, [sites]: proportional to coefficients up to MOST, their bytes as asked."""
-        c = self.shares.exp()
-        full = torch.zeros_like(c)
-        for _ in range(SATURATING):
-            missing = sparsity * self._bytes.sum() - MOST * (full * self._bytes).sum()
-            share = c * (missing / (c * self._bytes * (1 - full)).sum())
-            full = (share > MOST).to(c)
-        return share.clamp(max=MOST)
-
-    def kept(self, shares: torch.Tensor) -> torch.Tensor:
-        """Channels kept at each site, [sites] int64; those of the plan, up to the rounding to whole channels."""
-        return (self._channels * (1 - shares.detach())).round().clamp_min(1).long()
-
-    @contextmanager
-    def applied(self, model: torch.nn.Module, sparsity: float | torch.Tensor) -> Iterator[torch.nn.Module]:
-        """The model sparsified as the state stands, differentiable in it. On a GPU nothing waits for the channel counts."""
-        shares = self.dropped(sparsity)
-        k = [None] * len(shares)
-        if self.options.selection == "topk":
-            k = self.kept(shares)
-            k = list(k.split(1)) if k.is_cuda else k.tolist()
-        of = {site.name: (share, n) for site, share, n in zip(self.sites, shares.unbind(), k, strict=True)}
-        with replaced(model, self.sites, lambda site: self._sparse(site, *of[site.name])):
-            yield model
-
-    def plan(self) -> Plan:
-        """The state as a plan: fp32 on the CPU, orthogonal to fp32's rounding."""
-        heads, scales = {}, {}
-        for site in self.sites:
-            log_scale = self.scales.get(site.name)
-            if site.name in self.heads:
-                r = orthonormal(self.heads[site.name])
-                heads[site.name] = r if log_scale is None else r * log_scale.double().exp()[:, None, :]
-            elif log_scale is not None:
-                scales[site.name] = log_scale.double().exp()
-        return replace(
-            self.start, basis="trained",
-            rotations={name: orthonormal(q).float().cpu() for name, q in self.rotations.items()},
-            coefficients={**self.start.coefficients,
-                          **dict(zip((s.name for s in self.sites), self.shares.exp().tolist(), strict=True))},
-            heads={name: m.float().cpu() for name, m in heads.items()},
-            scales={name: s.float().cpu() for name, s in scales.items()}, selection="topk", thresholds={})
-
-    def _sparse(self, site: PlanSite, share: torch.Tensor, k: int | torch.Tensor | None) -> Replacement:
-        q, r, log_scale = (held.get(name) for held, name in (
-            (self.rotations, site.basis), (self.heads, site.name), (self.scales, site.name)))
-        if site.blocks:
-            blocks = self._blocks[site.name]
-            r = None if r is None else r[blocks]
-            log_scale = None if log_scale is None else log_scale[blocks].flatten()
-
-        def sparse(x: torch.Tensor, x_hat: torch.Tensor | None, affine: Affine | None) -> torch.Tensor:
-            z = x if q is None else x_hat @ q
-            z = z if r is None else map_heads(z, r)
-            z = _Mask.apply(z, log_scale, share, k, self.options.temperature)
-            z = z if r is None else map_heads(z, r.mT)
-            return z if q is None else affine(z @ q.T)
-
-        return sparse
-
-    def _head_maps(self, site: PlanSite) -> torch.Tensor:
-        heads, size = max(site.blocks) + 1, site.in_features // len(site.blocks)
-        identity = torch.eye(size, device=self.device).expand(heads, size, size)
-        return self.start.heads.get(site.name, identity).to(self.device).clone()
-
-    def _first_scale(self, model: torch.nn.Module, site: PlanSite) -> torch.Tensor:
-        """log of the plan's own scale, or of the norms of the weight columns behind each channel, or 0; its mean is 0."""
-        norms = torch.ones(site.in_features, device=self.device)
-        if site.name in self.start.scales:
-            norms = self.start.scales[site.name].to(self.device)
-        elif self.options.weighted and site.basis is not None:
-            norm = model.get_submodule(site.gain.rpartition(".")[0])
-            total = torch.zeros_like(norms)
-            for w in (model.get_parameter(name).detach() for name in site.weights):
-                gain = norm.forward(torch.ones_like(w[:1]))[0]
-                total += ((w * gain).float() @ self.rotations[site.basis]).square().sum(0)
-            norms = total.sqrt().clamp_min(1e-3 * total.sqrt().mean())
-        log = norms.log()
-        if site.blocks:  # one for all query heads that share a head of values
-            blocks = self._blocks[site.name]
-            log = log.reshape(len(blocks), -1)
-            log = log.new_zeros(self.heads[site.name].shape[:2]).index_add(0, blocks, log) / blocks.bincount()[:, None]
-        return log - log.mean()
-
-
-class _Adam:
-    """Adam on tensors of equal shape stacked, and on the rotation group: moments of the gradient in its Lie algebra.
-
-    A rotation's gradient G gives the skew matrix S = Q^T G - G^T Q; its Adam step K turns Q to Q exp(-K), which is
-    orthogonal, and a Newton-Schulz step takes off what rounding adds.
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor], orthogonal: bool, betas: tuple[float, float] = (0.9, 0.95)) -> None:
-        by_shape: dict[tuple, list[torch.Tensor]] = {}
-        for t in tensors:
-            by_shape.setdefault(tuple(t.shape), []).append(t)
-        self.groups, self.orthogonal, self.betas, self.count = list(by_shape.values()), orthogonal, betas, 0
-        self.moments = [[torch.zeros_like(torch.stack(group)) for _ in betas] for group in self.groups]
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        self.count += 1
-        for group, (first, second) in zip(self.groups, self.moments, strict=True):
-            gradient = torch.stack([t.grad for t in group])
-            values = torch.stack(list(group))
-            if self.orthogonal:
-                gradient = values.mT @ gradient
-                gradient = gradient - gradient.mT
-            first.lerp_(gradient, 1 - self.betas[0])
-            second.lerp_(gradient.square(), 1 - self.betas[1])
-            step = lr * (first / (1 - self.betas[0]**self.count)) / (
-                (second / (1 - self.betas[1]**self.count)).sqrt() + 1e-12)
-            values = turned(values, step) if self.orthogonal else values - step
-            for t, value in zip(group, values, strict=True):
-                t.copy_(value)
-
-
-def turned(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Q exp(-K) for skew K, [..., D, D]: the rotation that starts as Q - Q K, in fp64."""
-    return orthonormal(q.double() @ torch.linalg.matrix_exp(-k.double())).to(q.dtype)
+    options, tokens, held_out = _checked(options, batches, validation)
+    device = next(model.parameters()).device
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    with _frozen(model), _Trainer(model, plan, tokens, held_out, options, None) as trainer:
+        step, piece = trainer.probe(repeats)
+        arrangement = trainer.arrangement
+    validations = options.steps // options.validate_every + 1
+    per_token = piece / (arrangement.rows * tokens.shape[1])
+    validated = validations * len(options.sparsities) * held_out.numel()
+    fitted = len(LEVELS) * min(TEXT, tokens.numel()) if options.selection == "threshold" else 0
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = torch.cuda.max_memory_allocated(device) if gpu else weights + arrangement.bytes
+    return Estimate(options.steps * step + per_token * (validated + fitted), step, peak, arrangement)
 
 
 class _Trainer:
     """The loop: draw, compare, step; validate, keep the best, write the checkpoint."""
 
-    def __init__(self, model, state: State, tokens: torch.Tensor, held_out: torch.Tensor, options: TrainingOptions,
-                 device: torch.device, checkpoint: Path | None) -> None:
-        self.model, self.state, self.options, self.device, self.checkpoint = model, state, options, device, checkpoint
+    def __init__(self, model: torch.nn.Module, plan: Plan, tokens: torch.Tensor, held_out: torch.Tensor,
+                 options: TrainingOptions, checkpoint: Path | None) -> None:
+        self.model, self.options, self.checkpoint = model, options, checkpoint
         self.tokens, self.held_out = tokens, held_out
-        self.sparsities = torch.tensor(options.sparsities, device=device)
-        groups = [(tensors, lr, orthogonal) for tensors, lr, orthogonal in state.groups() if tensors]
-        self.rates = [lr for _, lr, _ in groups]
-        self.optimizers = [_Adam(tensors, orthogonal) for tensors, _, orthogonal in groups]
-        self.trained = [t for tensors, _, _ in groups for t in tensors]
-        self.gradients = Replayed(self._gradients)
-        self.divergence = Replayed(torch.no_grad()(self._divergence))
-        self.best: dict[str, torch.Tensor] = {}
-        self.best_loss = float("inf")
-        self.history: list[tuple[int, float]] = []
-        digest = hashlib.sha256(json.dumps(asdict(options)).encode() + state.start.digest.encode())
+        self.device = next(model.parameters()).device
+        digest = hashlib.sha256(json.dumps(asdict(options)).encode() + plan.digest.encode())
         for ids in (tokens, held_out):
             digest.update(ids.numpy().tobytes())
         self.fingerprint = digest.hexdigest()
+        free = free_bytes(self.device)
+        self.state = State(model, plan, options)
+        self._saved = None
+        if checkpoint is not None:
+            self._saved = files.load(checkpoint, self.fingerprint, {n: t.shape for n, t in self.state.tensors().items()})
+        if self._saved:  # what runs at once is ranked together: the same rows as before the interruption
+            options = replace(options, rows=self._saved["rows"])
+        self.arrangement = arrange(needs(model, self.state, tokens[:1]), options, tokens.shape[1], free,
+                                   operations(model, self.state, tokens.shape[1]), self.device.type == "cuda")
+        if self.arrangement.offload:
+            self.state.offload()
+        self.layers = decoder_layers(model, self.state) if self.arrangement.recompute else []
+        log.info("training runs as %s", self.arrangement)
+        self.sparsities = torch.tensor(options.sparsities, device=self.device)
+        self.groups = self.state.groups()
+        self.leaves = [leaf for group in self.groups for leaf in group.leaves]
+        self.optimizers = [Adam(group.tensors, group.orthogonal, self.device, group.leaves) for group in self.groups]
+        run = Replayed if self.arrangement.replay else lambda function: function
+        self.gradients = run(self._gradients)
+        self.divergence = run(torch.no_grad()(self._divergence))
+        self.best: dict[str, torch.Tensor] = {}
+        self.best_loss = float("inf")
+        self.history: list[tuple[int, float]] = []
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def __enter__(self) -> _Trainer:
         return self
@@ -333,90 +149,171 @@ class _Trainer:
         del self.gradients, self.divergence  # graphs of a whole step's memory, in a cycle with this object
 
     def run(self, progress: bool) -> dict[str, object]:
+        """Train; the state is then the best one. What provenance should know."""
         o = self.options
         first = self._resume()
-        for t in self.trained:
-            t.requires_grad_(True)
-        with tqdm(range(first, o.steps), "training", initial=first, total=o.steps, disable=not progress) as bar:
+        with (precision("high"), _deterministic(), requiring_grad(self.leaves),
+              tqdm(range(first, o.steps), "training", initial=first, total=o.steps, unit="step",
+                   disable=not progress) as bar):
             for step in bar:
                 if step % o.validate_every == 0 and step not in dict(self.history):
                     self._validate(step, bar)
-                self._step(step)
+                loss = self._step(step)
+                if progress and step % SHOWN_EVERY == 0:
+                    self._show(bar, step, loss)
             self._validate(o.steps, bar)
-        for t in self.trained:
-            t.requires_grad_(False)
-        self._restore(self.best)
+        self.state.restore(self.best)
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
-        return {"validation_log_kl": self.history, "best": self.best_loss}
+        skipped = self.skipped.item()
+        if skipped:
+            log.warning("%d of %d steps were skipped: their gradients were not finite, as happens in float16",
+                        skipped, o.steps)
+        return {"validation_log_kl": self.history, "best": self.best_loss, "skipped_steps": skipped,
+                "rows": self.arrangement.rows}
 
-    def _step(self, step: int) -> None:
+    def probe(self, repeats: int) -> tuple[float, float]:
+        """Seconds of a step and of comparing one piece, means of ``repeats`` behind a first; the state is spoilt."""
+        piece = self.tokens[:self.arrangement.rows].to(self.device)
+        with precision("high"), _deterministic(), requiring_grad(self.leaves):
+            return (self._clocked(self._step, repeats),
+                    self._clocked(lambda _: self.divergence(piece, self.sparsities[0]), repeats))
+
+    def _clocked(self, call: Callable[[int], object], repeats: int) -> float:
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        call(0)
+        wait()
+        started = time.perf_counter()
+        for i in range(1, repeats + 1):
+            call(i)
+        wait()
+        return (time.perf_counter() - started) / repeats
+
+    def _step(self, step: int) -> torch.Tensor:
+        """One step; the mean KL of its tokens, as it was before, in nats."""
         o = self.options
         generator = torch.Generator().manual_seed(o.seed * 1_000_003 + step)  # a step's batch does not depend on resuming
         picked = self.tokens[torch.randint(len(self.tokens), (o.batch,), generator=generator)]
         sparsity = self.sparsities[step % len(self.sparsities)]
-        total, summed = 0.0, [0.0] * len(self.trained)
-        for ids in picked.split(o.rows):
+        pieces = picked.split(self.arrangement.rows)
+        total, summed = 0.0, []
+        for ids in pieces:
             loss, gradients = self.gradients(ids.to(self.device), sparsity)
-            share = len(ids) / o.batch
-            total = total + loss * share
-            summed = [s + g * share for s, g in zip(summed, gradients, strict=True)]
-        for t, gradient in zip(self.trained, summed, strict=True):
-            t.grad = gradient / total  # of log KL
-        cycle = one_cycle(step / o.steps)
-        for optimizer, lr in zip(self.optimizers, self.rates, strict=True):
-            optimizer.step(lr * cycle)
+            total = total + loss
+            if len(pieces) == 1:
+                summed = gradients
+            elif not summed:
+                summed = [gradient.to(torch.float32, copy=True) for gradient in gradients]
+            else:
+                for held, gradient in zip(summed, gradients, strict=True):
+                    held += gradient
+            del gradients
+        finite = torch.stack([gradient.sum(dtype=torch.float32).isfinite() for gradient in summed]).all()
+        self.skipped += ~finite
+        scale = torch.where(finite & (total > 0), 1 / total, 0)  # of log KL; a step that is skipped moves by its momentum
+        cycle, start = one_cycle(step / o.steps), 0
+        for group, optimizer in zip(self.groups, self.optimizers, strict=True):
+            optimizer.step(summed[start:start + len(group.leaves)], group.lr * cycle, scale)
+            start += len(group.leaves)
+        return total / picked.numel()
 
     def _gradients(self, ids: torch.Tensor, sparsity: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        with torch.enable_grad():
-            loss = self._divergence(ids, sparsity)
-        return loss.detach(), torch.autograd.grad(loss, self.trained, allow_unused=True, materialize_grads=True)
+        """Summed KL and its gradient to each leaf, in the leaf's dtype."""
+        target = self._dense(ids)
+        with torch.enable_grad(), recomputed(self.layers), self.state.applied(self.model, sparsity):
+            loss = summed_divergence(self.model(ids, use_cache=False).logits, target)
+            return loss.detach(), torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
 
     def _divergence(self, ids: torch.Tensor, sparsity: torch.Tensor) -> torch.Tensor:
-        """Mean KL(dense || sparse) over the tokens of [B, T], in nats; ``sparsity``: a scalar."""
-        with torch.no_grad():
-            target = self.model(ids, use_cache=False).logits.float().log_softmax(-1)
+        """KL(dense || sparse) summed over the tokens of [B, T], in nats; ``sparsity``: a scalar."""
+        target = self._dense(ids)
         with self.state.applied(self.model, sparsity):
-            logits = self.model(ids, use_cache=False).logits.float()
-        return F.kl_div(logits.log_softmax(-1).flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
-
-    def _validate(self, step: int, bar: tqdm) -> None:
-        pieces = self.held_out.to(self.device).split(self.options.rows)
-        losses = torch.stack([sum(self.divergence(ids, s) * len(ids) for ids in pieces) / len(self.held_out)
-                              for s in self.sparsities])
-        loss = losses.log().mean().item()
-        self.history.append((step, loss))
-        bar.set_postfix_str("KL " + ", ".join(f"{s:.0%} {kl:.4f}" for s, kl in zip(
-            self.options.sparsities, losses.tolist(), strict=True)))
-        if loss < self.best_loss:
-            self.best_loss, self.best = loss, {name: t.detach().clone() for name, t in self.state.tensors().items()}
-        if self.checkpoint is not None:
-            self._save(step)
-
-    def _save(self, step: int) -> None:
-        content = {"fingerprint": self.fingerprint, "step": step, "state": self.state.tensors(), "best": self.best,
-                   "best_loss": self.best_loss, "history": self.history,
-                   "moments": [(o.moments, o.count) for o in self.optimizers]}
-        partial = self.checkpoint.with_name(f".{self.checkpoint.name}.{os.getpid()}")
-        torch.save(content, partial)
-        os.replace(partial, self.checkpoint)
-
-    def _resume(self) -> int:
-        if self.checkpoint is None or not self.checkpoint.is_file():
-            return 0
-        content = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        if content["fingerprint"] != self.fingerprint:
-            raise ValueError(f"{self.checkpoint} is the checkpoint of another training; remove it or name another file")
-        self._restore(content["state"])
-        self.best, self.best_loss, self.history = content["best"], content["best_loss"], content["history"]
-        for optimizer, (moments, count) in zip(self.optimizers, content["moments"], strict=True):
-            optimizer.moments, optimizer.count = moments, count
-        return content["step"]
+            return summed_divergence(self.model(ids, use_cache=False).logits, target)
 
     @torch.no_grad()
-    def _restore(self, values: dict[str, torch.Tensor]) -> None:
-        for name, t in self.state.tensors().items():
-            t.copy_(values[name])
+    def _dense(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, use_cache=False).logits
+
+    def _validate(self, step: int, bar: tqdm) -> None:
+        pieces = self.held_out.to(self.device).split(self.arrangement.rows)
+        losses = torch.stack([sum(self.divergence(ids, s).clone() for ids in pieces) for s in self.sparsities])
+        losses /= self.held_out.numel()
+        loss = losses.log().mean().item()
+        if not self.best and not math.isfinite(loss):
+            raise RuntimeError(f"the sparse model's divergence is {losses.tolist()} before training: the model's logits are "
+                               f"not finite in {self.state.dtype}; bfloat16 or float32 have the range")
+        self.history.append((step, loss))
+        self.validated = "KL " + ", ".join(f"{s:.0%} {kl:.4f}" for s, kl in zip(
+            self.options.sparsities, losses.tolist(), strict=True))
+        self._show(bar, step)
+        if loss < self.best_loss:
+            self.best_loss, self.best = loss, self.state.snapshot()
+        if self.checkpoint is not None:
+            files.save(self.checkpoint, {
+                "fingerprint": self.fingerprint, "step": step, "rows": self.arrangement.rows, "state": self.state.snapshot(),
+                "best": self.best, "best_loss": self.best_loss, "history": self.history,
+                "moments": [(o.moments, o.count) for o in self.optimizers], "skipped": self.skipped.item()})
+
+    def _show(self, bar: tqdm, step: int, loss: torch.Tensor | None = None) -> None:
+        """Beside what tqdm shows of steps, their rate and the time left: the divergence, and on a GPU the memory."""
+        text = [self.validated] if loss is None else [self.validated, f"now {loss.item():.4f}"]
+        if self.device.type == "cuda":
+            text.append(f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB")
+        bar.set_postfix_str("; ".join(text))
+
+    def _resume(self) -> int:
+        """The step to go on from, with the state of then."""
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return 0
+        self.state.restore(saved["state"])
+        self.best, self.best_loss, self.history = saved["best"], saved["best_loss"], saved["history"]
+        self.skipped.fill_(saved["skipped"])
+        for optimizer, (moments, count) in zip(self.optimizers, saved["moments"], strict=True):
+            optimizer.restore(moments, count)
+        return saved["step"]
+
+
+def _checked(options: TrainingOptions | None, batches: Sequence[torch.Tensor], validation: Sequence[torch.Tensor]
+             ) -> tuple[TrainingOptions, torch.Tensor, torch.Tensor]:
+    """(options, rows to train on, rows to validate on), all rows of one length."""
+    options = options or TrainingOptions()
+    options.check()
+    if not len(batches) or not len(validation):
+        raise ValueError("training needs batches of input_ids to train on and others to validate on")
+    lengths = sorted({ids.shape[1] for ids in batches}), sorted({ids.shape[1] for ids in validation})
+    if any(len(found) > 1 for found in lengths):
+        raise ValueError(f"training takes rows of one length; got lengths {lengths[0]}, and {lengths[1]} to validate on")
+    return options, *(torch.cat([ids.cpu().long() for ids in given]) for given in (batches, validation))
+
+
+@contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Within the context the model is in evaluation mode and its weights take no gradients; afterwards it is as it was."""
+    mode, grads = model.training, [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(mode)
+        for p, needed in zip(model.parameters(), grads, strict=True):
+            p.requires_grad_(needed)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Within the context attention's backward pass adds in a fixed order, so that a training that is resumed is the same."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which costs a write of everything that is allocated
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")  # cuBLAS asks for a variable; one stream needs none
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def one_cycle(progress: float, warmup: float = 0.1) -> float:
@@ -424,3 +321,7 @@ def one_cycle(progress: float, warmup: float = 0.1) -> float:
     if progress < warmup:
         return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / warmup)) / 2
     return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"

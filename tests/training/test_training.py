@@ -11,11 +11,13 @@ from larosa_fx.method import thresholds
 from larosa_fx.method.reference import at_least, largest, mapped, simulated
 from larosa_fx.method.thresholds import with_thresholds
 from larosa_fx.plan.allocate import MOST, byte_sparsity
-from larosa_fx.training import loop as training
-from larosa_fx.training.loop import State, TrainingOptions, train
+from larosa_fx.training import TrainingOptions, estimate, loop, rotation_adam, train
+from larosa_fx.training.soft_mask import SoftMask
+from larosa_fx.training.state import State
 from tiny import error, ids, llama
 
-QUICK = TrainingOptions(steps=30, lr=1e-2, lr_scales=1e-2, lr_allocation=2e-2, validate_every=10, sparsities=(0.4, 0.6))
+QUICK = TrainingOptions(steps=30, batch=4, lr=1e-2, lr_scales=1e-2, lr_allocation=2e-2, validate_every=10,
+                        sparsities=(0.4, 0.6))
 
 
 @pytest.fixture
@@ -37,8 +39,9 @@ def divergence(model, plan, tokens, sparsity):
 
 @pytest.mark.parametrize("change", [
     {}, {"selection": "topk"}, {"heads": False}, {"scales": (), "allocation": False}, {"rotations": False}, {"rows": 1},
-    {"scales": ("h2", "h4")}],
-    ids=["all", "top-k", "no heads", "rotations", "no rotations", "row by row", "scales of outer sites"])
+    {"scales": ("h2", "h4")}, {"recompute": True}, {"recompute": True, "offload": True, "rows": 2}],
+    ids=["all", "top-k", "no heads", "rotations", "no rotations", "row by row", "scales of outer sites", "recomputed",
+         "offloaded"])
 def test_training_lowers_the_divergence(start, change):
     model, plan, tokens = start
     before = [p.clone() for p in model.parameters()]
@@ -54,6 +57,80 @@ def test_training_lowers_the_divergence(start, change):
     assert trained.byte_sparsity == pytest.approx(0.5, abs=0.02)
     assert trained.selection == change.get("selection", "threshold")
     assert bool(trained.thresholds) == (trained.selection == "threshold")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_are_trained_in_their_own_dtype(start, dtype):
+    """The divergence falls by as much as in float32, what is trained stays float32, weights are left alone."""
+    model, plan, tokens = start
+    in_float32 = train(model, plan, tokens[:1], tokens[:1], QUICK, progress=False).provenance["training"]
+    model.to(dtype)
+    before = [p.clone() for p in model.parameters()]
+    trained = train(model, plan, tokens[:1], tokens[:1], QUICK, progress=False)
+    assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(before, model.parameters(), strict=True))
+    assert {m.dtype for m in trained.matrices.values()} == {torch.float32}
+    about = trained.provenance["training"]
+    (_, first), *_ = about["validation_log_kl"]
+    assert about["best"] < first - 0.7 * (in_float32["validation_log_kl"][0][1] - in_float32["best"])
+    assert about["skipped_steps"] == 0
+    for q in trained.rotations.values():
+        assert (q.double().T @ q.double() - torch.eye(len(q))).abs().max() < 1e-6
+
+
+def test_logits_that_are_not_finite_are_named(start):
+    model, plan, tokens = start
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    with pytest.raises(RuntimeError, match=r"not finite in torch.float16; bfloat16"):
+        train(model.half(), plan, tokens[:1], tokens[:1], QUICK, progress=False)
+
+
+def test_steps_without_finite_gradients_change_little_and_are_counted(start, monkeypatch, caplog):
+    model, plan, tokens = start
+    real, seen = loop._Trainer._gradients, []
+
+    def spoilt(trainer, ids, sparsity):
+        loss, gradients = real(trainer, ids, sparsity)
+        seen.append(None)
+        return loss, tuple(g * float("inf") for g in gradients) if len(seen) in (3, 7) else gradients
+
+    monkeypatch.setattr(loop._Trainer, "_gradients", spoilt)
+    trained = train(model, plan, tokens[:1], tokens[:1], QUICK, progress=False)
+    about = trained.provenance["training"]
+    assert about["skipped_steps"] == 2 and "2 of 30 steps were skipped" in caplog.text
+    assert about["best"] < about["validation_log_kl"][0][1] - 0.05
+
+
+def test_rotations_on_the_host_give_the_same_plan(start):
+    """In float32 the device's copies are what is on the host, to the bit."""
+    model, plan, tokens = start
+    here, host = (train(model, plan, tokens[:1], tokens[:1], replace(QUICK, steps=5, offload=offload), progress=False)
+                  for offload in (False, True))
+    assert here.digest == host.digest and here.coefficients == host.coefficients
+
+
+def test_another_retraction_trains_as_well(start, monkeypatch):
+    """The series with its Newton-Schulz step against the exponential in float64."""
+    model, plan, tokens = start
+
+    def best(seed):
+        trained = train(model, plan, tokens[:1], tokens[:1], replace(QUICK, seed=seed), progress=False)
+        return trained.provenance["training"]["best"]
+
+    series = torch.tensor([best(seed) for seed in range(4)])
+    monkeypatch.setattr(rotation_adam, "retracted", lambda q, k, orthonormal=True:
+                        (q.double() @ torch.linalg.matrix_exp(-k.double())).to(q.dtype))
+    exact = torch.tensor([best(seed) for seed in range(4)])
+    assert (series.mean() - exact.mean()).abs() < 2 * (series.std() + exact.std()) / 2
+
+
+def test_what_a_training_will_take(start):
+    model, plan, tokens = start
+    digest, found = plan.digest, estimate(model, plan, tokens[:3], tokens[3:], QUICK)
+    assert found.seconds > QUICK.steps * found.seconds_per_step > 0
+    assert found.peak_bytes > sum(p.numel() * 4 for p in model.parameters())
+    assert "a step" in str(found) and "4 sequences at once" in str(found)
+    assert plan.digest == digest and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("k", [1, 8, 17])
@@ -75,7 +152,7 @@ def test_replayed_steps_are_the_called_ones(start, monkeypatch, caplog):
 
     replayed = losses()
     assert not [record for record in caplog.records if "kernel by kernel" in record.message]
-    monkeypatch.setattr(training, "Replayed", lambda function: function)
+    monkeypatch.setattr(loop, "Replayed", lambda function: function)
     torch.testing.assert_close(replayed[:2], losses()[:2], rtol=0, atol=2e-2)  # later steps amplify rounding
 
 
@@ -187,17 +264,17 @@ def test_an_interrupted_training_goes_on(start, tmp_path, monkeypatch):
             return train(model, plan, tokens[:3], tokens[3:], QUICK, progress=False, **settings)
 
     whole = run()
-    step = training._Trainer._step
+    step = loop._Trainer._step
 
     def stop(trainer, n):
         if n == 25:
             raise KeyboardInterrupt
-        step(trainer, n)
+        return step(trainer, n)
 
-    monkeypatch.setattr(training._Trainer, "_step", stop)
+    monkeypatch.setattr(loop._Trainer, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint=path)
-    monkeypatch.setattr(training._Trainer, "_step", step)
+    monkeypatch.setattr(loop._Trainer, "_step", step)
     assert path.is_file() and all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="another training"):
         train(model, plan, tokens[:2], tokens[3:], QUICK, checkpoint=path, progress=False)
@@ -224,15 +301,30 @@ def test_nothing_to_train_on(start):
             train(model, plan, a, b)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"steps": 0}, "steps is 0"), ({"rows": 0}, "rows is 0"), ({"sparsities": (0.5, 1.0)}, "sparsities"),
+    ({"selection": "best"}, "selection")])
+def test_options_that_cannot_be(start, change, message):
+    model, plan, tokens = start
+    with pytest.raises(ValueError, match=message):
+        train(model, plan, tokens[:1], tokens[1:], replace(QUICK, **change))
+
+
+def test_rows_of_unlike_lengths_are_named(start):
+    model, plan, tokens = start
+    with pytest.raises(ValueError, match="rows of one length"):
+        train(model, plan, [tokens[0], ids(1, 7)], tokens[1:], QUICK)
+
+
 def test_the_mask_keeps_k_and_passes_gradients():
     z = torch.randn(5, 7, 40, dtype=torch.float64, requires_grad=True)
     scale, share = torch.randn(40, dtype=torch.float64, requires_grad=True), torch.tensor(0.5, requires_grad=True)
-    out = training._Mask.apply(z, scale, share, 12, 0.1)
+    out = SoftMask.apply(z, scale, share, 12, 0.1)
     assert ((out != 0).sum(-1) == 12).all()
     (out.square().sum() * -0.5).backward()  # as if every kept channel were a gain: keep more of all of them
     assert share.grad > 0 and scale.grad.abs().sum() > 0
     straight = z.detach().requires_grad_()
-    training._Mask.apply(straight, None, None, 12, None).sum().backward()
+    SoftMask.apply(straight, None, None, 12, None).sum().backward()
     assert straight.grad.sum() == 5 * 7 * 12
 
 
