@@ -132,9 +132,10 @@ def check_dense(x: Tensor, weight: Tensor) -> None:
 
 def over_cache(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
     """Whether these, real or fake, are what attention kernels are made for: one query token a sequence, whole groups of
-    heads, a contiguous cache of known size in q's dtype, and a mask of its positions."""
-    (batch, heads, tokens, _), (_, shared, length, _) = q.shape, keys.shape
-    if not all(isinstance(n, int) for n in (batch, *keys.shape)) or tokens != 1 or heads % shared:
+    heads, a contiguous cache in q's dtype, and a mask of its positions. Sequences and positions may be of any number that
+    is known at the call."""
+    (batch, heads, tokens, size), (_, shared, length, _) = q.shape, keys.shape
+    if not all(isinstance(n, int) for n in (tokens, heads, shared, size)) or tokens != 1 or heads % shared:
         return False
     if keys.dtype != q.dtype or not keys.is_contiguous():
         return False

@@ -182,6 +182,9 @@ class CompiledGraph:
                 report.bytes_added -= sum(args[i].nbytes for i in binding.replaceable(args))
             gm, inputs = captured.gm, [args[i] for i in binding.kept()] + compat.fake_tensors(args, specs)
         else:
+            if any(STORE.is_replaced(args[i]) for i in self._watched):
+                raise LarosaError(f"larosa: {reason}; and what the graph would read densely was given up "
+                                  "(weights='replace'): load the model again, or use weights='copy'")
             self._explain_dense(reason, report)
             gm, binding, inputs = g.clone(self._gm, self._mask), None, list(args)
             report.nodes_after = len(gm.graph.nodes)

@@ -55,6 +55,11 @@ class FoldStore:
         """The folded tensors there are now. Who holds the list keeps them for graphs that are compiled later."""
         return list(self._entries.values())
 
+    def folded_from(self, parameters: Sequence[torch.Tensor]) -> list[Folded]:
+        """What was folded from these parameters, among others; who holds the list keeps it."""
+        ids = set(map(id, parameters))
+        return [entry for key, entry in self._entries.items() if not ids.isdisjoint(key[-1])]
+
     def get(self, recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], digest: str,
             dtype: torch.dtype, device: torch.device) -> Folded:
         """The folded tensor, evaluated anew, into the same memory, when a parameter changed in place.

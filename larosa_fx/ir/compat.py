@@ -1,7 +1,8 @@
-"""The only file that imports private torch API: one function per need, checked on torch 2.11 and 2.13."""
+"""The only file that uses private API of torch and transformers: one function per need, checked on torch 2.11 and 2.13."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 
@@ -92,3 +93,63 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[object], 
 
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
         return compile_fx(gm, list(example_inputs), config_patches=inductor_options(mode) or None)
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+def mark_growing(tensor: torch.Tensor, dims: Sequence[int]) -> None:
+    """Ask Dynamo for one graph whatever the sizes of ``dims``, which it may still fix where it must (2.11 to 2.13)."""
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def compile_everywhere(config: object) -> None:
+    """Let a ``CompileConfig`` compile on a CPU too, which ``generate`` by itself does not (transformers 5.17 to 5.24)."""
+    config._compile_all_devices = True
+
+
+def merged_generation_config(model: torch.nn.Module, given: object, kwargs: dict[str, object]):
+    """The ``GenerationConfig`` that ``generate`` would follow: arguments, then ``given``, then the model's own."""
+    return model._prepare_generation_config(given, **kwargs)[0]
+
+
+def prefill(model: torch.nn.Module, input_ids: torch.Tensor, generation_config: object, model_kwargs: dict[str, object]):
+    """``generate``'s first forward pass over the prompt, in chunks where ``generation_config`` asks for them."""
+    return model._prefill(input_ids, generation_config, model_kwargs)
+
+
+def next_kwargs(model: torch.nn.Module, outputs: object, model_kwargs: dict[str, object]) -> dict[str, object]:
+    """``model_kwargs`` with masks, positions and token types longer by the token that ``outputs`` lead to."""
+    return model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
+
+
+def pad_token(generation_config: object) -> torch.Tensor | None:
+    """The padding token, a scalar tensor, as ``generate`` prepared it."""
+    return generation_config._pad_token_tensor
+
+
+def decoding(model: torch.nn.Module):
+    """The context in which ``generate`` decodes: experts as suit one token. Older releases have none."""
+    return getattr(model, "_optimize_model_for_decode", contextlib.nullcontext)()
+
+
+def has_own_inputs(model: torch.nn.Module) -> bool:
+    """Whether a model prepares the inputs of a step in a way of its own."""
+    from transformers import GenerationMixin
+
+    return type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+
+
+def cache_shape(model: torch.nn.Module) -> tuple[int | list[int], int | list[int]] | None:
+    """(key-value heads, head size) of a static cache, lists where layers differ; None where keys and values do.
+
+    Releases without transformers' own answer get it from the configuration.
+    """
+    if hasattr(model, "_get_static_cache_init_shape"):
+        return model._get_static_cache_init_shape()
+    config = model.config.get_text_config(decoder=True)
+    if any(getattr(config, name, None) is not None for name in ("kv_lora_rank", "v_head_dim", "global_head_dim")):
+        return None
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

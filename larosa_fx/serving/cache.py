@@ -1,0 +1,150 @@
+"""Key-value caches for ``generate``: kept from call to call, so that nothing is compiled or recorded anew for them."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+
+from larosa_fx.ir import compat
+
+#: Caches are made for a multiple of so many positions: few lengths, for each of which a CUDA graph is recorded once.
+POSITIONS = 1024
+_KEPT = 2  # caches, of one batch size each
+
+
+def of(model_kwargs: Mapping[str, object]) -> Cache | None:
+    """The cache among the arguments of a model."""
+    return next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
+
+
+def with_cache(model_kwargs: Mapping[str, object], cache: Cache) -> dict[str, object]:
+    """``model_kwargs`` with another cache in the place of theirs."""
+    return {name: cache if isinstance(value, Cache) else value for name, value in model_kwargs.items()}
+
+
+def every_position_stays(cache: object) -> bool:
+    """Whether each position of a cache is written once, at its own place: no sliding window, no offloading."""
+    return (isinstance(cache, StaticCache) and not cache.offloading
+            and all(type(layer) is StaticLayer for layer in cache.layers))
+
+
+def capacity(cache: StaticCache) -> int:
+    """Positions that every layer holds."""
+    return max(layer.max_cache_len for layer in cache.layers)
+
+
+def filled(cache: Cache) -> int:
+    """Positions written so far. Waits for the device where a static cache counts there."""
+    return int(cache.get_seq_length())
+
+
+def prepare(cache: StaticCache, model: torch.nn.Module, rows: int) -> bool:
+    """Allocate a cache for ``rows`` sequences of a model, if it is not, and let one graph serve caches of all lengths.
+
+    False where its layers' shapes cannot be known before the first prompt.
+    """
+    if not cache.is_initialized:
+        shape = compat.cache_shape(model)
+        if shape is None:
+            return False
+        cache.early_initialization(rows, *shape, model.dtype, model.device)
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            compat.mark_growing(tensor, growing_dims(tensor, 2))
+    return True
+
+
+def growing_dims(tensor: torch.Tensor, *dims: int) -> tuple[int, ...]:
+    """``dims`` and, where there are several sequences, the first: one sequence has graphs of its own."""
+    return (0, *dims) if tensor.shape[0] > 1 else dims
+
+
+def forget(cache: StaticCache, positions: int) -> None:
+    """Take back the last positions of a cache whose positions stay."""
+    for layer in cache.layers:
+        layer.cumulative_length.sub_(positions)
+
+
+class CachePool:
+    """A model's own static caches, free for the next call; the latest ``_KEPT`` batch sizes."""
+
+    def __init__(self) -> None:
+        self._free: list[tuple[int, StaticCache]] = []
+
+    def take(self, model: torch.nn.Module, rows: int, positions: int, least: int = 0) -> StaticCache:
+        """An empty cache of at least ``positions``, and of ``least``, that nobody else holds."""
+        wanted = max(-(-positions // POSITIONS) * POSITIONS, least)
+        for entry in self._free:
+            if entry[0] == rows and wanted <= capacity(entry[1]) <= 4 * wanted:
+                self._free.remove(entry)
+                entry[1].reset()
+                return entry[1]
+        self._free = [entry for entry in self._free if entry[0] != rows]
+        return StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=wanted)
+
+    def give_back(self, cache: StaticCache, rows: int) -> None:
+        """Keep a cache for the next call."""
+        self._free = [(rows, cache), *self._free][:_KEPT]
+
+    def lend(self, cache: StaticCache, rows: int) -> StaticCache:
+        """The cache for a user to hold; it comes back when the user lets it go."""
+        lent = copy.copy(cache)
+        weakref.finalize(lent, self.give_back, cache, rows).atexit = False
+        return lent
+
+
+class Prompt(Cache):
+    """A view of a static cache that prompts of any length are written through.
+
+    To the model it looks like a cache that grows. So attention reads the positions there are, not all the cache could hold,
+    and knows that a first prompt needs no mask, where a static cache would make it read a mask of [T, positions].
+    """
+
+    def __init__(self, cache: StaticCache) -> None:
+        past = filled(cache)
+        super().__init__(layers=[_PromptLayer(layer, past) for layer in cache.layers])
+
+    def settle(self, layers: Sequence[StaticLayer]) -> None:
+        """Count what was written in the static layers beneath."""
+        for layer in layers:
+            layer.cumulative_length.fill_(filled(self))
+
+
+class _PromptLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, layer: StaticLayer, past: int) -> None:
+        super().__init__()
+        self.keys, self.values = layer.keys, layer.values
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        # The number of positions filled is a size, not an integer, because graphs serve all sizes.
+        self._filled = self.keys[:, :, :past] if past else None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the layer beneath was initialized."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+        past, tokens = self.get_seq_length(), key_states.shape[2]
+        self.keys.narrow(2, past, tokens).copy_(key_states)
+        self.values.narrow(2, past, tokens).copy_(value_states)
+        self._filled = self.keys[:, :, :past + tokens]
+        if not past:
+            return key_states, value_states
+        return self._filled, self.values[:, :, :past + tokens]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self._filled is None else self._filled.shape[2]
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    get_max_cache_shape = get_max_length

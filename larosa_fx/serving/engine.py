@@ -1,0 +1,290 @@
+"""What stands behind a model whose ``generate`` decodes sparsely: its plan, its compiled calls, its caches."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import Cache
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+
+from larosa_fx.compiler import backend
+from larosa_fx.compiler.backend import LarosaError
+from larosa_fx.compiler.folds import STORE
+from larosa_fx.compiler.options import Options
+from larosa_fx.ir import compat
+from larosa_fx.plan.plan import ATTACHED, Plan
+from larosa_fx.serving import cache as caches
+from larosa_fx.serving import loop
+
+#: Above so many rows a step, reading all weights once beats reading each row's share of them (bench/NOTES.md).
+SPARSE_ROWS = {"cuda": 1, "cpu": 8}
+#: Inductor's mode where none is named. A GPU waits for its launches unless CUDA graphs replay them.
+MODES = {"cuda": "reduce-overhead"}
+
+_TOKEN_BY_TOKEN = ("greedy_search", "sample")
+_OURS = (None, "static", "hybrid")  # "hybrid": what some models' files name, and transformers leaves out
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model decodes. ``options``: the backend's, for a step; ``sparse_rows``: sequences up to which it is sparse."""
+
+    options: Options
+    sparse_rows: int
+    max_cache_len: int = 0
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, *, mode: str | None, rotate_cache: bool | None, sparse_rows: int | None,
+           max_cache_len: int | None, **options: object) -> Settings:
+        """With the device's best for what is None, and for mode "auto"."""
+        kind = model.device.type
+        for name, number in (("sparse_rows", sparse_rows), ("max_cache_len", max_cache_len)):
+            if number is not None and (not isinstance(number, int) or number < 0):
+                raise ValueError(f"{name} is {number!r}; give a number of {'sequences' if 'rows' in name else 'tokens'}")
+        if rotate_cache is None:  # where our own prompts are all that fills a cache, values may lie in it mapped
+            rotate_cache = options["weights"] == "replace"
+        parsed = Options.parse({"mode": MODES.get(kind) if mode == "auto" else mode, "rotate_cache": rotate_cache, **options})
+        return cls(parsed, SPARSE_ROWS.get(kind, 1) if sparse_rows is None else sparse_rows, max_cache_len or 0)
+
+    @property
+    def owns(self) -> bool:
+        """Whether prompts too need the folded weights: the original ones are gone, or cache other values."""
+        return self.options.weights == "replace" or self.options.rotate_cache
+
+
+class Engine:
+    """Serves ``generate`` for one model. It is called as ``generate`` is."""
+
+    def __init__(self, model: torch.nn.Module, plan: Plan, settings: Settings, pool: caches.CachePool) -> None:
+        self.model, self.plan, self.settings = model, plan, settings
+        self._pool = pool
+        self._steps: dict[bool, Callable] = {}
+        self._prompts: Callable | None = None
+        self._said: set[str] = set()
+
+    def __call__(self, inputs: torch.Tensor | None = None, generation_config: object = None, *args: object,
+                 streamer: object | None = None, **kwargs: object):
+        """``model.generate``, sparsely where it can be; LarosaError under strict where it cannot."""
+        attach(self.plan, self.model)
+        config = compat.merged_generation_config(self.model, generation_config, _settings(kwargs))
+        reason = self._unserved(config, kwargs)
+        if reason is not None:
+            return self._leave(reason, inputs, generation_config, *args, streamer=streamer, **kwargs)
+        own = kwargs.get("past_key_values") is None
+        if own and generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.cache_implementation = "static"
+        elif own:
+            kwargs["cache_implementation"] = "static"
+        if config.stop_strings is not None and "tokenizer" in kwargs:  # which generate keeps from a loop of one's own
+            strings = StopStringCriteria(kwargs.pop("tokenizer"), config.stop_strings)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), strings])
+            kwargs["stop_strings"] = None
+        calls = backend.calls()
+        result = self._generate(inputs, generation_config, *args, streamer=streamer,
+                                custom_generate=partial(self._decode, streamer=streamer, own=own), **kwargs)
+        if backend.calls() == calls:
+            self._warn("no compiled graph was reached: this call decoded densely")
+        return result
+
+    def forward(self, *args: object, **kwargs: object):
+        """The whole model over any number of tokens, densely, through the folded weights: exact up to rounding."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError("larosa: this model was enabled with weights='replace' and is compiled already; call it as it "
+                               "is, or load the model again")
+        if self._prompts is None:
+            # Op by op: the products of a prompt keep a device busy, and a graph for all lengths is there in a moment.
+            options = replace(self.settings.options, sparsity=0.0, compiler="eager", mode=None)
+            self._prompts = _compiled(_outputs, options, dynamic=True)
+        with torch.no_grad():
+            return self._prompts(self.model, *args, **kwargs)
+
+    def replaced(self) -> bool:
+        """Whether the model's own weights are gone."""
+        return any(STORE.is_replaced(p) for p in self.model.parameters())
+
+    def _generate(self, *args: object, **kwargs: object):
+        return type(self.model).generate(self.model, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _owning(self) -> Iterator[None]:
+        """Within it the model's own forward pass is ``forward``, where prompts need the folded weights."""
+        before = self.model.__dict__.get("forward")
+        if not self.settings.owns or before is not None:
+            yield
+            return
+        self.model.forward = Method(self.model, "forward", self.forward)
+        try:
+            yield
+        finally:
+            del self.model.forward
+
+    # ---- what cannot be served -------------------------------------------------------------------------------------
+
+    def _unserved(self, config: object, kwargs: Mapping[str, object]) -> str | None:
+        """Why a call is left to transformers' own loop, which decodes densely; None where it is not."""
+        if self.model.config.is_encoder_decoder:
+            return "encoder-decoder models are not decoded sparsely"
+        if kwargs.get("custom_generate") is not None:
+            return "custom_generate brings a loop of its own"
+        if kwargs.get("synced_gpus"):
+            return "synced_gpus=True keeps several processes in step"
+        cache = kwargs.get("past_key_values")
+        if cache is not None and not (isinstance(cache, StaticCache) and cache.is_compileable and not cache.offloading):
+            return f"past_key_values is a {type(cache).__name__}, and sparse steps need a StaticCache"
+        mode = config.get_generation_mode(kwargs.get("assistant_model")).value
+        if mode not in _TOKEN_BY_TOKEN:
+            return f"{mode.replace('_', ' ')} is not decoded sparsely"
+        if config.use_cache is False:
+            return "use_cache=False runs the whole sequence for every token"
+        if config.cache_implementation not in _OURS:
+            return f"cache_implementation={config.cache_implementation!r} is asked for, and sparse steps need a static cache"
+        if config.disable_compile:
+            return "disable_compile=True is asked for"
+        if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+            return "attentions and hidden states are not kept by compiled steps"
+        return None
+
+    def _leave(self, reason: str, *args: object, **kwargs: object):
+        if self.settings.options.strict:
+            raise LarosaError(f"larosa (strict): {reason}; nothing would be sparse")
+        self._warn(f"{reason}; transformers' own loop runs instead, densely")
+        if self.settings.owns:  # compiling around the compiled forward pass would trace through it
+            kwargs["disable_compile"] = True
+        with self._owning():
+            return self._generate(*args, **kwargs)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(f"larosa: {message}", stacklevel=4)
+
+    # ---- serving ---------------------------------------------------------------------------------------------------
+
+    def _decode(self, model: torch.nn.Module, input_ids: torch.Tensor, *, logits_processor: LogitsProcessorList,
+                stopping_criteria: StoppingCriteriaList, generation_config: object, own: bool,
+                streamer: object | None = None, synced_gpus: bool = False, **model_kwargs: object):
+        """The loop that ``generate`` calls once it has prepared everything. ``own``: the cache is not a user's."""
+        rows, new = len(input_ids), stopping_criteria.max_length - input_ids.shape[1]
+        prompt = model_kwargs.get("inputs_embeds", input_ids)
+        cache = caches.of(model_kwargs)
+        if own:
+            cache = self._pool.take(model, rows, prompt.shape[1] + new - 1, self.settings.max_cache_len)
+        model_kwargs = caches.with_cache(model_kwargs, cache)
+        logits, filled = self._prompt(cache, input_ids, generation_config, model_kwargs)
+        stays = caches.every_position_stays(cache)
+        if stays and filled + new - 1 > caches.capacity(cache):
+            raise ValueError(f"larosa: past_key_values holds {caches.capacity(cache)} positions, and {filled + new - 1} are "
+                             "asked for; make a longer StaticCache, or lower max_new_tokens")
+        # A pass too many is undone where the cache is seen again and can be undone; else none is made.
+        ahead = input_ids.device.type == "cuda" and (stays or own and not generation_config.return_dict_in_generate)
+        with compat.decoding(model):
+            sequences, scores, raw = loop.decode(
+                self._step(rows), loop.StepInputs(model, model_kwargs, filled), input_ids, logits,
+                logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=generation_config,
+                streamer=streamer, undo=partial(_undo, cache, stays) if ahead else None)
+        if streamer is not None:
+            streamer.end()
+        if own and generation_config.return_dict_in_generate:
+            cache = self._pool.lend(cache, rows)
+        elif own:
+            self._pool.give_back(cache, rows)
+        return loop.output(generation_config, sequences, scores, raw, cache)
+
+    def _prompt(self, cache: StaticCache, input_ids: torch.Tensor, generation_config: object,
+                model_kwargs: dict[str, object]) -> tuple[torch.Tensor, int]:
+        """Fill the cache with the prompt. Returns its logits and how many positions the cache holds then."""
+        view = None
+        if caches.prepare(cache, self.model, len(input_ids)) and caches.every_position_stays(cache):
+            view = caches.Prompt(cache)
+            model_kwargs = caches.with_cache(model_kwargs, view)
+        with self._owning():
+            logits = compat.prefill(self.model, input_ids, generation_config, model_kwargs).logits
+        if view is None:
+            return logits, caches.filled(cache)
+        view.settle(cache.layers)
+        return logits, caches.filled(view)
+
+    def _step(self, rows: int) -> loop.Step:
+        """The compiled forward pass of one token, dense for many rows."""
+        sparse = rows <= self.settings.sparse_rows
+        if not sparse:
+            reason = (f"{rows} sequences at once: above {self.settings.sparse_rows}, reading all weights once is faster here "
+                      "than reading each sequence's share; option sparse_rows sets another limit")
+            if self.settings.options.strict:
+                raise LarosaError(f"larosa (strict): {reason}")
+            self._warn(f"decodes densely: {reason}")
+        if sparse not in self._steps:
+            options = self.settings.options if sparse else replace(self.settings.options, sparsity=0.0)
+            self._steps[sparse] = _compiled(_logits, options)
+        forward = self._steps[sparse]
+
+        def step(**inputs: object) -> torch.Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            return forward(self.model, **inputs)
+
+        return step
+
+
+def attach(plan: Plan, model: torch.nn.Module) -> None:
+    """Make ``plan`` the one that a model's graphs find. PlanError where it is another model's.
+
+    LarosaError where the weights were folded with other rotations and are gone.
+    """
+    current = ATTACHED.find(model.parameters())
+    if current is plan:
+        return
+    if not any(STORE.is_replaced(p) for p in model.parameters()):
+        plan.attach(model)
+        return
+    if current is None or current.digest != plan.digest:
+        raise LarosaError("larosa: the model's weights were folded for another plan with weights='replace' and are gone; "
+                          "load the model again, or enable it with weights='copy'")
+    ATTACHED.attach(plan, [model.get_parameter(name) for site in plan.sites for name in site.weights])
+
+
+class Method:
+    """A method of one model in the place of its class's, with its signature; a copy of the model has its class's again."""
+
+    def __init__(self, model: torch.nn.Module, name: str, call: Callable) -> None:
+        self._model, self._name, self._call = model, name, call
+        functools.update_wrapper(self, getattr(type(model), name).__get__(model))
+
+    def __call__(self, *args: object, **kwargs: object):
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Callable:
+        return getattr(type(self._model), self._name).__get__(memo[id(self._model)])
+
+
+def _undo(cache: StaticCache, stays: bool) -> None:
+    if stays:
+        caches.forget(cache, 1)
+
+
+def _settings(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Arguments of ``generate`` that a GenerationConfig may know; tensors and caches are none of its business."""
+    return {name: value for name, value in kwargs.items() if not isinstance(value, (torch.Tensor, Cache))}
+
+
+def _outputs(model: torch.nn.Module, *args: object, **kwargs: object):
+    return type(model).forward(model, *args, **kwargs)
+
+
+def _logits(model: torch.nn.Module, **inputs: object) -> torch.Tensor:
+    return type(model).forward(model, **inputs, return_dict=True).logits
+
+
+def _compiled(function: Callable, options: Options, **settings: object) -> Callable:
+    """``function`` for backend "larosa", with code of its own: Dynamo counts compilations, and limits them, by code."""
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, backend="larosa", fullgraph=True, options=asdict(options), **settings)
