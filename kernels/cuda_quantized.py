@@ -14,6 +14,7 @@ from larosa_fx.kernels.reference import GATE_CODES
 _SOURCE = Path(__file__).with_name("quantized_linear.cu")
 _MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
 _WIDTH = 16  # columns a thread adds up, as in the kernel
+_SECTOR = 64  # columns, 32 bytes of 4-bit weights
 
 
 class Shape(NamedTuple):
@@ -43,12 +44,16 @@ class Config(NamedTuple):
 
 
 def config(shape: Shape, sms: int) -> Config:
-    """As many clusters as there is room for, each with as many columns as it takes; a sector is 32 bytes."""
+    """A tile is whole sectors of 32 bytes; where there are fewer tiles than half of the multiprocessors, two share one.
+
+    What was best on an H200 for the four sites of Llama-3-8B at half density, as links of a chain.
+    """
     halves = 2 if shape.gate else 1
-    sector = 256 // shape.bits
-    sectors = -(-shape.columns // halves // sector)
-    split = 4 if sectors < 2 * sms else 2
-    return Config(sector * halves * -(-sectors // (sms // split)), threads=512, batch=4, split=split)
+    sectors = -(-shape.columns // halves // _SECTOR)
+    split = 2 if 2 * sectors <= sms else 1
+    tile = _SECTOR * halves * -(-sectors * split // sms)
+    wide = tile > 2 * _SECTOR or shape.channels > 8192
+    return Config(tile, threads=1024 if wide else 512, batch=4 if wide else 8, split=split)
 
 
 def shared_bytes(shape: Shape, c: Config) -> int:
@@ -69,9 +74,35 @@ def constants(shape: Shape, c: Config) -> dict[str, int]:
                for flag in ("full", "half", "norm", "bias", "residual", "early", "gain", "threshold")}}
 
 
-def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None,
-                     adapter: Tensor | None, adapter_scales: Tensor | None, eps: float | None, gate: str, early: bool,
-                     gain: Tensor | None, threshold: float | None, bits: int, *, using: Config | None = None) -> Tensor:
+def refuses(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor | None, norm: bool, gate: str) -> str:
+    """Why the kernel does not take these, checked or fake tensors; "" where it does."""
+    bits = 4 if weight.dtype == torch.uint8 else 8
+    columns = weight.shape[1] * 8 // bits
+    group, rows = columns // scales.shape[1], 0 if adapter is None else adapter.shape[0]
+    channels = x.shape[-1]
+    if x.device.type != "cuda" or not nvrtc.available() or nvrtc.properties(x.device).major < 9:
+        return "clusters of thread blocks are there from compute capability 9"
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[:-1].numel() != 1:
+        return "one row of 16 bits is what it takes"
+    if rows and (gate or norm):
+        return "an adapter's rows would meet the norm's scalar or the gate"
+    if channels % 4 or channels >= _MAX_CHANNELS or rows % 8:
+        return "channels must be a multiple of 4, below 65536, and the adapter's rows one of 8"
+    if columns % (_WIDTH * (2 if gate else 1)) or group % _WIDTH:
+        return f"columns and groups must be multiples of {_WIDTH}"
+    shape = Shape(channels, columns, bits, group, rows, False, x.dtype == torch.float16, gate, norm, *[False] * 5)
+    c = config(shape, nvrtc.properties(x.device).multi_processor_count)
+    if c.tile // _WIDTH > c.threads or shared_bytes(shape, c) > nvrtc.properties(x.device).shared_memory_per_block_optin:
+        return "a row's list does not fit into shared memory"
+    return ""
+
+
+def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None = None,
+                     adapter_scales: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
+                     eps: float | None = None, gate: str = "", early: bool = False, gain: Tensor | None = None,
+                     threshold: float | None = None, *, using: Config | None = None) -> Tensor:
+    """Launch on the tensors' device, which must be the current one, with arguments that ``serves`` has passed."""
+    bits = 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
     drops = bool(threshold)  # 0 drops nothing
     rows = 0 if adapter is None else adapter.shape[0]
