@@ -131,6 +131,40 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
     return x.new_empty((*x.shape[:-1], reference.check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)))
 
 
+# ---- quantized_linear ----------------------------------------------------------------------------------------------
+
+quantized_linear = _op(reference.quantized_linear)
+
+
+@_kernel("quantized_linear", "cuda")
+def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
+      gain=None, threshold=None):
+    reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
+    from larosa_fx.kernels import cuda_quantized
+
+    if cuda_quantized.refuses(x, weight, scales, adapter, eps is not None, gate):
+        return None
+    with torch.cuda.device(x.device):
+        return cuda_quantized.quantized_linear(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate,
+                                               early, gain, threshold)
+
+
+@torch.library.register_fake("larosa::quantized_linear")
+def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
+      gain=None, threshold=None):
+    columns = reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain,
+                                        threshold)
+    return x.new_empty((*x.shape[:-1], columns))
+
+
+dequantized = _op(reference.dequantized)
+
+
+@torch.library.register_fake("larosa::dequantized")
+def _(weight, scales):
+    return scales.new_empty(reference.check_format(weight, scales, "dequantized"))
+
+
 # ---- dense_gemv ----------------------------------------------------------------------------------------------------
 
 dense_gemv = _op(reference.dense_gemv)

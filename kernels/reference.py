@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from larosa_fx.kernels.quantization import dequantize
+
 # Floating types that can be ranked, each with the integer type of its width.
 BITS = {
     torch.bfloat16: torch.int16,
@@ -76,46 +78,101 @@ def check_linear(
 ) -> int:
     """Raise TypeError or ValueError unless ``sparse_linear`` is defined for these; the columns of its result."""
     check_select(x, k)
-    if threshold is not None and not threshold >= 0:
-        raise ValueError(f"sparse_linear: threshold must be 0 or more, got {threshold}")
-    if threshold is not None and k != x.shape[-1]:
-        raise ValueError(f"sparse_linear: k must be K where a threshold decides, got k={k} for K={x.shape[-1]} channels")
-    if gate and gate not in GATES:
-        raise ValueError(f"sparse_linear: gate must be one of {', '.join(GATES)} or empty, got {gate!r}")
     if weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError(
             "sparse_linear: weight must be [K, N] or [K + D, N], contiguous (row-major), "
             f"got shape {tuple(weight.shape)}, strides {weight.stride()}"
         )
-    channels, (rows, columns) = x.shape[-1], weight.shape
+    _check_alike("sparse_linear", x, weight=weight)
+    return _check_site("sparse_linear", x, k, *weight.shape, bias, residual, gate, gain, threshold)
+
+
+def _check_site(
+    op: str, x: Tensor, k: int, rows: int, columns: int, bias: Tensor | None, residual: Tensor | None, gate: str,
+    gain: Tensor | None, threshold: float | None,
+) -> int:
+    """What ``sparse_linear`` asks of the arguments around a weight of ``rows`` and ``columns``; the result's columns."""
+    check_select(x, k)
+    if threshold is not None and not threshold >= 0:
+        raise ValueError(f"{op}: threshold must be 0 or more, got {threshold}")
+    if threshold is not None and k != x.shape[-1]:
+        raise ValueError(f"{op}: k must be K where a threshold decides, got k={k} for K={x.shape[-1]} channels")
+    if gate and gate not in GATES:
+        raise ValueError(f"{op}: gate must be one of {', '.join(GATES)} or empty, got {gate!r}")
+    channels = x.shape[-1]
     adapted = 0 if residual is None else residual.shape[-1]
     if rows not in (channels, channels + adapted):
         raise ValueError(
-            f"sparse_linear: weight must have a row for each of the {channels} channels of x, and may have one for "
+            f"{op}: weight must have a row for each of the {channels} channels of x, and may have one for "
             f"each of the {adapted} of residual, got {rows}"
         )
     if gate and rows != channels:
-        raise ValueError("sparse_linear: there is no adapter behind a gate")
+        raise ValueError(f"{op}: there is no adapter behind a gate")
     if gate and columns % 2:
-        raise ValueError(f"sparse_linear: a gated product needs an even number of columns, got {columns}")
+        raise ValueError(f"{op}: a gated product needs an even number of columns, got {columns}")
     out = columns // 2 if gate else columns
     if bias is not None and bias.shape != (columns,):
-        raise ValueError(f"sparse_linear: bias must be [{columns}], got {tuple(bias.shape)}")
+        raise ValueError(f"{op}: bias must be [{columns}], got {tuple(bias.shape)}")
     if residual is not None and (residual.shape[:-1] != x.shape[:-1] or (rows == channels and adapted != out)):
         raise ValueError(
-            f"sparse_linear: residual must be {(*x.shape[:-1], out)}, or [..., D] where weight has D more rows, "
+            f"{op}: residual must be {(*x.shape[:-1], out)}, or [..., D] where weight has D more rows, "
             f"got {tuple(residual.shape)}"
         )
     if gain is not None and (gain.shape != (channels,) or not gain.is_contiguous()):
         raise ValueError(
-            f"sparse_linear: gain must be [{channels}], contiguous, got shape {tuple(gain.shape)}, strides {gain.stride()}"
+            f"{op}: gain must be [{channels}], contiguous, got shape {tuple(gain.shape)}, strides {gain.stride()}"
         )
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual), ("gain", gain)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"sparse_linear: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"sparse_linear: all tensors must be on one device, got {x.device} and {tensor.device}")
+    _check_alike(op, x, bias=bias, residual=residual, gain=gain)
     return out
+
+
+def _check_alike(op: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Raise unless all tensors have x's dtype and device."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {tensor.device}")
+
+
+def check_format(weight: Tensor, scales: Tensor, op: str) -> tuple[int, int]:
+    """Raise TypeError or ValueError unless these are a weight of 8 or 4 bits and its scales; its rows and columns."""
+    if weight.dtype not in (torch.int8, torch.uint8) or scales.dtype not in BITS:
+        raise TypeError(f"{op}: weight must be torch.int8 (8 bits) or torch.uint8 (two of 4 bits), and scales one of "
+                        f"{', '.join(map(str, BITS))}, got {weight.dtype} and {scales.dtype}")
+    four = weight.dtype == torch.uint8
+    rows, columns = (weight.shape[0], weight.shape[1] * (2 if four else 1)) if weight.dim() == 2 else (0, 0)
+    groups = scales.shape[1] if scales.dim() == (3 if four else 2) else 0
+    if weight.dim() != 2 or groups == 0 or scales.shape != (rows, groups, *([2] if four else [])) or columns % groups:
+        raise ValueError(f"{op}: scales must be [K, groups{', 2' if four else ''}] for a weight of K rows, whose columns "
+                         f"the groups divide, got {tuple(scales.shape)} for {tuple(weight.shape)}")
+    if not weight.is_contiguous() or not scales.is_contiguous():
+        raise ValueError(f"{op}: weight and scales must be contiguous, got strides {weight.stride()} and {scales.stride()}")
+    if weight.device != scales.device:
+        raise ValueError(f"{op}: all tensors must be on one device, got {weight.device} and {scales.device}")
+    return rows, columns
+
+
+def check_quantized(
+    x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None, adapter_scales: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str, gain: Tensor | None,
+    threshold: float | None = None,
+) -> int:
+    """Raise TypeError or ValueError unless ``quantized_linear`` is defined for these; the columns of its result."""
+    op = "quantized_linear"
+    rows, columns = check_format(weight, scales, op)
+    if (adapter is None) != (adapter_scales is None):
+        raise ValueError(f"{op}: adapter and adapter_scales go together")
+    if adapter is not None:
+        if adapter.dtype != torch.int8:
+            raise TypeError(f"{op}: adapter must be torch.int8, got {adapter.dtype}")
+        more, width = check_format(adapter, adapter_scales, op)
+        if width != columns or residual is None or residual.shape[-1] != more:
+            raise ValueError(f"{op}: adapter must be [D, {columns}] with a residual of [..., D], "
+                             f"got {tuple(adapter.shape)} and {None if residual is None else tuple(residual.shape)}")
+        rows += more
+    _check_alike(op, x, scales=scales, adapter_scales=adapter_scales)
+    return _check_site(op, x, k, rows, columns, bias, residual, gate, gain, threshold)
 
 
 def check_dense(x: Tensor, weight: Tensor) -> None:
@@ -244,6 +301,56 @@ def sparse_linear(
     """
     check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
 
+    return linear_around(_selected(k, threshold), x, weight, bias, residual, eps, gate, gain)
+
+
+def quantized_linear(
+    x: Tensor,
+    k: int,
+    weight: Tensor,
+    scales: Tensor,
+    adapter: Tensor | None = None,
+    adapter_scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float | None = None,
+    gate: str = "",
+    early: bool = False,
+    gain: Tensor | None = None,
+    threshold: float | None = None,
+) -> Tensor:
+    """``sparse_linear`` over weights of 8 or 4 bits, as ``larosa_fx.kernels.quantization`` stores them.
+
+    Args:
+        weight, scales: [K, N] int8 with [K, N / group], or [K, N / 2] uint8 with [K, N / group, 2], scales in x's dtype.
+        adapter, adapter_scales: the residual adapter, [D, N] int8 with [D, N / group]; it needs a residual [..., D].
+        The others are those of ``sparse_linear``, which chooses the same channels.
+
+    Returns:
+        y, [..., N] or [..., N/2], in x's dtype; the weights are taken as they are stored, sums are float32, rounded once.
+
+    Raises:
+        TypeError, ValueError: as the other ops, naming the argument.
+    """
+    check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
+    exact = dequantize(weight, scales)
+    if adapter is not None:
+        exact = torch.cat([exact, dequantize(adapter, adapter_scales)])
+    return linear_around(_selected(k, threshold), x, exact.to(_wide(x.dtype)), bias, residual, eps, gate, gain)
+
+
+def dequantized(weight: Tensor, scales: Tensor) -> Tensor:
+    """A weight of 8 or 4 bits in its scales' dtype, [K, N]: for products of many rows, which read it once.
+
+    Raises:
+        TypeError, ValueError: weight and scales are not as ``quantized_linear`` takes them.
+    """
+    check_format(weight, scales, "dequantized")
+    return dequantize(weight, scales).to(scales.dtype)
+
+
+def _selected(k: int, threshold: float | None) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
+    """The product of ``linear_around`` over the k largest channels, or over those that reach the threshold."""
     def product(z: Tensor, scale: Tensor | None, weight: Tensor) -> Tensor:
         if threshold is None:
             return _gemv(*topk_select(z, k), weight)
@@ -253,7 +360,7 @@ def sparse_linear(
         few = wide if z.shape[:-1].numel() <= GATHER_ROWS else z.dtype
         return z.masked_fill(size < threshold, 0).to(few) @ weight.to(few)
 
-    return linear_around(product, x, weight, bias, residual, eps, gate, gain)
+    return product
 
 
 def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,194 @@
+"""Weights of 8 and 4 bits: how they are stored, and products over them against float64 on what is stored."""
+
+import pytest
+import torch
+
+from larosa_fx.kernels import cuda_quantized, nvrtc, reference
+from larosa_fx.kernels.quantization import dequantize, quantize
+
+linear = torch.ops.larosa.quantized_linear.default
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
+GATES = {"silu": torch.nn.functional.silu, "relu": torch.relu}
+
+
+@pytest.mark.parametrize("bits, worst", [(8, 0.5 / 127), (4, 0.5 / 15 * 2)])
+@pytest.mark.parametrize("group", [64, 128])
+def test_each_group_is_stored_to_half_a_step(bits, worst, group):
+    weight = torch.randn(48, 384, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stored, scales = quantize(weight, bits, group, torch.float32)
+    assert stored.nbytes == weight.numel() * bits // 8
+    error = (dequantize(stored, scales) - weight).abs().view(48, -1, group).amax(-1)
+    if bits == 8:
+        assert (error <= weight.abs().view(48, -1, group).amax(-1) * worst * 1.001).all()
+    else:  # a range cut to 0.8 lies off its ends by a tenth of it
+        spread = weight.view(48, -1, group).amax(-1) - weight.view(48, -1, group).amin(-1)
+        assert (error <= spread * 0.101).all()
+
+
+def test_four_bits_lose_no_more_than_rounding_to_the_whole_range():
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(1))
+    grouped = weight.view(64, 4, 128)
+    low, step = grouped.amin(-1, keepdim=True), (grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)) / 15
+    nearest = (((grouped - low) / step).round() * step + low).view_as(weight)
+    found = dequantize(*quantize(weight, 4, 128, torch.float32))
+    assert (found - weight).square().sum() < 0.95 * (nearest - weight).square().sum()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("weight", [torch.zeros(4, 128), torch.full((4, 128), -3.0), torch.eye(128)[:4] * 1e-3])
+def test_odd_weights_come_back(bits, weight):
+    found = dequantize(*quantize(weight, bits, 64, torch.bfloat16))
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, weight, rtol=0.01, atol=1e-5)
+
+
+def test_groups_must_divide_the_columns():
+    with pytest.raises(ValueError, match="do not divide the 100 columns"):
+        quantize(torch.zeros(4, 100), 8, 64, torch.float32)
+
+
+def case(bits, group, channels, columns, dtype, device, *, gate="", norm=False, adapter=0, residual=False, bias=False,
+         gain=False, seed=0):
+    """(keyword arguments of the op but for its selection, what is stored in float64)."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    stored, scales = quantize(rand(channels, columns) / channels**0.5, bits, group, dtype)
+    arguments = {"x": rand(1, channels).to(dtype), "weight": stored, "scales": scales}
+    exact = {"weight": dequantize(stored, scales).double()}
+    if adapter:
+        arguments["adapter"], arguments["adapter_scales"] = quantize(rand(adapter, columns) / adapter**0.5, 8, group, dtype)
+        exact["adapter"] = dequantize(arguments["adapter"], arguments["adapter_scales"]).double()
+    out = columns // 2 if gate else columns
+    if adapter or residual:
+        arguments["residual"] = rand(1, adapter or out).to(dtype)
+    if bias:
+        arguments["bias"] = rand(columns).to(dtype)
+    if gain:
+        arguments["gain"] = (rand(channels).abs() + 0.5).to(dtype)
+    arguments |= {"gate": gate, "eps": 1e-5 if norm else None}
+    return {name: a.to(device) if isinstance(a, torch.Tensor) else a for name, a in arguments.items()}, exact
+
+
+def oracle(a, exact, k, threshold):
+    """The op in float64, and the size of its terms, that rounding is measured by."""
+    x = a["x"].cpu()
+    z = (x * a["gain"].cpu() if "gain" in a else x).double()
+    scale = (x.double().square().mean() + a["eps"]).rsqrt() if a["eps"] else torch.tensor(1.0, dtype=torch.float64)
+    if threshold is None:
+        keep = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, reference.topk_select(z.to(x.dtype), k)[1].long(), True)
+    else:
+        keep = z.abs() * scale >= threshold
+    y = (z * keep) @ exact["weight"] * scale
+    size = (z * keep).abs() @ exact["weight"].abs() * scale
+    if "bias" in a:
+        y = y + a["bias"].cpu().double()
+    if a["gate"]:
+        (gate, up), (_, width) = y.chunk(2, -1), size.chunk(2, -1)
+        y, size = GATES[a["gate"]](gate) * up, width * gate.abs() + size.chunk(2, -1)[0] * up.abs()
+    if "adapter" in exact:
+        y = y + a["residual"].cpu().double() @ exact["adapter"]
+        size = size + a["residual"].cpu().double().abs() @ exact["adapter"].abs()
+    elif "residual" in a:
+        y = y + a["residual"].cpu().double()
+    return y, size
+
+
+AROUND = [{}, {"norm": True, "bias": True}, {"gate": "silu", "norm": True}, {"gate": "relu", "bias": True}, {"residual": True},
+          {"adapter": 256}, {"norm": True, "gain": True}, {"adapter": 64, "gain": True, "bias": True}]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("around", AROUND, ids=lambda a: "-".join(a) or "plain")
+@pytest.mark.parametrize("bits, group", [(8, 64), (8, 256), (4, 64), (4, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_against_float64(dtype, bits, group, around, device):
+    for channels, columns in ((512, 256), (1500, 768)):
+        a, exact = case(bits, group, channels, columns, dtype, device, **around)
+        for k, threshold in ((channels // 3, None), (channels, None), (1, None), (channels, 0.7), (channels, 0.0), (channels, 9e9)):
+            got = linear(**a, k=k, threshold=threshold).cpu()
+            want, size = oracle(a, exact, k, threshold)
+            assert got.dtype == dtype
+            # Where a scalar a few ulps off decides about a channel the two may differ by that channel.
+            near = 2 ** -20 * size + want.abs() * torch.finfo(dtype).eps + 1e-7
+            wrong = (got.double() - want).abs() > near * 4
+            assert not wrong.any(), (channels, k, threshold, (got.double() - want).abs().max())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_unlisted_rows_are_not_read_into_the_result(bits, device):
+    a, _ = case(bits, 64, 256, 128, torch.bfloat16, device)
+    expected = linear(**a, k=256, threshold=0.8)
+    dropped = (a["x"][0].abs() < 0.8)
+    a["scales"] = a["scales"].clone()
+    a["scales"][dropped] = 1e4
+    assert torch.equal(linear(**a, k=256, threshold=0.8), expected)
+    a["scales"][:] = 1e4
+    assert not torch.equal(linear(**a, k=256, threshold=0.8), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_equal_inputs_give_equal_bits(bits, device):
+    a, _ = case(bits, 128, 2048, 512, torch.bfloat16, device, adapter=512)
+    first = linear(**a, k=2048, threshold=0.5)
+    assert all(torch.equal(linear(**a, k=2048, threshold=0.5), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dequantized_rows(bits):
+    stored, scales = quantize(torch.randn(32, 128), bits, 64, torch.bfloat16)
+    found = torch.ops.larosa.dequantized(stored, scales)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, dequantize(stored, scales).bfloat16())
+
+
+@pytest.mark.parametrize("change, error, words", [
+    ({"weight": torch.zeros(64, 64)}, TypeError, "weight must be torch.int8"),
+    ({"scales": torch.zeros(64, 2)}, TypeError, "scales must have x's dtype"),
+    ({"scales": torch.zeros(63, 2, dtype=torch.bfloat16)}, ValueError, "scales must be"),
+    ({"scales": torch.zeros(64, 3, dtype=torch.bfloat16)}, ValueError, "scales must be"),
+    ({"adapter": torch.zeros(8, 64, dtype=torch.int8)}, ValueError, "go together"),
+    ({"k": 0}, ValueError, "k must be in"), ({"threshold": -1.0}, ValueError, "threshold must be"),
+    ({"gate": "tanh"}, ValueError, "gate must be"), ({"bias": torch.zeros(3, dtype=torch.bfloat16)}, ValueError, "bias must be"),
+    ({"x": torch.zeros(1, 60, dtype=torch.bfloat16), "k": 60}, ValueError, "weight must have a row"),
+    ({"residual": torch.zeros(1, 3, dtype=torch.bfloat16)}, ValueError, "residual must be")])
+def test_wrong_arguments_are_named(change, error, words):
+    a, _ = case(8, 32, 64, 64, torch.bfloat16, "cpu")
+    a = {"k": 64} | a | change
+    with pytest.raises(error, match=words):
+        linear(**a)
+    meta = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in a.items()}
+    with pytest.raises(error, match=words):
+        linear(**meta)
+
+
+def shapes():
+    base = {"channels": 4096, "columns": 4096, "bits": 8, "group": 128, "adapter": 0, "full": False, "half": False, "gate": "",
+            "norm": False, "bias": False, "residual": False, "early": False, "gain": False, "threshold": True}
+    more = [{}, {"norm": True, "bias": True, "columns": 6144}, {"norm": True, "gate": "silu", "columns": 28672},
+            {"residual": True, "threshold": False}, {"adapter": 4096, "early": True, "channels": 14336},
+            {"full": True, "norm": True, "threshold": False}, {"channels": 64, "columns": 64, "group": 64},
+            {"channels": 28672, "columns": 8192, "adapter": 8192, "threshold": False}, {"norm": True, "gain": True}]
+    return [cuda_quantized.Shape(**base | extra | {"half": half, "bits": bits})
+            for extra in more for half in (False, True) for bits in (8, 4)]
+
+
+def test_kernels_compile():
+    try:
+        from cuda.bindings import nvrtc as bindings
+
+        bindings.nvrtcVersion()
+    except (ImportError, RuntimeError):
+        pytest.skip("needs cuda-bindings and NVRTC")
+    for shape in shapes():
+        c = cuda_quantized.config(shape, 132)
+        assert nvrtc.compile(cuda_quantized._SOURCE, cuda_quantized.constants(shape, c), (9, 0))
+
+
+def test_configurations_are_valid():
+    for shape in shapes():
+        for sms in (78, 114, 132, 148):
+            c = cuda_quantized.config(shape, sms)
+            blocks = -(-shape.columns // c.tile) * c.split
+            assert blocks <= sms and c.tile % (16 * c.split) == 0
+            assert cuda_quantized.shared_bytes(shape, c) <= 232448 and c.tile // 16 <= c.threads
