@@ -10,7 +10,9 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
 
 __version__ = "0.1.0"
 
-from larosa_fx.compiler.backend import LarosaError, last_report  # noqa: E402  after __path__, which these imports need
+from larosa_fx.compiler.backend import last_report, reports  # noqa: E402  after __path__, which these imports need
+from larosa_fx.compiler.folds import refold  # noqa: E402
+from larosa_fx.compiler.policy import LarosaError  # noqa: E402
 from larosa_fx.enable import disable, enable  # noqa: E402
 from larosa_fx.generation import compile_config, generate  # noqa: E402
 from larosa_fx.method.calibrate import calibrate  # noqa: E402
@@ -19,4 +21,4 @@ from larosa_fx.plan.plan import Plan, PlanError  # noqa: E402
 from larosa_fx.training.loop import TrainingOptions, train  # noqa: E402
 
 __all__ = ["LarosaError", "Plan", "PlanError", "TrainingOptions", "calibrate", "compile_config", "disable", "enable",
-           "generate", "last_report", "perplexity", "train"]
+           "generate", "last_report", "perplexity", "refold", "reports", "train"]

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
+from larosa_fx.compiler import policy
 from larosa_fx.compiler.capture import Capture, capture
-from larosa_fx.compiler.folds import STORE, Binding, Folded, stamp
+from larosa_fx.compiler.folds import STORE, Binding, Fingerprint, Folded, stamp
 from larosa_fx.compiler.options import Options
 from larosa_fx.compiler.pipeline import Runner, disabled, transform
+from larosa_fx.compiler.policy import LarosaError
 from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import PlanView
 from larosa_fx.ir.report import Report
+from larosa_fx.ir.structure import weight_placeholders
 from larosa_fx.kernels import ops
 from larosa_fx.passes.fold_maps import HalfRotatedError
 from larosa_fx.plan import file
@@ -29,12 +31,19 @@ from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
 
 log = logging.getLogger("larosa_fx")
 
+_numbers = itertools.count()
+_live: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 _last_report: Report | None = None
 
 
 def last_report() -> Report | None:
-    """The report of the graph that backend "larosa" compiled last in this process; None before the first."""
+    """The report of the compiled graph that ran last in this process, or was built after that; None before the first."""
     return _last_report
+
+
+def reports() -> list[Report]:
+    """The reports of all graphs that backend "larosa" compiled and that may still be called, in the order of compilation."""
+    return [graph.report for graph in sorted(_live, key=lambda graph: graph.number)]
 
 
 class _Calls(threading.local):
@@ -52,39 +61,42 @@ def calls() -> int:
     return _calls.number
 
 
-class LarosaError(RuntimeError):
-    """With ``strict=True``: something could not be treated as asked. The message says what and why."""
-
-
-def larosa(gm: fx.GraphModule, example_inputs: Sequence[object], *, mode: str | None = None,
-           options: Mapping[str, object] | None = None) -> Callable:
+def _larosa(gm: fx.GraphModule, example_inputs: Sequence[object], *, mode: str | None = None,
+            options: Mapping[str, object] | None = None) -> Callable:
     """The backend that torch.compile finds under the name "larosa"; see ``larosa_fx.compiler.options.Options``.
 
-    Raises ValueError for bad options, PlanError for a plan that does not fit the model, LarosaError under strict.
+    Raises ValueError for bad options, PlanError for a plan that cannot be read, LarosaError under strict.
     """
     return CompiledGraph(gm, example_inputs, Options.parse(options, mode))
 
 
-@dataclass
-class _Variant:
-    """One way to run the graph: rewritten for a plan, or dense where ``binding`` is None."""
+_larosa.__name__ = _larosa.__qualname__ = "larosa"
 
-    call: Callable
-    binding: Binding | None
-    report: Report
-    weights: dict[str, list[int]]  # site name -> positions of its linears' weights
+
+def __getattr__(name: str) -> Callable:
+    """``larosa``, looked up when torch.compile finds the entry point.
+
+    Only then is Dynamo there, which importing this package does not load, and it has not yet decided whether it compiles
+    or has compiled often enough.
+    """
+    if name != "larosa":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    compat.allow_recompilations(_larosa, policy.compilation_limit)
+    globals()["larosa"] = _larosa
+    return _larosa
 
 
 @dataclass
 class _State:
-    """What belongs to one set of parameters: a variant, its folded tensors, and the stamp they were folded at."""
+    """What belongs to one set of parameters: their folded tensors, and what tells that these are still right."""
 
-    variant: _Variant
     folded: list[Folded]
-    kept: list[int]  # positions of the inputs that are passed on
+    fingerprint: Fingerprint | None  # of the parameters that were folded and are still there
     stamp: list[tuple[int, int]]
+    revision: int
     epoch: object  # of the plan, see CompiledGraph._epoch
-    refs: list[weakref.ref] = field(default_factory=list)
+    refs: list[weakref.ref]
+    fits: bool  # whether the plan that counts for these parameters leads to this graph
 
 
 class CompiledGraph:
@@ -92,61 +104,61 @@ class CompiledGraph:
 
     Dynamo hands a compiled graph to every model instance of the same shape, so nothing here belongs to one instance: each
     call finds, by the identity of the parameters it brings, the tensors folded from them, and folds them anew when a
-    parameter changed.
+    parameter changed. What the graph itself depends on, the plan's structure, is guarded: Dynamo compiles anew where the
+    plan that counts leads to another graph.
     """
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[object], options: Options) -> None:
         self.options = options
+        self.number = next(_numbers)
         self._gm = gm
         self._mask = g.parameter_mask(example_inputs)
         self._path = None if options.plan is None else os.path.abspath(options.plan)  # whatever directory is entered later
-        self._variants: dict[object, _Variant] = {}
+        self._parameters = [i for i, is_parameter in enumerate(self._mask) if is_parameter]
         self._states: dict[tuple[int, ...], _State] = {}
-        self._warned = False
-        # All parameters decide what a call needs, because another plan may fold others.
-        self._watched = [i for i, is_parameter in enumerate(self._mask) if is_parameter]
-        plan = self._plan_for(example_inputs)
-        self._variants[self._key(plan)] = self._build(plan, example_inputs)
+        self._build(example_inputs)
+        _live.add(self)
 
     def __call__(self, *args: object):
+        global _last_report
         _calls.number += 1
-        parameters = [args[i] for i in self._watched]
+        _last_report = self.report
+        parameters = [args[i] for i in self._parameters]
         ids = tuple(map(id, parameters))
         state = self._states.get(ids)
-        if state is None or state.epoch != self._epoch() or state.stamp != stamp(parameters):
+        if state is None or state.epoch != self._epoch() or state.revision != STORE.revision or (
+                state.stamp != stamp(parameters)):
             state = self._bind(args, parameters, ids)
-        if state.variant.binding is None:
-            return state.variant.call(*args)
-        return state.variant.call(*[args[i] for i in state.kept], *[entry.tensor for entry in state.folded])
+        elif state.fingerprint is not None and state.fingerprint.differs_by_now():
+            STORE.touch(parameters)
+            state = self._bind(args, parameters, ids)
+        if not state.fits:
+            return self._gm(*args)
+        if self._binding is None:
+            return self._call(*args)
+        return self._call(*[args[i] for i in self._kept], *[entry.tensor for entry in state.folded])
 
     def _bind(self, args: Sequence[object], parameters: Sequence[torch.Tensor], ids: tuple[int, ...]) -> _State:
-        epoch = self._epoch()  # before the plan: a plan that comes in between is found at the next call
+        """Fold what is not folded yet, for these parameters and the plan that counts for them."""
+        revision, epoch = STORE.revision, self._epoch()  # what changes from here on is found at the next call
         plan = self._plan_for(args)
-        key = self._key(plan)
-        if key not in self._variants:
-            self._variants[key] = self._build(plan, args, at_run_time=True)
-        variant, folded, kept = self._variants[key], [], []
-        if variant.binding is not None and plan is not None:
-            self._check_live_weights(variant, plan, args)
-            binding = replace(variant.binding, rotations=plan.matrices, digest=plan.digest)
-            folded, kept = binding.fold(args, replace=self.options.weights == "replace"), binding.kept()
+        fits, folded, fingerprint = _same(_structure(plan, self.options), self._key), [], None
+        if not fits:  # Dynamo was told not to look at its guards
+            policy.explain_eager("another plan counts than this graph was compiled for, and Dynamo did not compile it anew",
+                                 strict=self.options.strict,
+                                 wrong=self.options.rotate_cache or any(map(STORE.is_replaced, parameters)))
+        elif self._binding is not None:
+            policy.changed_weights(plan, {name: [args[i] for i in positions] for name, positions in self._weights.items()},
+                                   self.options)
+            binding = replace(self._binding, rotations=plan.matrices, digest=plan.digest)
+            replaces = self.options.weights == "replace"
+            leaving = {id(args[i]) for i in binding.replaceable(args)} if replaces else ()
+            fingerprint = STORE.fingerprint([p for p in binding.sources(args) if id(p) not in leaving])
+            folded = binding.fold(args, replace=replaces)
         states = self._states
         refs = [weakref.ref(p, lambda _: states.pop(ids, None)) for p in parameters]
-        states[ids] = _State(variant, folded, kept, stamp(parameters), epoch, refs)
+        states[ids] = _State(folded, fingerprint, stamp(parameters), revision, epoch, refs, fits)
         return states[ids]
-
-    def _check_live_weights(self, variant: _Variant, plan: Plan, args: Sequence[object]) -> None:
-        """A graph compiled for the plan's weights may be called with others: folding stays exact, selection may suffer."""
-        weights = {site: [args[i] for i in positions] for site, positions in variant.weights.items()}
-        if any(STORE.is_replaced(w) for tensors in weights.values() for w in tensors):
-            return
-        try:
-            plan.check_weights(weights)
-        except PlanError as error:
-            if self.options.strict:
-                raise
-            warnings.warn(f"larosa: {error}. The new weights are folded exactly, but rotations and k were fitted to others.",
-                          stacklevel=4)
 
     def _epoch(self) -> object:
         """What changes when another plan may be meant: the file at the path was written, or a plan was attached."""
@@ -155,65 +167,63 @@ class CompiledGraph:
     def _plan_for(self, args: Sequence[object]) -> Plan | None:
         if self._path is not None:
             return file.current(self._path)
-        return ATTACHED.find([x for x, is_parameter in zip(args, self._mask, strict=True) if is_parameter])
-
-    def _key(self, plan: Plan | None) -> object:
-        """Plans with equal keys lead to the same graph, with other folded tensors."""
-        if plan is None:
-            return None
-        thresholds = plan.thresholds_at(self.options.sparsity, self.options.selection)
-        return (plan.rotation, tuple(plan.matrices), tuple(plan.k_at(self.options.sparsity).items()),
-                thresholds and tuple(thresholds.items()))
+        return ATTACHED.find([args[i] for i in self._parameters])
 
     # ---- building --------------------------------------------------------------------------------------------------
 
-    def _build(self, plan: Plan | None, args: Sequence[object], at_run_time: bool = False) -> _Variant:
+    def _build(self, args: Sequence[object]) -> None:
         global _last_report
+        plan = self._plan_for(args)
+        self._key = _structure(plan, self.options)
         run = Runner(self.options.dump_dir, disabled(self.options.disable))
         captured = capture(self._gm, self._mask, run)
-        weights = captured.weights(range(len(self._mask)))
-        report = Report(sparsify=self.options.sparsify, passes=run.results, nodes_before=run.nodes_before)
-        reason = captured.refusal or self._plan_refusal(captured, plan, args)
-        if reason is None:
+        self._guard(captured, args)
+        decision = policy.decide(captured.structure, captured.refusal, plan, captured.weights(args),
+                                 [args[i] for i in self._parameters], self.options, run.disabled)
+        report = Report(decision.treatment, decision.reason, sparsify=self.options.sparsify, passes=run.results,
+                        nodes_before=run.nodes_before)
+        self._binding, self._kept = None, []
+        if decision.dense:
+            gm, inputs = g.clone(self._gm, self._mask), list(args)
+            report.nodes_after = len(gm.graph.nodes)
+        else:
+            captured.structure.sites = decision.sites
+            self._weights = captured.weights(range(len(self._mask)))
             binding = self._rewrite(captured, plan, run, report)
             specs = binding.specs(args)
             report.bytes_added = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in specs)
             if self.options.weights == "replace":
                 report.bytes_added -= sum(args[i].nbytes for i in binding.replaceable(args))
             gm, inputs = captured.gm, [args[i] for i in binding.kept()] + compat.fake_tensors(args, specs)
-        else:
-            if any(STORE.is_replaced(args[i]) for i in self._watched):
-                raise LarosaError(f"larosa: {reason}; and what the graph would read densely was given up "
-                                  "(weights='replace'): load the model again, or use weights='copy'")
-            self._explain_dense(reason, report)
-            gm, binding, inputs = g.clone(self._gm, self._mask), None, list(args)
-            report.nodes_after = len(gm.graph.nodes)
-        _last_report = report
+            # The plan's own matrices come with each binding: a graph holds no plan.
+            self._binding, self._kept = replace(binding, rotations={}), binding.kept()
+        self.report = _last_report = report
         log.info("%s", report.summary())
-        return _Variant(self._compile(gm, inputs, at_run_time), binding, report, weights)
+        self._call = self._compile(gm, inputs)
 
-    def _plan_refusal(self, captured: Capture, plan: Plan | None, args: Sequence[object]) -> str | None:
-        """Why this plan leaves the graph dense; PlanError where it is a plan for something else."""
-        if plan is None:
-            return ("no plan: call larosa_fx.calibrate(model, batches) first, or pass options={'plan': path}")
-        sites = captured.structure.sites
-        if len(sites) < len(plan.sites) and [s.name for s in sites] == [s.name for s in plan.sites][:len(sites)]:
-            return (f"the graph holds {len(sites)} of the plan's {len(plan.sites)} sites (a graph break, or another model); "
-                    "compile with fullgraph=True to see where it breaks")
-        plan.check_shapes(sites)
-        weights = captured.weights(args)
-        if not any(STORE.is_replaced(w) for tensors in weights.values() for w in tensors):
-            plan.check_weights(weights)
-        return None
+    def _guard(self, captured: Capture, args: Sequence[object]) -> None:
+        """Make Dynamo compile anew where the plan that counts for a site's weights leads to another graph than now."""
+        weights = [node for site in captured.structure.sites for node in weight_placeholders(site)]
+        if not weights:
+            return  # dense, whatever the plan
+        options, path = self.options, self._path
+
+        def structure_now(weight: torch.Tensor) -> tuple | None:
+            return _structure(file.current(path) if path is not None else ATTACHED.find([weight]), options)
+
+        seen = structure_now(args[g.placeholders(captured.gm.graph).index(weights[0])])
+
+        def holds(weight: torch.Tensor) -> bool:
+            try:
+                return _same(structure_now(weight), seen)
+            except PlanError:
+                return False  # compiling anew says why
+
+        compat.guard(weights[0], holds, "larosa: the plan's structure")
 
     def _rewrite(self, captured: Capture, plan: Plan, run: Runner, report: Report) -> Binding:
         structure = captured.structure
         report.tokens = str(structure.tokens_per_sequence)
-        if structure.obstacles and plan.rotation not in ("online", "none"):
-            node, why = structure.obstacles[0]
-            report.reason = f"rotations are applied online, not folded: at {node}, {why}"
-            if self.options.strict:
-                raise LarosaError(f"larosa (strict): {report.reason}")
         try:
             return transform(replace(
                 captured.context, sparsify=self.options.sparsify, rotate_cache=self.options.rotate_cache, report=report,
@@ -222,18 +232,28 @@ class CompiledGraph:
         except HalfRotatedError as error:
             raise LarosaError(f"larosa: {error}") from error
 
-    def _explain_dense(self, reason: str, report: Report) -> None:
-        report.treatment, report.reason = "dense", reason
-        if self.options.strict:
-            raise LarosaError(f"larosa (strict): compiled dense would be all that is left: {reason}")
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"larosa: compiled dense, without sparsity: {reason}", stacklevel=2)
-
-    def _compile(self, gm: fx.GraphModule, inputs: Sequence[object], at_run_time: bool) -> Callable:
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Callable:
         if self.options.compiler == "eager":
             return gm
-        inductor = partial(compat.compile_with_inductor, mode=self.options.mode, tag=" ".join(ops.SCHEMAS))
-        if at_run_time:  # Dynamo's tracing context is gone; let it make a new one
-            return torch.compile(gm, backend=inductor)
-        return inductor(gm, inputs)
+        return compat.compile_with_inductor(gm, inputs, mode=self.options.mode, tag=" ".join(ops.SCHEMAS))
+
+
+_structures: weakref.WeakKeyDictionary[Plan, dict[tuple, tuple]] = weakref.WeakKeyDictionary()
+
+
+def _structure(plan: Plan | None, options: Options) -> tuple | None:
+    """What of a plan decides the graph. Plans with equal structures lead to the same graph, with other folded tensors."""
+    if plan is None:
+        return None
+    known = _structures.setdefault(plan, {})
+    asked = (options.sparsity, options.selection)
+    if asked not in known:
+        thresholds = plan.thresholds_at(*asked)
+        known[asked] = (plan.rotation, tuple((site.name, site.in_features, site.out_features) for site in plan.sites),
+                        tuple((name, tuple(matrix.shape)) for name, matrix in plan.matrices.items()),
+                        tuple(plan.k_at(options.sparsity).items()), thresholds and tuple(thresholds.items()))
+    return known[asked]
+
+
+def _same(a: tuple | None, b: tuple | None) -> bool:
+    return a is b or a == b  # mostly the same object, and then there is nothing to compare

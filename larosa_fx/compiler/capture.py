@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from larosa_fx.compiler.pipeline import CAPTURE, Runner
+from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.structure import Structure, weight_placeholders
@@ -44,16 +45,24 @@ def capture(gm: fx.GraphModule, parameter_mask: Sequence[bool], run: Runner) -> 
 
 
 def _refusal(gm: fx.GraphModule, structure: Structure) -> str | None:
+    inputs = [node for node in g.placeholders(gm.graph) if isinstance(g.value(node), torch.Tensor)]
+    for node in inputs:
+        if g.PARAMETER in node.meta and not compat.is_plain(g.value(node)):
+            return f"{node.meta[g.PARAMETER]} is a {type(g.value(node)).__name__}, which cannot be folded; {_PLAIN}"
     if not structure.sites:
-        return "no linears behind a norm of a residual stream in this graph"
+        quantised = [node for node in inputs if _is_quantised(node)]
+        return (f"{compat.parameter_name(quantised[0])} holds {g.value(quantised[0]).dtype}: these weights are quantised "
+                f"already; {_PLAIN}" if quantised else "no linears behind a norm of a residual stream in this graph")
     if structure.written:
         return f"something writes in place to {structure.written[0]}, which linears read"
     if any(g.argument(node, 1, "p", 0.5) and g.argument(node, 2, "training", True)
            for node in gm.graph.find_nodes(op="call_function", target=F.dropout)):
         return "dropout is active: call model.eval()"
+    if torch.is_grad_enabled() and (trained := [node for node in inputs if g.value(node).requires_grad]):
+        # Whatever is trained: folded weights have no gradients, and the sparse products pass none on.
+        name = trained[0].meta.get(g.PARAMETER, str(trained[0]))
+        return f"gradients are enabled and {name} requires them, which folding would cut off: run under torch.no_grad()"
     weights = [node for site in structure.sites for node in weight_placeholders(site)]
-    if torch.is_grad_enabled() and any(g.value(node).requires_grad for node in weights):
-        return "gradients are enabled, and folded weights have none: run under torch.no_grad()"
     devices = {g.value(node).device for node in weights}
     if len(devices) > 1:
         return f"the weights lie on several devices: {', '.join(sorted(map(str, devices)))}"
@@ -63,3 +72,13 @@ def _refusal(gm: fx.GraphModule, structure: Structure) -> str | None:
     if len(dtypes) > 1 or not all(dtype.is_floating_point and dtype.itemsize >= 2 for dtype in dtypes):
         return f"the weights are of dtype {', '.join(sorted(map(str, dtypes)))}; one of bfloat16, float16, float32 is needed"
     return None
+
+
+_PLAIN = "load the model without quantisation and sharding, or dequantised (quantization_config=...(dequantize=True))"
+
+
+def _is_quantised(node: fx.Node) -> bool:
+    """Whether an input is a module's matrix of integers, or of floats of a byte or less, as quantised linears hold them."""
+    dtype = g.value(node).dtype
+    return ("weight" in compat.parameter_name(node) and g.value(node).ndim > 1 and dtype != torch.bool
+            and not (dtype.is_floating_point and dtype.itemsize > 1))

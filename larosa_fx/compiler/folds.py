@@ -1,7 +1,11 @@
 """Folded weights: recipes evaluated in fp64 and cast once, one store for all compiled graphs, no stale tensors.
 
 A compiled graph never holds weights of its own. It is called with the module's parameters, as Dynamo calls every graph,
-and gets the folded tensors that belong to exactly these parameters: by identity, in-place version and address.
+and gets the folded tensors that belong to exactly these parameters. Three things tell that a parameter changed:
+
+- its mark: in-place version, address, and a revision that ``refold`` and every step of an optimiser raise;
+- a fingerprint, a few of its values, because fused optimisers, ``.data`` writes and writes to parameters made under
+  ``torch.inference_mode`` move neither version nor address.
 """
 
 from __future__ import annotations
@@ -9,19 +13,26 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.ir.recipe import FoldError, Recipe
 from larosa_fx.plan.rotations import orthonormal
 
+SAMPLES = 8  # values of a parameter in its fingerprint
+FIRST_CALLS, PERIOD = 8, 64  # on a GPU: when fingerprints are compared, see Fingerprint.differs_by_now
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes an element -> what holds its bits
+
 
 def stamp(parameters: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """What changes when a parameter's values do: in-place version and address.
+    """In-place version and address of each parameter; cheap enough for every call.
 
-    Writes through ``parameter.data`` change neither; nothing in torch records them.
+    Not every write moves one of them: see ``Fingerprint``.
     """
     try:
         versions = [p._version for p in parameters]
@@ -30,22 +41,96 @@ def stamp(parameters: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     return list(zip(versions, [p.data_ptr() for p in parameters], strict=True))
 
 
+class Fingerprint:
+    """SAMPLES values of each parameter, bit for bit, as they were when it was made.
+
+    It holds views of the parameters' memory. So an address cannot come again, with other values, as long as it lives.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], marks: list[tuple[int, int, int]]) -> None:
+        self.marks = marks
+        groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for p in parameters:
+            if p.numel():
+                groups.setdefault((p.device, p.dtype), []).append(_samples(p))
+        self._views = list(groups.values())
+        self._device = next((device for device, _ in groups if device.type == "cuda"), None)
+        self._values = self._now()
+        self._calls = 0
+        self._answer: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def _now(self) -> list[torch.Tensor]:
+        return [torch.cat(views) for views in self._views]
+
+    def differs(self) -> bool:
+        """Whether one of the values is another one now. On a GPU this waits for all work that was queued."""
+        return not all(map(torch.equal, self._now(), self._values))
+
+    def differs_by_now(self) -> bool:
+        """What each call of a compiled graph asks; it must cost nothing that counts.
+
+        On a CPU a comparison costs about as much as reading the parameters' versions, so every call makes one. On a GPU it
+        would hold up the queue. There the calls 1, 2, 4 and FIRST_CALLS compare, and from then on every PERIOD-th call
+        queues a comparison whose answer a later call finds. Nothing is queued while a CUDA graph is captured.
+        """
+        if self._device is None:
+            return self.differs()
+        self._calls += 1
+        if self._answer is not None and self._answer[1].query():
+            differs, self._answer = bool(self._answer[0]), None
+            return differs
+        due = self._calls & (self._calls - 1) == 0 if self._calls <= FIRST_CALLS else self._calls % PERIOD == 0
+        if not due or torch.cuda.is_current_stream_capturing():
+            return False
+        if self._calls <= FIRST_CALLS:
+            return self.differs()
+        with torch.cuda.device(self._device):
+            differences = [(now != then).any().to(self._device) for now, then in zip(self._now(), self._values, strict=True)]
+            answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+            answer.copy_(torch.stack(differences).any(), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._answer = answer, event
+        return False
+
+
+def _samples(p: torch.Tensor) -> torch.Tensor:
+    """A view of up to SAMPLES elements of p, as integers: evenly spread over its memory, or along its longest dimension."""
+    flat = p.detach()
+    if flat.is_contiguous():
+        flat = flat.view(-1)
+    else:
+        longest = max(range(flat.ndim), key=flat.size)
+        for dim in reversed([d for d in range(flat.ndim) if d != longest]):
+            flat = flat.select(dim, flat.size(dim) // 2)
+    step = max(1, (len(flat) - 1) // SAMPLES)
+    return flat.view(_INTEGERS[flat.itemsize])[::step][:SAMPLES]
+
+
 @dataclass(eq=False)
 class Folded:
-    """A folded tensor and the stamp of the parameters that it was folded from."""
+    """A folded tensor, the parameters that it was folded from, and their marks then."""
 
     tensor: torch.Tensor
-    stamp: list[tuple[int, int]]
+    sources: list[weakref.ref]
+    marks: list[tuple[int, int, int]]
+
+    def is_of(self, parameters: Sequence[torch.Tensor]) -> bool:
+        return all(ref() is p for ref, p in zip(self.sources, parameters, strict=True))
 
 
 class FoldStore:
     """Folded tensors of all live models, shared by every graph that needs the same expression of the same parameters.
 
-    Entries are held weakly: they live as long as a compiled graph that reads them.
+    Entries are held weakly: they live as long as a compiled graph that reads them. ``revision`` counts all calls of
+    ``touch``, for whichever parameters: while it stands still, nobody said that values changed.
     """
 
     def __init__(self) -> None:
+        self.revision = 0
         self._entries: weakref.WeakValueDictionary[tuple, Folded] = weakref.WeakValueDictionary()
+        self._fingerprints: weakref.WeakValueDictionary[tuple[int, ...], Fingerprint] = weakref.WeakValueDictionary()
+        self._revisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._replaced: dict[int, weakref.ref] = {}
 
     def __len__(self) -> int:
@@ -60,6 +145,33 @@ class FoldStore:
         ids = set(map(id, parameters))
         return [entry for key, entry in self._entries.items() if not ids.isdisjoint(key[-1])]
 
+    # ---- changes -----------------------------------------------------------------------------------------------------
+
+    def touch(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Note that these parameters' values may have changed: what was folded from them is folded anew when needed."""
+        self.revision += 1
+        for p in parameters:
+            self._revisions[p] = self.revision
+
+    def marks(self, parameters: Sequence[torch.Tensor]) -> list[tuple[int, int, int]]:
+        """The stamps, each with the revision at which the parameter was touched last."""
+        return [(*pair, self._revisions.get(p, 0)) for pair, p in zip(stamp(parameters), parameters, strict=True)]
+
+    def fingerprint(self, parameters: Sequence[torch.Tensor]) -> Fingerprint:
+        """Their fingerprint as of their last change, one for all graphs that read the same parameters."""
+        key, marks = tuple(map(id, parameters)), self.marks(parameters)
+        found = self._fingerprints.get(key)
+        if found is None or found.marks != marks:
+            found = self._fingerprints[key] = Fingerprint(parameters, marks)
+        return found
+
+    def fingerprints_of(self, parameters: Sequence[torch.Tensor]) -> list[Fingerprint]:
+        """The fingerprints that cover one of these parameters; none where nothing is folded from them."""
+        ids = set(map(id, parameters))
+        return [found for key, found in self._fingerprints.items() if not ids.isdisjoint(key)]
+
+    # ---- folding -----------------------------------------------------------------------------------------------------
+
     def get(self, recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], digest: str,
             dtype: torch.dtype, device: torch.device) -> Folded:
         """The folded tensor, evaluated anew, into the same memory, when a parameter changed in place.
@@ -67,25 +179,23 @@ class FoldStore:
         ``digest`` names the rotations' values. RuntimeError where a source was replaced and cannot be folded anew.
         """
         key = (recipe.expression, digest, dtype, device, tuple(map(id, parameters)))
-        current = stamp(parameters)
+        marks = self.marks(parameters)
         entry = self._entries.get(key)
-        if entry is not None and entry.stamp == current:
+        if entry is not None and not entry.is_of(parameters):
+            entry = None  # an id that came again after its parameter was gone
+        if entry is not None and entry.marks == marks:
             return entry
         if any(self.is_replaced(p) for p in parameters):
             raise RuntimeError("larosa: this model's weights were folded with weights='replace' and are gone, so another "
                                "plan, rotation or new values cannot be folded; load the model again")
-        try:
-            folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=device)
-        except torch.OutOfMemoryError:  # a head in fp64 is four times a head in bf16
-            folded = None
-        if folded is None:  # slower, but there is room; and only here is free what the failure's frames held
-            folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=torch.device("cpu")).to(device)
-        if entry is not None:
-            entry.tensor.copy_(folded)
-            entry.stamp = current
-            return entry
-        # An id may come again once its parameter is gone; the graph that holds this entry drops it then (backend).
-        entry = self._entries[key] = Folded(folded, current)
+        # What is folded outlives the call. An inference tensor could not be written to when a parameter changes.
+        with torch.inference_mode(False), torch.no_grad():
+            folded = _evaluate(recipe, parameters, rotations, dtype, device)
+            if entry is None:
+                entry = self._entries[key] = Folded(folded, [weakref.ref(p) for p in parameters], marks)
+            else:
+                entry.tensor.copy_(folded)
+                entry.marks = marks
         return entry
 
     def is_replaced(self, parameter: torch.Tensor) -> bool:
@@ -104,41 +214,90 @@ class FoldStore:
         for p in done:
             p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
             self._replaced[id(p)] = weakref.ref(p, functools.partial(self._forget, id(p)))
-        replaced = set(map(id, done))
+        # Their addresses are new, their values are not: what was folded from them stays valid.
+        marks = dict(zip(map(id, done), self.marks(done), strict=True))
         for key, entry in self._entries.items():
-            if replaced & set(key[-1]):
-                entry.stamp = [current if i in replaced else old for i, current, old in zip(
-                    key[-1], self._stamps_of(key[-1], done), entry.stamp, strict=True)]
+            entry.marks = [marks.get(i, old) for i, old in zip(key[-1], entry.marks, strict=True)]
         return done
 
     def _forget(self, key: int, _: weakref.ref) -> None:
         self._replaced.pop(key, None)
 
-    @staticmethod
-    def _stamps_of(ids: Sequence[int], parameters: Sequence[torch.Tensor]) -> list[tuple[int, int] | None]:
-        by_id = {id(p): stamp([p])[0] for p in parameters}
-        return [by_id.get(i) for i in ids]
+
+def _evaluate(recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor],
+              dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The recipe's value in memory of its own, computed on ``device``, or in main memory where there is no room."""
+    try:
+        folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=device)
+    except torch.OutOfMemoryError:  # a head in fp64 is four times a head in bf16
+        folded = None
+    if folded is None:  # slower, but there is room; and only here is free what the failure's frames held
+        folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=torch.device("cpu")).to(device)
+    aliases = not folded.is_meta and folded.data_ptr() in [p.data_ptr() for p in parameters]
+    return folded.clone() if aliases else folded
 
 
 #: One store for the process: prefill, decode and recompiled graphs of one model share what is folded.
 STORE = FoldStore()
+
+
+def check(model: torch.nn.Module) -> bool:
+    """Compare the model's weights with the fingerprints taken when they were folded; whether one differs.
+
+    What differs is folded anew at the next call. It waits for a GPU: once at the start of a generation, not at each token.
+    """
+    parameters = list(model.parameters())
+    changed = any(taken.differs() for taken in STORE.fingerprints_of(parameters))
+    if changed:
+        STORE.touch(parameters)
+    return changed
+
+
+def refold(model: torch.nn.Module) -> None:
+    """Fold the weights of ``model`` anew at the next call of whatever was compiled for it.
+
+    Needed only after a write that nothing records and that leaves alone the few values that are looked at: one row
+    changed through ``parameter.data``, say. RuntimeError where weights="replace" left nothing to fold from.
+    """
+    parameters = list(model.parameters())
+    if any(map(STORE.is_replaced, parameters)):
+        raise RuntimeError("larosa: this model's weights were folded with weights='replace' and are gone, so nothing can be "
+                           "folded anew; load the model again")
+    STORE.touch(parameters)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
+    """A step of an optimiser changes its parameters; the fused ones move no version."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if STORE.fingerprints_of(parameters):
+        STORE.touch(parameters)
+
+
+register_optimizer_step_post_hook(_after_step)
 
 _GONE = ("larosa: the weights of this module were folded into a compiled model with weights='replace'; the eager model can "
          "no longer be run or saved. Use the compiled model, or load the model again.")
 
 
 def forbid_use(parameters: Sequence[torch.Tensor]) -> None:
-    """Make the modules that own these parameters refuse to run eagerly or to be saved; found by walking live modules."""
-    ids = set(map(id, parameters))
+    """Make the modules that own these parameters refuse to run eagerly or to be saved, until they own others.
 
-    def refuse(*_: object, **__: object) -> None:
-        if not torch.compiler.is_compiling():
+    The owners are found by walking live modules: tied weights have several, and Dynamo names only the one it traced.
+    """
+    gone = WeakIdKeyDictionary(dict.fromkeys(parameters, True))
+
+    def refuse(module: torch.nn.Module, *_: object, **__: object) -> None:
+        if not torch.compiler.is_compiling() and _owns(module, gone):
             raise RuntimeError(_GONE)
 
     for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
-        if any(p is not None and id(p) in ids for p in module._parameters.values()):
+        if _owns(module, gone):
             module.register_forward_pre_hook(refuse)
             module.register_state_dict_pre_hook(refuse)
+
+
+def _owns(module: torch.nn.Module, parameters: WeakIdKeyDictionary) -> bool:
+    return any(p is not None and p in parameters for p in module._parameters.values())
 
 
 class ExactRotations(Mapping):
@@ -185,6 +344,10 @@ class Binding:
     def kept(self) -> list[int]:
         """Positions of the original inputs that the rewritten graph still takes; its other inputs follow them."""
         return [entry for entry in self.inputs if isinstance(entry, int)]
+
+    def sources(self, args: Sequence[object]) -> list[torch.Tensor]:
+        """The parameters that recipes read, each once."""
+        return [args[i] for i in sorted({i for recipe in self.recipes() for i in recipe.sources})]
 
     def replaceable(self, args: Sequence[object]) -> list[int]:
         """Positions of the matrices that only recipes read. Gains are kept: they are small, and norms outlive folding."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 from larosa_fx.compiler.folds import Binding
+from larosa_fx.compiler.policy import treatment
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.graph import PARAMETER, placeholders
 from larosa_fx.ir.report import PassResult, SiteReport
-from larosa_fx.ir.structure import Structure
 from larosa_fx.passes import (
     canonicalize,
     centre_layer_norms,
@@ -149,13 +149,6 @@ def _next_graph_dir(root: Path) -> Path:
     path = root / f"graph-{max(taken, default=-1) + 1:02d}"
     path.mkdir()
     return path
-
-
-def treatment(structure: Structure, rotation: str, disabled: Collection[str] = ()) -> str:
-    """How a rotation granularity is carried out here: "fold", "online" or "unrotated"."""
-    if rotation == "none":
-        return "unrotated"
-    return "online" if rotation == "online" or structure.obstacles or "fold_rotations" in disabled else "fold"
 
 
 def transform(ctx: Context, run: Runner, until: str | None = None) -> Binding:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -55,14 +57,112 @@ def foreach_add(graph: fx.Graph, tensors: Sequence[fx.Node], by: int) -> fx.Node
 
 
 def fake_tensors(example_inputs: Sequence[object], specs: Sequence[tuple[tuple[int, ...], torch.dtype, torch.device]]):
-    """Fake tensors of the given (shape, dtype, device) in the fake mode that Dynamo traces with (2.11 to 2.13)."""
+    """Fake tensors of the given (shape, dtype, device): in the fake mode that Dynamo traces with, outside of Dynamo in one
+    of their own; no memory is taken in either (2.11 to 2.13)."""
     from torch._guards import detect_fake_mode
+    from torch._subclasses import FakeTensorMode
 
-    mode = detect_fake_mode(example_inputs)
-    if mode is None:
+    with detect_fake_mode(example_inputs) or FakeTensorMode():
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in specs]
-    with mode:
-        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in specs]
+
+
+def is_plain(example: torch.Tensor) -> bool:
+    """Whether Dynamo's example value stands for an ordinary tensor: no DTensor, no quantised or other subclass."""
+    from torch._subclasses import FakeTensor
+
+    return type(example) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def guard(node: fx.Node, holds: Callable[[object], bool], why: str) -> bool:
+    """Make Dynamo compile anew as soon as ``holds(value)`` is false of what the placeholder ``node`` stands for.
+
+    To be called by a backend, while it compiles. Returns whether there was something to guard: not outside of Dynamo. The
+    guard stands at the root, beside the arguments: Dynamo skips guards on parameters as long as no module's dictionary
+    changes (2.11 to 2.13). ``why`` is shown by TORCH_LOGS="recompiles".
+    """
+    from torch._guards import TracingContext
+
+    source, context = getattr(node, "_dynamo_source", None), TracingContext.try_get()
+    if source is None or context is None:
+        return False
+    name = source.name() if callable(source.name) else source.name
+
+    def check(builder, guard) -> None:
+        value = eval(f"lambda L: {name}", {**builder.scope})  # Dynamo's own spelling of where the value is found
+
+        def still_holds(frame_locals) -> bool:
+            try:
+                return holds(value(frame_locals))
+            except (AttributeError, IndexError, KeyError, TypeError):
+                return False  # another structure: other guards say so as well
+
+        root = builder.guard_manager.root
+        try:
+            root.add_epilogue_lambda_guard(still_holds, [why], None)
+        except TypeError:  # without a user's stack in older releases
+            root.add_epilogue_lambda_guard(still_holds, [why])
+
+    context.guards_context.dynamo_guards.add(source.make_guard(check))
+    return True
+
+
+@dataclass(frozen=True)
+class _Compilation:
+    """What Dynamo compiles at the moment: for which backend with which options, what, and after how many compilations."""
+
+    backend: object
+    options: object
+    function: str
+    before: int
+
+
+def allow_recompilations(backend: Callable, exhausted: Callable[[object, str, int], None]) -> None:
+    """Let code that is compiled by ``backend`` be compiled as often as ``accumulated_recompile_limit`` (256) allows.
+
+    Dynamo counts the compilations of a code object, whoever compiles it, and all models of a class share one. From the
+    ninth on (``recompile_limit``) it runs the code eagerly. Dynamo asks the hook that is registered here before it looks
+    at its limits; the hook raises the first one, for this compilation only. Where the other limit is reached,
+    ``exhausted(options, function, limit)`` is told, and may raise (2.11 to 2.13).
+    """
+    from torch._dynamo import callback, config, register_hook_for_recompile_user_context
+
+    raised_from: list[int] = []
+
+    def set_back(*_: object) -> None:
+        if raised_from:
+            config.recompile_limit = raised_from.pop()
+
+    def hook() -> str:
+        set_back()  # where Dynamo gave up before it came to the callback
+        compiling = _compilation()
+        if compiling is not None and compiling.backend is backend:
+            limit = config.accumulated_recompile_limit
+            if compiling.before >= limit:
+                exhausted(compiling.options, compiling.function, limit)
+            elif config.recompile_limit < limit:
+                raised_from.append(config.recompile_limit)
+                config.recompile_limit = limit
+                if set_back not in callback.callback_handler.start_callbacks:  # torch.compiler.reset() clears them
+                    callback.on_compile_start(set_back)
+        return ""
+
+    register_hook_for_recompile_user_context(hook)
+
+
+def _compilation() -> _Compilation | None:
+    """Read off the frame of Dynamo's own function ``_compile``, which calls the hooks; None where that looks otherwise."""
+    from torch._dynamo.eval_frame import innermost_backend
+
+    frame = sys._getframe()
+    while frame is not None and (frame.f_code.co_name, frame.f_globals.get("__name__")) != (
+            "_compile", "torch._dynamo.convert_frame"):
+        frame = frame.f_back
+    if frame is None:
+        return None
+    compiler, code, compile_id = (frame.f_locals.get(name) for name in ("compiler_fn", "code", "compile_id"))
+    compiler = innermost_backend(compiler)  # torch.compile's wrapper around a backend and its options
+    return _Compilation(getattr(compiler, "compiler_fn", compiler), getattr(compiler, "kwargs", {}).get("options"),
+                        f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})", compile_id.frame_compile_id)
 
 
 def concrete(sizes: object) -> object:

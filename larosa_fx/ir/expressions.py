@@ -61,13 +61,18 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
     map_blocks: map_blocks,
     pick_blocks: pick_blocks,
     scale_channels: scale_channels,
-    "float": lambda x: x,  # casts are the identity in fp64
-    "to": lambda x, *_, **__: x,
+    "float": lambda x, *_: x,  # casts that lose nothing (see is_weight) are the identity in fp64
+    "to": lambda x, *_: x,
 }
+_CASTS = ("float", "to")
 
 
 def is_weight(node: object) -> bool:
-    """Whether node depends on parameters and rotations alone, through functions that folding can evaluate."""
+    """Whether node depends on parameters and rotations alone, through functions that folding can evaluate.
+
+    A cast belongs to that only where its dtype holds every value of the parameters behind it. Rounding them, to fp8 and
+    back for instance, is part of what the model computes, and folding would leave it out.
+    """
     if not isinstance(node, fx.Node):
         return False
     if node.op == "placeholder":
@@ -75,8 +80,29 @@ def is_weight(node: object) -> bool:
     if node.op == "get_attr":
         return ROTATION in node.meta
     return (node.op in ("call_function", "call_method") and node.target in WEIGHT_FUNCTIONS
-            and (not node.kwargs or g.is_cast(node)) and bool(node.all_input_nodes)
+            and (_is_lossless(node) if node.target in _CASTS else not node.kwargs) and bool(node.all_input_nodes)
             and all(map(is_weight, node.all_input_nodes)))
+
+
+def _is_lossless(cast: fx.Node) -> bool:
+    """Whether a cast's dtype holds every value that the parameters behind it can have."""
+    if g.value(cast) is None:
+        return True  # a pass made it, for the dtype that the graph computes in
+    parameters = (node for node in g.upstream(cast, lambda node: False) if node.op == "placeholder")
+    return g.is_cast(cast) and all(_holds(g.dtype(cast), g.dtype(node)) for node in parameters)
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of dtype ``narrow`` is one of dtype ``wide``."""
+    if wide == narrow or narrow == torch.bool:
+        return True
+    if narrow.is_complex or not wide.is_floating_point:
+        return False
+    a = torch.finfo(wide)
+    if not narrow.is_floating_point:
+        return torch.iinfo(narrow).max <= 1 / a.eps
+    b = torch.finfo(narrow)
+    return a.eps <= b.eps and a.max >= b.max and a.smallest_normal * a.eps <= b.smallest_normal * b.eps
 
 
 def rotation(gm: fx.GraphModule, basis: str, matrix: torch.Tensor) -> fx.Node:
