@@ -80,8 +80,8 @@ def is_weight(node: object) -> bool:
     if node.op == "get_attr":
         return ROTATION in node.meta
     return (node.op in ("call_function", "call_method") and node.target in WEIGHT_FUNCTIONS
-            and (_is_lossless(node) if node.target in _CASTS else not node.kwargs) and bool(node.all_input_nodes)
-            and all(map(is_weight, node.all_input_nodes)))
+            and bool(node.all_input_nodes) and all(map(is_weight, node.all_input_nodes))
+            and (_is_lossless(node) if node.target in _CASTS else not node.kwargs))
 
 
 def _is_lossless(cast: fx.Node) -> bool:
