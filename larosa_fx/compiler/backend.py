@@ -149,7 +149,7 @@ class CompiledGraph:
                                  wrong=self.options.rotate_cache or any(map(STORE.is_replaced, parameters)))
         elif self._binding is not None:
             policy.changed_weights(plan, {name: [args[i] for i in positions] for name, positions in self._weights.items()},
-                                   self.options)
+                                   strict=self.options.strict)
             binding = replace(self._binding, rotations=plan.matrices, digest=plan.digest)
             replaces = self.options.weights == "replace"
             leaving = {id(args[i]) for i in binding.replaceable(args)} if replaces else ()
@@ -179,7 +179,8 @@ class CompiledGraph:
         captured = capture(self._gm, self._mask, run)
         self._guard(captured, args)
         decision = policy.decide(captured.structure, captured.refusal, plan, captured.weights(args),
-                                 [args[i] for i in self._parameters], self.options, run.disabled)
+                                 [args[i] for i in self._parameters], strict=self.options.strict,
+                                 rotate_cache=self.options.rotate_cache, disabled=run.disabled)
         report = Report(decision.treatment, decision.reason, sparsify=self.options.sparsify, passes=run.results,
                         nodes_before=run.nodes_before)
         self._binding, self._kept = None, []

@@ -27,7 +27,6 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.compiler.folds import STORE
-from larosa_fx.compiler.options import Options
 from larosa_fx.ir.structure import Site, Structure
 from larosa_fx.plan.plan import Plan, PlanError
 
@@ -51,7 +50,8 @@ class Decision:
 
 
 def decide(structure: Structure, refusal: str | None, plan: Plan | None, weights: Mapping[str, Sequence[torch.Tensor]],
-           parameters: Sequence[torch.Tensor], options: Options, disabled: Collection[str] = ()) -> Decision:
+           parameters: Sequence[torch.Tensor], *, strict: bool, rotate_cache: bool, disabled: Collection[str] = ()
+           ) -> Decision:
     """Fold, else rotate online, else leave unrotated, else leave dense; warn or raise as the table above says.
 
     ``refusal``: what the graph itself leaves no choice about. ``weights``: site name -> the weights of its linears.
@@ -59,11 +59,11 @@ def decide(structure: Structure, refusal: str | None, plan: Plan | None, weights
     less is done than asked, and always where the outcome would be wrong.
     """
     decision = _decide(structure, refusal, plan, weights, disabled)
-    _check_cache(decision, plan, options)
+    _check_cache(decision, plan, rotate_cache)
     if decision.dense and any(map(STORE.is_replaced, parameters)):
         raise LarosaError(f"larosa: {decision.reason}; and what the graph would read densely was given up "
                           "(weights='replace'): load the model again, or use weights='copy'")
-    if decision.reason and options.strict:
+    if decision.reason and strict:
         what = "compiled dense would be all that is left: " if decision.dense else ""
         raise LarosaError(f"larosa (strict): {what}{decision.reason}")
     if decision.dense:
@@ -71,7 +71,7 @@ def decide(structure: Structure, refusal: str | None, plan: Plan | None, weights
     elif len(decision.sites) < len(plan.sites):
         _warn(decision.reason)
     if not decision.dense:
-        changed_weights(plan, {site.name: weights[site.name] for site in decision.sites}, options)
+        changed_weights(plan, {site.name: weights[site.name] for site in decision.sites}, strict=strict)
     return decision
 
 
@@ -133,13 +133,13 @@ def _common_sites(sites: Sequence[Site], plan: Plan, weights: Mapping[str, Seque
     return common, f"{held}; {missing[0]} stays dense{f', and {len(missing) - 1} others' if len(missing) > 1 else ''}"
 
 
-def _check_cache(decision: Decision, plan: Plan | None, options: Options) -> None:
+def _check_cache(decision: Decision, plan: Plan | None, rotate_cache: bool) -> None:
     """Raise where this graph would leave values in the cache unmapped that other graphs map, whatever ``strict`` says.
 
     With rotate_cache each graph maps the values that it writes and undoes the map where it reads them. A graph that does
     neither reads its own values rightly, and those of other graphs as if they were not mapped.
     """
-    if not options.rotate_cache or plan is None:
+    if not rotate_cache or plan is None:
         return
     unmapped = sorted(plan.heads.keys() - {site.name for site in decision.sites})
     if unmapped:
@@ -151,7 +151,7 @@ def _check_cache(decision: Decision, plan: Plan | None, options: Options) -> Non
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its mark and the plan when somebody was warned about it
 
 
-def changed_weights(plan: Plan, weights: Mapping[str, Sequence[torch.Tensor]], options: Options) -> None:
+def changed_weights(plan: Plan, weights: Mapping[str, Sequence[torch.Tensor]], *, strict: bool) -> None:
     """Say that ``weights``, site name -> its linears' weights, are not those of calibration, if they are not.
 
     They are folded exactly all the same, but the rotations and k were fitted to others. One warning for one change, at
@@ -163,7 +163,7 @@ def changed_weights(plan: Plan, weights: Mapping[str, Sequence[torch.Tensor]], o
         plan.check_weights(weights)
     except PlanError as error:
         message = f"{error}. The new weights are folded exactly, but rotations and k were fitted to others"
-        if options.strict:
+        if strict:
             raise LarosaError(f"larosa (strict): {message}") from error
         every = [w for tensors in weights.values() for w in tensors]
         event = (plan.digest, STORE.marks(every))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +106,26 @@ def guard(node: fx.Node, holds: Callable[[object], bool], why: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """Within, modules that were compiled in place, by ``module.compile()`` or by compiling ``module.forward``, run as they
+    were written, so that another compilation sees them (2.11 to 2.13)."""
+    changed: list[tuple[torch.nn.Module, str, object]] = []
+    for module in model.modules():
+        if module.__dict__.get("_compiled_call_impl") is not None:
+            changed.append((module, "_compiled_call_impl", module._compiled_call_impl))
+            module._compiled_call_impl = None
+        forward = module.__dict__.get("forward")
+        if hasattr(forward, "_torchdynamo_orig_callable"):
+            changed.append((module, "forward", forward))
+            module.forward = forward._torchdynamo_orig_callable
+    try:
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
+
+
 @dataclass(frozen=True)
 class _Compilation:
     """What Dynamo compiles at the moment: for which backend with which options, what, and after how many compilations."""
@@ -116,16 +136,22 @@ class _Compilation:
     before: int
 
 
+_allowed: list[Callable] = []  # the backends that have asked
+
+
 def allow_recompilations(backend: Callable, exhausted: Callable[[object, str, int], None]) -> None:
     """Let code that is compiled by ``backend`` be compiled as often as ``accumulated_recompile_limit`` (256) allows.
 
     Dynamo counts the compilations of a code object, whoever compiles it, and all models of a class share one. From the
     ninth on (``recompile_limit``) it runs the code eagerly. Dynamo asks the hook that is registered here before it looks
     at its limits; the hook raises the first one, for this compilation only. Where the other limit is reached,
-    ``exhausted(options, function, limit)`` is told, and may raise (2.11 to 2.13).
+    ``exhausted(options, function, limit)`` is told, and may raise. Asked again, it does nothing (2.11 to 2.13).
     """
     from torch._dynamo import callback, config, register_hook_for_recompile_user_context
 
+    if backend in _allowed:
+        return
+    _allowed.append(backend)
     raised_from: list[int] = []
 
     def set_back(*_: object) -> None:

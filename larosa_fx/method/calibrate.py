@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from larosa_fx.compiler.capture import Capture, capture
 from larosa_fx.compiler.pipeline import CALIBRATE, Runner
+from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.checks import check_choice, check_sparsity
 from larosa_fx.ir.structure import BASES, SELECTIONS, Structure
@@ -111,14 +112,19 @@ class _Session:
     def run(self, model: torch.nn.Module, tokens: Sequence[torch.Tensor], progress: bool) -> None:
         options = headless(model)
         device = next(model.parameters()).device
+        compat.allow_recompilations(_capture_backend, _exhausted)
         captured = torch.compile(model, backend=_capture_backend, fullgraph=True)
         token = _session.set(self)
         try:
-            with torch.no_grad(), tqdm(tokens, "calibrating", unit="batch", disable=not progress) as bar:
+            with torch.no_grad(), compat.uncompiled(model), tqdm(
+                    tokens, "calibrating", unit="batch", disable=not progress) as bar:
                 for batch in bar:
                     captured(batch.to(device), **options)
         finally:
             _session.reset(token)
+        if self.capture is None:
+            raise RuntimeError("larosa cannot calibrate this model: Dynamo did not trace it (TORCH_LOGS=dynamo says why); pass "
+                               "the model itself, not what torch.compile or a wrapper made of it")
 
     def begin(self, captured: Capture, args: Sequence[object]) -> None:
         if captured.refusal is not None:
@@ -141,6 +147,11 @@ class _Session:
 
 
 _session: ContextVar[_Session] = ContextVar("larosa_calibration")
+
+
+def _exhausted(_options: object, function: str, limit: int) -> None:
+    raise RuntimeError(f"larosa cannot calibrate this model: Dynamo has compiled {function} {limit} times, as often as "
+                       "torch._dynamo.config.accumulated_recompile_limit allows; call torch.compiler.reset() first")
 
 
 def _observe(site: str, x_hat: torch.Tensor) -> None:
