@@ -123,8 +123,8 @@ class _Session:
         finally:
             _session.reset(token)
         if self.capture is None:
-            raise RuntimeError("larosa cannot calibrate this model: Dynamo did not trace it (TORCH_LOGS=dynamo says why); pass "
-                               "the model itself, not what torch.compile or a wrapper made of it")
+            raise RuntimeError("larosa cannot calibrate this model: Dynamo did not trace it (TORCH_LOGS=dynamo says why); "
+                               "pass the model itself, not what torch.compile or a wrapper made of it")
 
     def begin(self, captured: Capture, args: Sequence[object]) -> None:
         if captured.refusal is not None:

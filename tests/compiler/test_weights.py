@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -143,6 +144,57 @@ def test_entries_vanish_with_their_last_reader(store, parameters, rotations):
     readers.pop()
     gc.collect()
     assert len(store) == 0
+
+
+@pytest.mark.parametrize("make", [lambda w: w, lambda w: w.t(), lambda w: w[::2, 1::2], lambda w: w.expand(3, 24, 16)],
+                         ids=["contiguous", "transposed", "strided", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8], ids=str)
+def test_a_fingerprint_sees_a_write_to_all_values(store, make, dtype):
+    base = (torch.randn(24, 16) * 20).to(dtype)
+    parameter = torch.nn.Parameter(make(base), requires_grad=False)
+    print_ = store.fingerprint([parameter])
+    assert not print_.differs() and store.fingerprint([parameter]) is print_
+    base.data.copy_(base + 1)
+    assert print_.differs() and print_.differs_by_now()
+    store.touch([parameter])
+    assert not store.fingerprint([parameter]).differs()
+
+
+def test_a_fingerprint_compares_bits(store):
+    parameter = torch.nn.Parameter(torch.full((4, 4), float("nan")))
+    assert not store.fingerprint([parameter, torch.nn.Parameter(torch.empty(0))]).differs()
+
+
+def test_an_id_that_comes_again_is_another_parameter(store, parameters, rotations):
+    """Somebody may hold an entry longer than its parameters live."""
+    entry = fold(store, parameters, rotations)
+    entry.sources = [weakref.ref(torch.nn.Parameter(torch.empty(1))), entry.sources[1]]  # the first one is gone
+    assert fold(store, parameters, rotations) is not entry
+
+
+def test_what_is_folded_shares_no_memory_with_a_parameter(store):
+    weight = torch.nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+    entry = store.get(Recipe.of(("call", torch.t, ("call", torch.t, ("input", 0)))), [weight], {}, "", torch.float64, CPU)
+    assert torch.equal(entry.tensor, weight) and entry.tensor.data_ptr() != weight.data_ptr()
+
+
+def test_folded_under_inference_mode_is_an_ordinary_tensor(store, parameters, rotations):
+    with torch.inference_mode():
+        entry = fold(store, parameters, rotations)
+    assert not entry.tensor.is_inference()
+    parameters[0].mul_(2)
+    torch.testing.assert_close(fold(store, parameters, rotations).tensor, by_hand(parameters, rotations))
+
+
+def test_modules_may_be_used_again_with_other_parameters(store, parameters, rotations):
+    owner = Owner(*parameters)
+    entry = fold(store, parameters, rotations)
+    store.replace(parameters[:1])
+    forbid_use(parameters[:1])
+    with pytest.raises(RuntimeError, match="load the model again"):
+        owner.state_dict()
+    owner.weight = torch.nn.Parameter(torch.randn(24, 16))
+    assert owner(torch.randn(2, 16)).shape == (2, 24) and owner.state_dict() and entry is not None
 
 
 def test_inference_tensors_can_be_folded(store, rotations):
