@@ -72,13 +72,13 @@ def test_the_last_limit_is_told(saved, said, strict, monkeypatch):
     path, x = saved(model), ids(1, 6)
     torch.compiler.reset()
     monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 2)
-    runs = [torch.compile(model, backend="larosa", options={"plan": path, "compiler": "eager", "sparsity": s, "sparsify": "all",
-                                                           "strict": strict}) for s in (0.3, 0.5, 0.7)]
+    options = {"plan": path, "compiler": "eager", "sparsify": "all", "strict": strict}
+    runs = [torch.compile(model, backend="larosa", options={**options, "sparsity": s}) for s in (0.3, 0.5, 0.7)]
     for fast in runs[:2]:
         fast(x)
     assert not said()
     if strict:
-        with pytest.raises(larosa_fx.LarosaError, match="was compiled 2 times.*accumulated_recompile_limit"):
+        with pytest.raises(larosa_fx.LarosaError, match=r"was compiled 2 times.*accumulated_recompile_limit"):
             runs[2](x)
     else:
         assert torch.equal(runs[2](x).logits, model(x).logits)
@@ -271,7 +271,7 @@ def test_weights_of_a_tensor_subclass_are_refused(saved, said):
     linear.weight = nn.Parameter(Scaled((linear.weight / scale).round().to(torch.int8), scale), requires_grad=False)
     assert torch.equal(compiled(model, plan=path, sparsify="all")(x).logits, model(x).logits)
     assert any("up_proj.weight is a Scaled, which cannot be folded; load the model without" in text for text in said())
-    with pytest.raises(RuntimeError, match="cannot calibrate this model: .*is a Scaled"):
+    with pytest.raises(RuntimeError, match=r"cannot calibrate this model: .*is a Scaled"):
         larosa_fx.calibrate(model, batches(), progress=False)
 
 
