@@ -53,7 +53,10 @@ def with_thresholds(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.
                     seen.clear()
     finally:
         model.train(training)
-    return replace(plan, selection="threshold", thresholds={name: torch.stack(t).cpu() for name, t in found.items()})
+    # Sites that see sparser inputs see smaller ones, so a fitted threshold may fall where sparsity rises. It may not: a
+    # higher sparsity must not read channels that a lower one leaves out.
+    thresholds = {name: torch.stack(t).cummax(0).values.cpu() for name, t in found.items()}
+    return replace(plan, selection="threshold", thresholds=thresholds)
 
 
 def quantile(score: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:

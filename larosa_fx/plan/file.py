@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from threading import Lock
 
-from larosa_fx.plan.plan import Plan, PlanError
+from larosa_fx.plan.errors import PlanError
+from larosa_fx.plan.plan import Plan
 
 #: path -> (identity, the plan that the file held then). One plan a path: what a file held before is of no use.
 _LOADED: dict[str, tuple[tuple[int, ...], Plan]] = {}
