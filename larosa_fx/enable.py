@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from larosa_fx.compiler.backend import LarosaError
-from larosa_fx.compiler.folds import STORE, Folded
+from larosa_fx.compiler.folds import STORE
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
-from larosa_fx.serving.cache import CachePool
-from larosa_fx.serving.engine import Engine, Method, Settings, attach
+from larosa_fx.serving.engine import Engine, Kept, Method, Settings, attach
 
 _STATE = "_larosa"  # the attribute of a model that holds its state
 
@@ -76,8 +75,7 @@ def engine_of(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, set
     attach(plan, model)
     engine = state.engines.get(settings)
     if engine is None or engine.plan is not plan:
-        state.hold(model)
-        engine = state.engines[settings] = Engine(model, plan, settings, state.pool)
+        engine = state.engines[settings] = Engine(model, plan, settings, state.kept)
     return engine
 
 
@@ -86,8 +84,7 @@ class _State:
     """What one model was enabled with so far. A copy of the model starts anew."""
 
     engines: dict[Settings, Engine] = field(default_factory=dict)
-    pool: CachePool = field(default_factory=CachePool)
-    folded: list[Folded] = field(default_factory=list)
+    kept: Kept = field(default_factory=Kept)
     _loaded: tuple[object, Plan] | None = None
 
     def load(self, path: str | os.PathLike) -> Plan:
@@ -101,10 +98,6 @@ class _State:
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = key, Plan.load(path)
         return self._loaded[1]
-
-    def hold(self, model: torch.nn.Module) -> None:
-        """Keep what was folded from weights that are gone, whatever becomes of the graphs that read it."""
-        self.folded = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
 
     def __deepcopy__(self, memo: dict[int, object]) -> _State:
         return _State()

@@ -1,4 +1,4 @@
-"""``generate`` with sparse decoding in one call, and the ``CompileConfig`` for those who call ``model.generate`` themselves."""
+"""``generate`` with sparse decoding in one call, and the ``CompileConfig`` for who calls transformers' own."""
 
 from __future__ import annotations
 
