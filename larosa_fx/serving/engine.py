@@ -231,23 +231,29 @@ class Engine:
 
     def _step(self, rows: int) -> loop.Step:
         """The compiled forward pass of one token, dense for many rows."""
-        sparse = rows <= self.settings.sparse_rows
+        limit, options = self.settings.sparse_rows, self.settings.options
+        sparse, reason = rows <= limit, ""
         if not sparse:
-            reason = (f"{rows} sequences at once: above {self.settings.sparse_rows}, reading all weights once is faster here "
-                      "than each sequence's share; option sparse_rows sets another limit")
-            if self.settings.options.strict:
+            reason = (f"{rows} sequences at once: above {limit}, reading all weights once is faster here than reading each "
+                      "sequence's share; option sparse_rows sets another limit")
+            if options.strict:
                 raise LarosaError(f"larosa (strict): {reason}")
             self._warn(f"decodes densely: {reason}")
-        if sparse not in self._steps:
-            options = self.settings.options if sparse else replace(self.settings.options, sparsity=0.0)
-            self._steps[sparse] = _compiled(_logits, options)
+        new = sparse not in self._steps
+        if new:
+            self._steps[sparse] = _compiled(_logits, options if sparse else replace(options, sparsity=0.0))
         forward = self._steps[sparse]
 
         def step(**inputs: object) -> torch.Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             return forward(self.model, **inputs)
 
-        return step
+        def first(**inputs: object) -> torch.Tensor:
+            logits = step(**inputs)
+            backend.last_report().reason = reason
+            return logits
+
+        return first if new and not sparse else step
 
 
 def attach(plan: Plan, model: torch.nn.Module) -> None:
