@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 
 import torch
 
 from larosa_fx.compiler.backend import LarosaError
-from larosa_fx.compiler.folds import STORE, Folded
-from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
-from larosa_fx.serving.cache import CachePool
-from larosa_fx.serving.engine import Engine, Method, Settings, attach
+from larosa_fx.compiler.folds import STORE
+from larosa_fx.plan.plan import Plan
 
-_STATE = "_larosa"  # the attribute of a model that holds its state
+# What serves imports transformers' generation and with it Inductor, which takes seconds, so functions import it.
 
 
 def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None, *, sparsity: float | None = None,
@@ -38,6 +35,9 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
     transformers' own loop, with one warning that says why. A model may be enabled again, with another plan or options.
     PlanError where there is no plan or it is another model's; ValueError for a bad option.
     """
+    from larosa_fx.serving.engine import Method, Settings
+    from larosa_fx.serving.state import engine_of
+
     settings = Settings.of(model, sparsity=sparsity, selection=selection, mode=mode, weights=weights,
                            max_cache_len=max_cache_len, sparse_rows=sparse_rows, rotate_cache=rotate_cache, strict=strict,
                            dump_dir=None if dump_dir is None else os.fspath(dump_dir), compiler=compiler)
@@ -55,56 +55,14 @@ def disable(model: torch.nn.Module) -> torch.nn.Module:
 
     LarosaError where the model's own weights are gone. A model that is not enabled stays as it is.
     """
+    from larosa_fx.serving.engine import Method
+    from larosa_fx.serving.state import forget
+
     if any(STORE.is_replaced(p) for p in model.parameters()):
         raise LarosaError("larosa: this model's own weights were given up (weights='replace', the default); load the model "
                           "again, or enable it with weights='copy' to be able to take that back")
     for name in ("generate", "forward"):
         if isinstance(model.__dict__.get(name), Method):
             delattr(model, name)
-    model.__dict__.pop(_STATE, None)
+    forget(model)
     return model
-
-
-def engine_of(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, settings: Settings) -> Engine:
-    """The model's engine for these settings; the one there is, unless the plan is another."""
-    state: _State = model.__dict__.setdefault(_STATE, _State())
-    plan = state.load(plan) if isinstance(plan, str | os.PathLike) else plan
-    plan = plan or ATTACHED.find(model.parameters())
-    if plan is None:
-        raise PlanError("no plan: call larosa_fx.calibrate(model, batches) first, or pass plan=PATH")
-    plan.thresholds_at(settings.options.sparsity, settings.options.selection)  # which it may not have
-    attach(plan, model)
-    engine = state.engines.get(settings)
-    if engine is None or engine.plan is not plan:
-        state.hold(model)
-        engine = state.engines[settings] = Engine(model, plan, settings, state.pool)
-    return engine
-
-
-@dataclass
-class _State:
-    """What one model was enabled with so far. A copy of the model starts anew."""
-
-    engines: dict[Settings, Engine] = field(default_factory=dict)
-    pool: CachePool = field(default_factory=CachePool)
-    folded: list[Folded] = field(default_factory=list)
-    _loaded: tuple[object, Plan] | None = None
-
-    def load(self, path: str | os.PathLike) -> Plan:
-        """The plan in a file, read once for as long as the file is the same."""
-        path = os.path.abspath(path)
-        try:
-            stat = os.stat(path)
-        except OSError:
-            return Plan.load(path)  # which says what is wrong
-        key = (path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = key, Plan.load(path)
-        return self._loaded[1]
-
-    def hold(self, model: torch.nn.Module) -> None:
-        """Keep what was folded from weights that are gone, whatever becomes of the graphs that read it."""
-        self.folded = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _State:
-        return _State()

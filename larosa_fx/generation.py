@@ -1,4 +1,4 @@
-"""``generate`` with sparse decoding in one call, and the ``CompileConfig`` for those who call ``model.generate`` themselves."""
+"""``generate`` with sparse decoding in one call, and the ``CompileConfig`` for who calls transformers' own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Mapping
 import torch
 
 from larosa_fx.compiler.options import Options
-from larosa_fx.enable import enable, engine_of
+from larosa_fx.enable import enable
 from larosa_fx.ir import compat
 from larosa_fx.plan.plan import Plan
-from larosa_fx.serving.engine import Settings
 
 
 def compile_config(*, fullgraph: bool = True, **options: object):
@@ -38,6 +37,9 @@ def generate(model, inputs: torch.Tensor | Mapping[str, torch.Tensor], *, plan: 
     inputs: input_ids [B, T], or a tokenizer's output. The other arguments are those of ``larosa_fx.enable``. The model stays
     as it was, and what was compiled is kept for the next call; with ``weights="replace"`` the model is enabled for good.
     """
+    from larosa_fx.serving.engine import Settings  # which imports transformers' generation
+    from larosa_fx.serving.state import engine_of
+
     options = {"sparsity": sparsity, "selection": selection, "mode": mode, "strict": strict, "weights": weights,
                "rotate_cache": rotate_cache, "dump_dir": None if dump_dir is None else os.fspath(dump_dir),
                "compiler": compiler, "max_cache_len": max_cache_len, "sparse_rows": sparse_rows}

@@ -8,7 +8,7 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList, S
 
 from larosa_fx.compiler import backend
 from larosa_fx.compiler.backend import LarosaError
-from larosa_fx.compiler.folds import STORE
+from larosa_fx.compiler.folds import STORE, Folded
 from larosa_fx.compiler.options import Options
 from larosa_fx.ir import compat
 from larosa_fx.plan.plan import ATTACHED, Plan
@@ -52,7 +52,8 @@ class Settings:
                 raise ValueError(f"{name} is {number!r}; give a number of {'sequences' if 'rows' in name else 'tokens'}")
         if rotate_cache is None:  # where our own prompts are all that fills a cache, values may lie in it mapped
             rotate_cache = options["weights"] == "replace"
-        parsed = Options.parse({"mode": MODES.get(kind) if mode == "auto" else mode, "rotate_cache": rotate_cache, **options})
+        mode = MODES.get(kind) if mode == "auto" else mode
+        parsed = Options.parse({"mode": mode, "rotate_cache": rotate_cache, **options})
         return cls(parsed, SPARSE_ROWS.get(kind, 1) if sparse_rows is None else sparse_rows, max_cache_len or 0)
 
     @property
@@ -61,12 +62,27 @@ class Settings:
         return self.options.weights == "replace" or self.options.rotate_cache
 
 
+@dataclass
+class Kept:
+    """What the engines of one model share and keep: caches, and what was folded from weights that are gone.
+
+    The graphs that read folded tensors keep them too, but graphs come and go (``torch.compiler.reset``).
+    """
+
+    pool: caches.CachePool = field(default_factory=caches.CachePool)
+    folded: list[Folded] = field(default_factory=list)
+
+    def hold(self, model: torch.nn.Module) -> None:
+        if not self.folded:
+            self.folded = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
+
+
 class Engine:
     """Serves ``generate`` for one model. It is called as ``generate`` is."""
 
-    def __init__(self, model: torch.nn.Module, plan: Plan, settings: Settings, pool: caches.CachePool) -> None:
+    def __init__(self, model: torch.nn.Module, plan: Plan, settings: Settings, kept: Kept) -> None:
         self.model, self.plan, self.settings = model, plan, settings
-        self._pool = pool
+        self._kept, self._pool = kept, kept.pool
         self._steps: dict[bool, Callable] = {}
         self._prompts: Callable | None = None
         self._said: set[str] = set()
@@ -92,6 +108,8 @@ class Engine:
         calls = backend.calls()
         result = self._generate(inputs, generation_config, *args, streamer=streamer,
                                 custom_generate=partial(self._decode, streamer=streamer, own=own), **kwargs)
+        if self.settings.options.weights == "replace":
+            self._kept.hold(self.model)
         if backend.calls() == calls:
             self._warn("no compiled graph was reached: this call decoded densely")
         return result
@@ -99,18 +117,14 @@ class Engine:
     def forward(self, *args: object, **kwargs: object):
         """The whole model over any number of tokens, densely, through the folded weights: exact up to rounding."""
         if torch.compiler.is_compiling():
-            raise RuntimeError("larosa: this model was enabled with weights='replace' and is compiled already; call it as it "
-                               "is, or load the model again")
+            raise RuntimeError("larosa: this model was enabled with weights='replace' and is compiled already; call it as "
+                               "it is, or load the model again")
         if self._prompts is None:
             # Op by op: the products of a prompt keep a device busy, and a graph for all lengths is there in a moment.
             options = replace(self.settings.options, sparsity=0.0, compiler="eager", mode=None)
             self._prompts = _compiled(_outputs, options, dynamic=True)
         with torch.no_grad():
             return self._prompts(self.model, *args, **kwargs)
-
-    def replaced(self) -> bool:
-        """Whether the model's own weights are gone."""
-        return any(STORE.is_replaced(p) for p in self.model.parameters())
 
     def _generate(self, *args: object, **kwargs: object):
         return type(self.model).generate(self.model, *args, **kwargs)
@@ -186,7 +200,8 @@ class Engine:
             raise ValueError(f"larosa: past_key_values holds {caches.capacity(cache)} positions, and {filled + new - 1} are "
                              "asked for; make a longer StaticCache, or lower max_new_tokens")
         # A pass too many is undone where the cache is seen again and can be undone; else none is made.
-        ahead = input_ids.device.type == "cuda" and (stays or own and not generation_config.return_dict_in_generate)
+        ahead = input_ids.device.type == "cuda" and (
+            stays or (own and not generation_config.return_dict_in_generate))
         with compat.decoding(model):
             sequences, scores, raw = loop.decode(
                 self._step(rows), loop.StepInputs(model, model_kwargs, filled), input_ids, logits,
@@ -216,23 +231,29 @@ class Engine:
 
     def _step(self, rows: int) -> loop.Step:
         """The compiled forward pass of one token, dense for many rows."""
-        sparse = rows <= self.settings.sparse_rows
+        limit, options = self.settings.sparse_rows, self.settings.options
+        sparse, reason = rows <= limit, ""
         if not sparse:
-            reason = (f"{rows} sequences at once: above {self.settings.sparse_rows}, reading all weights once is faster here "
-                      "than reading each sequence's share; option sparse_rows sets another limit")
-            if self.settings.options.strict:
+            reason = (f"{rows} sequences at once: above {limit}, reading all weights once is faster here than reading each "
+                      "sequence's share; option sparse_rows sets another limit")
+            if options.strict:
                 raise LarosaError(f"larosa (strict): {reason}")
             self._warn(f"decodes densely: {reason}")
-        if sparse not in self._steps:
-            options = self.settings.options if sparse else replace(self.settings.options, sparsity=0.0)
-            self._steps[sparse] = _compiled(_logits, options)
+        new = sparse not in self._steps
+        if new:
+            self._steps[sparse] = _compiled(_logits, options if sparse else replace(options, sparsity=0.0))
         forward = self._steps[sparse]
 
         def step(**inputs: object) -> torch.Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             return forward(self.model, **inputs)
 
-        return step
+        def first(**inputs: object) -> torch.Tensor:
+            logits = step(**inputs)
+            backend.last_report().reason = reason
+            return logits
+
+        return first if new and not sparse else step
 
 
 def attach(plan: Plan, model: torch.nn.Module) -> None:

@@ -44,10 +44,7 @@ def decode(step: Step, inputs: StepInputs, input_ids: Tensor, logits: Tensor, *,
             scores += (ranked,)
         if raw is not None:
             raw += (last,)
-        if config.do_sample:
-            tokens = torch.multinomial(ranked.softmax(-1), num_samples=1).squeeze(1)
-        else:
-            tokens = ranked.argmax(-1)
+        tokens = torch.multinomial(ranked.softmax(-1), 1).squeeze(1) if config.do_sample else ranked.argmax(-1)
         if ends:
             tokens = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)

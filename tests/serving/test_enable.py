@@ -1,0 +1,259 @@
+"""enable: a model's own generate makes transformers' tokens through compiled steps, or says why it does not."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StaticCache, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import larosa_fx
+from larosa_fx.compiler import backend
+from tiny import batches, error, ids, llama
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+SETTINGS = {"max_new_tokens": 12, "pad_token_id": 0, "do_sample": False}
+
+
+def calibrated(device="cpu", **changes):
+    """(model with its plan attached, an untouched copy of it)."""
+    torch.manual_seed(1)
+    model = llama(**changes).to(device)
+    dense = copy.deepcopy(model)
+    larosa_fx.calibrate(model, [batch.to(device) for batch in batches()], progress=False)
+    return model, dense
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def pair(request):
+    """A model enabled with nothing left out, whose own weights are gone, and its dense original. All tests share its graphs.
+
+    On a GPU with the defaults: Inductor and CUDA graphs. On a CPU steps run op by op, as compiling them would take long.
+    """
+    model, dense = calibrated(request.param, hidden_size=64, intermediate_size=96)
+    return larosa_fx.enable(model, sparsity=0.0, compiler="inductor" if request.param == "cuda" else "eager"), dense
+
+
+def both(pair, **arguments):
+    """generate's results, enabled and dense, after checking that both draw the same random numbers."""
+    results, following = [], []
+    for model in pair:
+        given = {name: value(model) if inspect.isfunction(value) else value for name, value in arguments.items()}
+        torch.manual_seed(3)
+        results.append(model.generate(**{**SETTINGS, **given}))
+        following.append(torch.rand(2, device=model.device))
+    assert torch.equal(*following)
+    return results
+
+
+def padded():
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4], mask[1, :2] = 0, 0
+    return mask
+
+
+CASES = {
+    "greedy": {"shape": (1, 9)},
+    "sampling": {"shape": (1, 14), "do_sample": True},
+    "processors": {"shape": (1, 9), "do_sample": True, "top_k": 5, "temperature": 0.7, "repetition_penalty": 1.3},
+    "an end that comes early": {"shape": (1, 9), "do_sample": True, "eos_token_id": list(range(3, 20))},
+    "rows that end one by one": {"shape": (3, 9), "do_sample": True, "eos_token_id": list(range(3, 20))},
+    "several sequences": {"shape": (1, 9), "do_sample": True, "num_return_sequences": 3},
+    "left padding": {"shape": (3, 9), "attention_mask": padded()},
+    "a prompt of one token": {"shape": (1, 1)},
+    "a prompt in chunks": {"shape": (1, 20), "prefill_chunk_size": 8},
+    "a configuration of one's own": {"shape": (1, 9), "generation_config": GenerationConfig(
+        max_new_tokens=7, do_sample=True, top_p=0.8, pad_token_id=0)},
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_tokens_are_transformers_own(pair, case):
+    arguments = dict(CASES[case])
+    device = pair[0].device
+    arguments = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    before = backend.calls()
+    got, expected = both(pair, inputs=ids(*arguments.pop("shape"), device=device), **arguments)
+    assert backend.calls() - before >= got.shape[1] - 20 > -20
+    assert torch.equal(got, expected)
+
+
+def test_embeddings_in_place_of_tokens(pair):
+    embeddings = torch.randn(1, 7, 64, device=pair[0].device)
+    assert torch.equal(*both(pair, inputs_embeds=embeddings))
+
+
+def test_dicts_hold_scores_logits_and_a_cache_of_their_own(pair):
+    prompt = ids(1, 9, device=pair[0].device)
+    got, expected = both(pair, inputs=prompt, do_sample=True, top_k=5, return_dict_in_generate=True, output_scores=True,
+                         output_logits=True)
+    assert torch.equal(got.sequences, expected.sequences)
+    for ours, theirs in zip(got.scores + got.logits, expected.scores + expected.logits, strict=True):
+        assert torch.equal(ours.isinf(), theirs.isinf())
+        assert error(ours.nan_to_num(neginf=0), theirs.nan_to_num(neginf=0)) < 1e-4
+    keys = got.past_key_values.layers[0].keys.clone()
+    assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    pair[0].generate(ids(1, 9, device=pair[0].device), **SETTINGS)
+    assert torch.equal(got.past_key_values.layers[0].keys, keys)
+
+
+def test_a_chat_in_a_cache_of_the_users(pair):
+    """Two turns, the first ended by a stop token: what the loop computed beyond it leaves no trace in the cache."""
+    model, dense = pair
+    answers = []
+    first, second = ids(1, 9, device=model.device), ids(1, 5, device=model.device)
+    stop = dense.generate(first, **SETTINGS)[0, 9 + 4].item()
+    for one in pair:
+        cache = StaticCache(config=one.config, max_cache_len=64)
+        answer = one.generate(first, past_key_values=cache, **SETTINGS, eos_token_id=stop)
+        held = int(cache.get_seq_length())
+        answers.append((answer, held, one.generate(torch.cat([answer, second], 1), past_key_values=cache, **SETTINGS)))
+    (turn, held, turn2), (expected, expected_held, expected2) = answers
+    assert torch.equal(turn, expected) and turn.shape[1] < 9 + 12
+    assert held == expected_held
+    assert torch.equal(turn2, expected2)
+
+
+def test_a_cache_too_short_is_named(pair):
+    cache = StaticCache(config=pair[0].config, max_cache_len=16)
+    with pytest.raises(ValueError, match="holds 16 positions, and 20 are asked for"):
+        pair[0].generate(ids(1, 9, device=pair[0].device), past_key_values=cache, **SETTINGS)
+
+
+class Recorder(BaseStreamer, LogitsProcessor, StoppingCriteria):
+    """All that a call shows to others, and a wish to stop after ``most`` tokens."""
+
+    def __init__(self, most=99):
+        self.streamed, self.ended, self.ranked, self.asked, self.most = [], 0, [], [], most
+
+    def put(self, value):
+        self.streamed += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+    def __call__(self, input_ids, scores, **_):
+        seen = self.asked if scores is None else self.ranked
+        seen.append(input_ids.tolist())
+        if scores is not None:
+            return scores
+        return torch.full((len(input_ids),), len(self.asked) >= self.most, device=input_ids.device)
+
+
+def test_streamers_processors_and_criteria_meet_each_token_once(pair):
+    prompt = ids(1, 9, device=pair[0].device)
+    seen = []
+    for model in pair:
+        streamer, processor, criterion = Recorder(), Recorder(), Recorder(most=5)
+        out = model.generate(prompt, streamer=streamer, logits_processor=[processor], stopping_criteria=[criterion],
+                             **SETTINGS)
+        assert out.shape[1] == 9 + 5
+        assert streamer.streamed == out[0].tolist()
+        seen.append((out.tolist(), streamer.ended, processor.ranked, criterion.asked))
+    assert seen[0] == seen[1]
+
+
+def test_nothing_is_compiled_for_other_lengths(pair):
+    """Prompts and caches of all lengths share the graphs of the first call, on one sequence and on several."""
+    model, _ = pair
+    for rows in (1, 2):
+        model.generate(ids(rows, 9, device=model.device), **SETTINGS)
+    compiled = counters["stats"]["unique_graphs"]
+    for rows, length, new in ((1, 2, 4), (1, 40, 4), (1, 33, 4), (3, 17, 4), (5, 6, 4), (1, 10, 1100), (2, 3, 4)):
+        model.generate(ids(rows, length, device=model.device), **{**SETTINGS, "max_new_tokens": new})
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ({"num_beams": 2}, "beam search"),
+    ({"use_cache": False}, "use_cache=False"),
+    ({"cache_implementation": "dynamic"}, "cache_implementation='dynamic'"),
+    ({"past_key_values": lambda model: DynamicCache(config=model.config)}, "DynamicCache"),
+], ids=["beams", "no cache", "another cache", "a dynamic cache"])
+def test_what_is_not_served_runs_densely_and_is_said(pair, arguments, said):
+    with pytest.warns(UserWarning, match=said):
+        got, expected = both(pair, inputs=ids(1, 9, device=pair[0].device), **arguments)
+    assert torch.equal(got, expected)
+
+
+def test_the_model_itself_computes_through_what_was_folded(pair):
+    model, dense = pair
+    tokens = ids(2, 11, device=model.device)
+    model.generate(tokens, **SETTINGS)
+    with pytest.raises(RuntimeError, match="weights='replace'"):
+        model.model.layers[0].mlp(torch.zeros(1, 1, 64, device=model.device))
+    assert error(model(tokens).logits, dense(tokens).logits) < 1e-4
+    with pytest.raises(larosa_fx.LarosaError, match="given up"):
+        larosa_fx.disable(model)
+    other = larosa_fx.calibrate(dense, [tokens], progress=False)
+    with pytest.raises(larosa_fx.LarosaError, match="another plan"):
+        larosa_fx.enable(model, other)
+
+
+# ---- what compiles little, on the CPU alone ------------------------------------------------------------------------
+
+
+def test_enable_is_idempotent_and_disable_takes_it_back():
+    model, dense = calibrated()
+    original = model.generate.__func__
+    options = {"sparsity": 0.5, "weights": "copy", "compiler": "eager"}
+    prompt = ids(1, 9)
+    expected = dense.generate(prompt, **SETTINGS)
+    assert larosa_fx.enable(model, **options) is model
+    sparse = model.generate(prompt, **SETTINGS)
+    compiled = counters["stats"]["unique_graphs"]
+    larosa_fx.enable(larosa_fx.enable(model, **options), **options)
+    assert torch.equal(model.generate(prompt, **SETTINGS), sparse)
+    assert counters["stats"]["unique_graphs"] == compiled
+    assert not torch.equal(sparse, expected)  # or nothing here shows anything
+    assert torch.equal(copy.deepcopy(model).generate(prompt, **SETTINGS), expected)
+    assert inspect.signature(model.generate) == inspect.signature(dense.generate)
+    larosa_fx.disable(larosa_fx.disable(model))
+    assert model.generate.__func__ is original
+    assert torch.equal(model.generate(prompt, **SETTINGS), expected)
+
+
+def test_enabling_again_with_other_options_after_the_weights_are_gone():
+    """Another sparsity folds the same tensors; compiled code that is thrown away does not take them along."""
+    model, dense = calibrated()
+    prompt = ids(1, 9)
+    expected = dense.generate(prompt, **SETTINGS)
+    larosa_fx.enable(model, sparsity=0.9, compiler="eager")
+    assert not torch.equal(model.generate(prompt, **SETTINGS), expected)
+    torch.compiler.reset()
+    assert torch.equal(larosa_fx.enable(model, sparsity=0.0, compiler="eager").generate(prompt, **SETTINGS), expected)
+
+
+def test_many_sequences_at_once_decode_densely_and_are_told_so():
+    model, dense = calibrated()
+    larosa_fx.enable(model, sparsity=0.9, sparse_rows=1, compiler="eager")
+    prompt = ids(3, 9)
+    with pytest.warns(UserWarning, match="3 sequences at once: above 1"):
+        got = model.generate(prompt, **SETTINGS)
+    assert torch.equal(got, dense.generate(prompt, **SETTINGS))
+    assert "3 sequences" in larosa_fx.last_report().reason and larosa_fx.last_report().byte_sparsity == 0
+    larosa_fx.enable(model, sparsity=0.9, sparse_rows=1, compiler="eager", strict=True)
+    with pytest.raises(larosa_fx.LarosaError, match="3 sequences at once"):
+        model.generate(prompt, **SETTINGS)
+    with pytest.raises(larosa_fx.LarosaError, match="beam search"):
+        model.generate(prompt[:1], num_beams=2, **SETTINGS)
+
+
+def test_what_enable_refuses():
+    with pytest.raises(larosa_fx.PlanError, match="calibrate"):
+        larosa_fx.enable(llama())
+    model, dense = calibrated()
+    with pytest.raises(ValueError, match="weights"):
+        larosa_fx.enable(model, weights="keep")
+    with pytest.raises(ValueError, match="max_cache_len"):
+        larosa_fx.enable(model, max_cache_len=-1)
+    with pytest.raises(larosa_fx.PlanError, match="thresholds"):
+        larosa_fx.enable(model, selection="threshold")
+    plan = larosa_fx.calibrate(dense, batches(), progress=False)
+    with pytest.raises(larosa_fx.PlanError, match="does not fit"):
+        larosa_fx.enable(llama(7), plan)
