@@ -6,7 +6,7 @@
 A text is a file, or lines START to STOP of a jsonl file with "text". The JSON holds {"rows", "provenance"}; a row that is
 there is not measured again. Each window's nats and each item's answer, by which later rows are paired, are kept beside it
 in *.samples.json; where that is missing, the dense model is measured again. --train makes a plan: a name, then fields of
-TrainingOptions and ``rotation`` as key=value.
+TrainingOptions, ``rotation``, and the ``dtype`` of the model that is trained on, as key=value; plans are measured in float32.
 Rows: method, byte_sparsity, reached (mean and standard deviation over tokens), nominal (the paper's p: mean share of
 channels), text, window, ppl, dense_ppl, delta_nll and delta_se (paired by window), kl (mean KL(dense || sparse) of a token,
 nats); tasks: acc, acc_norm and their differences with paired standard errors. adapter_share: bytes that a method reads
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import itertools
 import json
 import math
@@ -109,13 +110,13 @@ class Bench:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         start = self.plan_of(settings.pop("rotation", "layer"), settings.pop("basis", "pca"))
+        dtype = settings.pop("dtype", "float32")
+        model = self.model if dtype == "float32" else copy.deepcopy(self.model).to(getattr(torch, dtype))
         options = TrainingOptions(**{key: ast.literal_eval(value) for key, value in settings.items()})
-        torch.set_float32_matmul_precision("high")  # TF32 where there is one; evaluation is in float32
         with self._timed(f"training {name}"):
-            plan = train(self.model, start, [self.training], [self.validation], options,
+            plan = train(model, start, [self.training], [self.validation], options,
                          checkpoint=path and path.with_suffix(".checkpoint"))
-        torch.set_float32_matmul_precision("highest")
-        self.trainings[name] = plan.provenance["training"]
+        self.trainings[name] = {"dtype": dtype, **plan.provenance["training"]}
         print(f"{name}: {self.seconds[f'training {name}']:.0f} s, log KL {plan.provenance['training']['validation_log_kl']}",
               flush=True)
         if path is not None:
