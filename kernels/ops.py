@@ -15,7 +15,7 @@ from larosa_fx.kernels import cpu, reference
 SCHEMAS: list[str] = []
 
 
-def _op(function: Callable, mutates_args: tuple[str, ...] = ()) -> torch._ops.OpOverload:
+def _op(function: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
     """``torch.ops.larosa.NAME.default`` of a reference function, which serves every device without a kernel of its own.
 
     ``torch.library.custom_op`` without its autograd wrapper, which takes longer than all the rest of a call on a CPU. What

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx.ir import effects, layers
+from larosa_fx.ir import compat, effects, layers
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
@@ -173,7 +173,7 @@ def _mixes_positions(node: fx.Node) -> bool:
         return True
     if g.calls(node, torch.matmul, torch.bmm, operator.matmul, torch.einsum, "matmul", "bmm"):
         return not any(map(ex.is_weight, node.all_input_nodes))
-    return node.op == "call_function" and isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
+    return node.op == "call_function" and compat.is_operator(node.target)
 
 
 # ---- residual stream -----------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from larosa_fx.plan import file
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
 
 log = logging.getLogger("larosa_fx")
+for sentence in compat.untested_versions():  # a module is imported once, so each is said once
+    log.warning("larosa: %s", sentence)
 
 _numbers = itertools.count()
 _live: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()

@@ -1,15 +1,53 @@
-"""The only file that uses private API of torch and transformers: one function per need, checked on torch 2.11 and 2.13."""
+"""The only file that uses private API of torch and transformers: one function per need.
+
+Checked on torch 2.11 and 2.13, transformers 5.17, 5.23 and 5.24 (``TESTED``).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
+
+#: Package -> the newest release, (major, minor), that the tests have passed with.
+TESTED = {"torch": (2, 13), "transformers": (5, 24)}
+
+
+def untested_versions(version: Callable[[str], str] = importlib.metadata.version) -> list[str]:
+    """A sentence for each package that is installed in a newer release than the tests have seen.
+
+    ``version``: the installed version of a package. Such a release may work; nobody has tried it.
+    """
+    found = []
+    for package, newest in TESTED.items():
+        try:
+            installed = version(package)
+        except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+            continue
+        numbers = re.match(r"(\d+)\.(\d+)", installed)
+        if numbers and tuple(map(int, numbers.groups())) > newest:
+            found.append(f"{package} {installed} is newer than {newest[0]}.{newest[1]}, the newest that larosa_fx is tested "
+                         f"with; if something fails, try {package}<{newest[0]}.{newest[1] + 1}")
+    return found
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+def is_operator(target: object) -> bool:
+    """Whether a node's target is an operator of torch's dispatcher or a higher-order one, no function of Python's."""
+    return isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
+
+
+def set_generator_state(generator: torch.Generator, state: torch.Generator) -> None:
+    """Give a CUDA generator another state, ``clone_state()``'s, as a whole; a failed capture leaves its own in recording."""
+    generator.graphsafe_set_state(state)
 
 
 def copy_dynamo_metadata(source: fx.GraphModule, target: fx.GraphModule, node_map: dict[fx.Node, fx.Node]) -> None:
@@ -221,13 +259,13 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[object], 
         return compile_fx(gm, list(example_inputs), config_patches=inductor_options(mode) or None)
 
 
-# ---- transformers ----------------------------------------------------------------------------------------------------
-
-
 def mark_growing(tensor: torch.Tensor, dims: Sequence[int]) -> None:
     """Ask Dynamo for one graph whatever the sizes of ``dims``, which it may still fix where it must (2.11 to 2.13)."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
 
 
 def compile_everywhere(config: object) -> None:
@@ -279,3 +317,10 @@ def cache_shape(model: torch.nn.Module) -> tuple[int | list[int], int | list[int
         return None
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def causal_language_models() -> Mapping[type, type | tuple[type, ...]]:
+    """Configuration class -> model class or classes, for all that AutoModelForCausalLM knows; imports them when read."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping

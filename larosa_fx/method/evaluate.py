@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -113,11 +114,10 @@ def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sp
         started = time.perf_counter()
         runs, label, bytes_not_read = model, "dense", 0.0
         if sparsity is not None:
-            torch.compiler.reset()  # each sparsity is a graph of its own; Dynamo keeps few for one model
             label = f"{sparsity:.0%}"
-            runs = torch.compile(model, backend="larosa", options={
+            runs = torch.compile(_with_own_code(model, label), backend="larosa", options={
                 "plan": plan, "sparsity": sparsity, "selection": selection, "sparsify": "all", "compiler": compiler})
-        found = perplexity(runs, batches, label=label, progress=progress)
+        found = perplexity(runs, batches, label=label, progress=progress, device=next(model.parameters()).device)
         if sparsity is not None:
             report = backend.last_report()
             bytes_not_read = report.byte_sparsity
@@ -129,6 +129,20 @@ def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sp
                      "ratio": found.ppl / (rows[0]["ppl"] if rows else found.ppl), "nll": found.nll,
                      "tokens": found.tokens, "window": found.window, "seconds": time.perf_counter() - started})
     return rows
+
+
+def _with_own_code(model: torch.nn.Module, label: str) -> Callable:
+    """A function that calls the model, with a code object that no other function has.
+
+    Dynamo keeps what it compiled with the code object that it compiled, and keeps few graphs for one. All models of
+    transformers share one code object, so that many sparsities would end up dense. What is compiled of this function
+    counts for itself, and goes when the function goes.
+    """
+    def call(*args: object, **kwargs: object):
+        return model(*args, **kwargs)
+
+    code = call.__code__.replace(co_name=f"call_at_{label}")
+    return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from larosa_fx.plan.plan import Plan, PlanSite
 from larosa_fx.plan.rotations import orthonormal
@@ -166,6 +167,44 @@ def mapped(model: torch.nn.Module, plan: Plan, select: Callable[[PlanSite, torch
 def map_heads(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """x, [..., heads * d], each head times its map, [heads, d, d]."""
     return torch.einsum("...hd,hde->...he", x.unflatten(-1, maps.shape[:2]), maps).flatten(-2)
+
+
+@contextmanager
+def norms_in_float64(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
+    """Within the context the norms before the plan's sites compute a float64 model's activations in float64.
+
+    transformers' norms compute in float32 whatever the model's dtype. A compiled model norms the rotated stream, an eager
+    one the stream itself: float32 rounds the two differently, by 1e-7, and that moves channels across a threshold. With
+    float64 throughout, two implementations of one function keep the same channels. ValueError for another dtype.
+    """
+    dtype = next(model.parameters()).dtype
+    if dtype != torch.float64:
+        raise ValueError(f"norms_in_float64 takes a float64 model, this one is {dtype}: call model.double()")
+    sites = {site.gain.rpartition(".")[0]: site for site in plan.sites if site.gain is not None}
+    replaced_norms = {path: model.get_submodule(path) for path in sites}
+    for path, norm in replaced_norms.items():
+        model.set_submodule(path, _Norm(norm, sites[path]))
+    try:
+        yield model
+    finally:
+        for path, norm in replaced_norms.items():
+            model.set_submodule(path, norm)
+
+
+class _Norm(torch.nn.Module):
+    """The function of a float64 model's norm, [..., D], without a cast to float32."""
+
+    def __init__(self, norm: torch.nn.Module, site: PlanSite) -> None:
+        super().__init__()
+        with torch.no_grad():
+            found = _affine(norm, next(norm.parameters()).new_empty(1, site.in_features), site)
+        self.weight, self.bias = (torch.nn.Parameter(x, requires_grad=False) for x in found)
+        self.eps, self.centred = site.eps, site.centred
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.centred:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def _replace(model: torch.nn.Module, site: PlanSite, replacement: Replacement, before: _Turns, after: _Turns) -> None:

@@ -24,6 +24,7 @@ from tabulate import tabulate
 from tqdm.auto import tqdm
 
 from larosa_fx.compiler import backend
+from larosa_fx.ir import compat
 from larosa_fx.method.calibrate import calibrate
 from larosa_fx.method.reference import simulated
 from larosa_fx.plan.plan import Plan, library_versions
@@ -84,9 +85,7 @@ class Row:
 
 def classes() -> dict[str, tuple[type, type]]:
     """Class name -> (configuration class, model class), for all that AutoModelForCausalLM knows."""
-    from transformers import AutoModelForCausalLM
-
-    mapping = AutoModelForCausalLM._model_mapping
+    mapping = compat.causal_language_models()
     found: dict[str, tuple[type, type]] = {}
     for config in mapping:
         models = mapping[config]

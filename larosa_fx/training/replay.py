@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from larosa_fx.ir import compat
+
 log = logging.getLogger("larosa_fx")
 
 
@@ -33,7 +35,7 @@ class Replayed:
                 self._graphs[shapes] = self._capture(inputs)
             except RuntimeError as error:
                 self.capturable = False
-                generator.graphsafe_set_state(state)  # a capture that failed leaves its own in recording
+                compat.set_generator_state(generator, state)
                 log.warning("%s cannot be replayed from a CUDA graph and runs kernel by kernel: %s",
                             self.function.__name__, str(error).splitlines()[0])
                 return self.function(*inputs)

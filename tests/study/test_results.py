@@ -12,7 +12,8 @@ RESULTS = sorted((Path(larosa_fx.__file__).resolve().parent.parent / "bench" / "
 
 
 @pytest.mark.parametrize("rows", [[], [{"a": 1.5, "b": "x\ny"}, {"a": None, "c": [1, 2]}]])
-@pytest.mark.parametrize("about", [{}, {"provenance": {"command": 'python "x"', "versions": {"torch": "2"}}, "none": {}, "n": 3}])
+@pytest.mark.parametrize("about", [{}, {"provenance": {"command": 'python "x"', "versions": {"torch": "2"}}, "none": {},
+                                        "n": 3}])
 def test_a_row_a_line(rows, about):
     text = results_text(rows, **about)
     assert json.loads(text) == {"rows": rows, **about}
