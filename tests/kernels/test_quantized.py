@@ -93,8 +93,8 @@ def oracle(a, exact, k, threshold):
     return y, size
 
 
-AROUND = [{}, {"norm": True, "bias": True}, {"gate": "silu", "norm": True}, {"gate": "relu", "bias": True}, {"residual": True},
-          {"adapter": 256}, {"norm": True, "gain": True}, {"adapter": 64, "gain": True, "bias": True}]
+AROUND = [{}, {"norm": True, "bias": True}, {"gate": "silu", "norm": True}, {"gate": "relu", "bias": True},
+          {"residual": True}, {"adapter": 256}, {"norm": True, "gain": True}, {"adapter": 64, "gain": True, "bias": True}]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -104,7 +104,8 @@ AROUND = [{}, {"norm": True, "bias": True}, {"gate": "silu", "norm": True}, {"ga
 def test_against_float64(dtype, bits, group, around, device):
     for channels, columns in ((512, 256), (1500, 768)):
         a, exact = case(bits, group, channels, columns, dtype, device, **around)
-        for k, threshold in ((channels // 3, None), (channels, None), (1, None), (channels, 0.7), (channels, 0.0), (channels, 9e9)):
+        selections = [(channels // 3, None), (channels, None), (1, None), *((channels, t) for t in (0.7, 0.0, 9e9))]
+        for k, threshold in selections:
             got = linear(**a, k=k, threshold=threshold).cpu()
             want, size = oracle(a, exact, k, threshold)
             assert got.dtype == dtype
@@ -149,7 +150,8 @@ def test_dequantized_rows(bits):
     ({"scales": torch.zeros(64, 3, dtype=torch.bfloat16)}, ValueError, "scales must be"),
     ({"adapter": torch.zeros(8, 64, dtype=torch.int8)}, ValueError, "go together"),
     ({"k": 0}, ValueError, "k must be in"), ({"threshold": -1.0}, ValueError, "threshold must be"),
-    ({"gate": "tanh"}, ValueError, "gate must be"), ({"bias": torch.zeros(3, dtype=torch.bfloat16)}, ValueError, "bias must be"),
+    ({"gate": "tanh"}, ValueError, "gate must be"),
+    ({"bias": torch.zeros(3, dtype=torch.bfloat16)}, ValueError, "bias must be"),
     ({"x": torch.zeros(1, 60, dtype=torch.bfloat16), "k": 60}, ValueError, "weight must have a row"),
     ({"residual": torch.zeros(1, 3, dtype=torch.bfloat16)}, ValueError, "residual must be")])
 def test_wrong_arguments_are_named(change, error, words):
@@ -163,8 +165,8 @@ def test_wrong_arguments_are_named(change, error, words):
 
 
 def shapes():
-    base = {"channels": 4096, "columns": 4096, "bits": 8, "group": 128, "adapter": 0, "full": False, "half": False, "gate": "",
-            "norm": False, "bias": False, "residual": False, "early": False, "gain": False, "threshold": True}
+    base = {"channels": 4096, "columns": 4096, "bits": 8, "group": 128, "adapter": 0, "full": False, "half": False,
+            "gate": "", "norm": False, "bias": False, "residual": False, "early": False, "gain": False, "threshold": True}
     more = [{}, {"norm": True, "bias": True, "columns": 6144}, {"norm": True, "gate": "silu", "columns": 28672},
             {"residual": True, "threshold": False}, {"adapter": 4096, "early": True, "channels": 14336},
             {"full": True, "norm": True, "threshold": False}, {"channels": 64, "columns": 64, "group": 64},
