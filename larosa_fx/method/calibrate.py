@@ -78,7 +78,8 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
                 session.collect(())
         else:
             make = {"random": orthogonal.random, "hadamard": orthogonal.hadamard}.get(basis)
-            matrices = {name: make(_channels(structure), seed + i, structure.device) for i, name in enumerate(members)}
+            # A plan lies in main memory: its rotations are wanted once, when weights are folded.
+            matrices = {name: make(_channels(structure), seed + i, structure.device).cpu() for i, name in enumerate(members)}
     finally:
         model.train(training)
     weights = session.weights
