@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from larosa_fx import __version__
-from larosa_fx.ir.checks import check_sparsity
+from larosa_fx.compiler.backend import LarosaError
+from larosa_fx.ir.checks import check_output, check_sparsity, make_directory
 from larosa_fx.ir.structure import BASES, SELECTIONS
-from larosa_fx.plan.plan import Plan, PlanError
+from larosa_fx.plan import Plan
 from larosa_fx.smollm2 import DownloadError
 from larosa_fx.training.options import TrainingOptions
 
@@ -26,16 +29,39 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args) or 0
-    except (ValueError, PlanError, DownloadError) as error:
-        print(f"larosa: {error}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("LAROSA_TRACEBACK"):
+            raise
+        print(f"larosa: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("larosa: interrupted", file=sys.stderr)
         return 130
 
 
+def _one_line(error: BaseException) -> str:
+    """What went wrong and the way out. Errors that are not ours are called by their type, and say how to see more."""
+    while (inner := getattr(error, "inner_exception", None)) is not None:  # Dynamo's, around what its backend raised
+        error = inner
+    text = " ".join(str(error).split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return f"out of memory: {text[:200]}; try --dtype bfloat16, a smaller --window, or another --device"
+    if isinstance(error, (ValueError, DownloadError, LarosaError)):
+        return text
+    if isinstance(error, RuntimeError) and text.startswith("larosa"):
+        return text.removeprefix("larosa: ")
+    return f"{type(error).__name__}: {text[:300]}; set LAROSA_TRACEBACK=1 to see where"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in the arguments take one line, too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists what it takes\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("larosa", description="Faster decoding by rotated Top-K activation sparsity (LaRoSA).")
+    parser = _Parser("larosa", description="Faster decoding by rotated Top-K activation sparsity (LaRoSA).")
     parser.add_argument("--version", action="version", version=f"larosa_fx {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -47,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
             return sub
         sub.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a causal LM; SmolLM2-135M-Instruct where not given")
         sub.add_argument("--gguf-file", metavar="NAME", help="GGUF file in the model's directory")
-        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+        sub.add_argument("--device", type=_device,
+                         default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
         sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
         return sub
 
@@ -63,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
 
     calibrate = command("calibrate", _calibrate, "Fit rotations to a model and save them as a plan.")
     calibrate.add_argument("-o", "--output", metavar="PLAN", help="file to write; MODEL.larosa where not given")
-    calibrate.add_argument("--text", metavar="FILE", help="text; half of Python's pydoc topics where not given")
+    calibrate.add_argument("--text", metavar="FILE", nargs="+", help="texts, or .jsonl files with a field text a line; half "
+                           "of Python's pydoc topics where not given")
     calibrate.add_argument("--sparsity", type=_sparsity, default=0.5, help="byte sparsity the plan stands for")
     calibrate.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity of the rotations")
     calibrate.add_argument("--basis", default="pca", choices=("pca", "random", "hadamard"), help="how they are made")
@@ -76,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", _eval, "Perplexity of a text, dense and at several sparsities.")
     evaluate.add_argument("--plan", required=True, metavar="PLAN")
-    evaluate.add_argument("--text", metavar="FILE", help="text; the other half of pydoc's topics where not given")
+    evaluate.add_argument("--text", metavar="FILE", nargs="+", help="texts, or .jsonl files with a field text a line; the "
+                          "other half of pydoc's topics where not given")
     evaluate.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.25, 0.4, 0.5, 0.6], metavar="S")
     evaluate.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
     evaluate.add_argument("--window", type=_positive, default=2048, help="tokens a window")
@@ -123,7 +152,7 @@ def _text(args: argparse.Namespace, default: str) -> tuple[str, str]:
     from larosa_fx.loading import read_text
 
     if args.text:
-        return read_text(args.text), args.text
+        return "\n\n".join(map(read_text, args.text)), ", ".join(args.text)
     half = {"calibration": corpus.calibration_text, "held out": corpus.held_out_text}[default]
     return half(), f"pydoc topics, {default}"
 
@@ -139,16 +168,25 @@ def _calibrate(args: argparse.Namespace) -> None:
     from larosa_fx.method.calibrate import calibrate
     from larosa_fx.method.evaluate import windows
 
-    output = args.output or f"{Path(args.model).name if args.model else 'SmolLM2-135M-Instruct'}.larosa"
-    model, tokenizer = _load(args)
+    output = args.output
+    if output is None:
+        output = f"{Path(args.model).resolve().name if args.model else 'SmolLM2-135M-Instruct'}.larosa"
+    check_output("the plan", output)
+    checkpoint = f"{output}.checkpoint"
+    if args.train:
+        check_output("the training's checkpoint", checkpoint)
     text, origin = _text(args, "calibration")
+    model, tokenizer = _load(args)
     ids = encode(tokenizer, text)
     batches = windows(ids, args.window, args.windows)
+    if len(batches) < args.windows:
+        print(f"larosa: warning: {origin} has {ids.numel()} tokens, {len(batches)} windows of {args.window} where "
+              f"{args.windows} are asked for; rotations fitted to little text suit other text less, so give more --text", file=sys.stderr)
     started = time.perf_counter()
     plan = calibrate(model, batches, sparsity=args.sparsity, rotation=args.rotation, basis=args.basis,
                      selection="topk" if args.train else args.selection or "topk", provenance={"text": origin})
     if args.train:
-        plan = _train(args, model, plan, windows(ids, min(args.window, TRAINED)), f"{output}.checkpoint")
+        plan = _train(args, model, plan, windows(ids, min(args.window, TRAINED)), checkpoint)
     plan.save(output)
     print(f"{output}: {len(plan.rotations)} rotations, {len(plan.sites)} sites, byte sparsity "
           f"{plan.byte_sparsity:.2%} by {plan.selection}, calibrated on {plan.provenance['tokens']} tokens in "
@@ -178,8 +216,9 @@ def _eval(args: argparse.Namespace) -> None:
     from larosa_fx.plan.plan import library_versions
 
     plan = Plan.load(args.plan)
-    model, tokenizer = _load(args)
+    plan.thresholds_at(None, args.selection)  # which it may not have: better known before a model is loaded
     text, origin = _text(args, "held out")
+    model, tokenizer = _load(args)
     rows = sweep(model, args.plan, windows(encode(tokenizer, text), args.window, args.windows), args.sparsity,
                  selection=args.selection, compiler=args.compiler, progress=not args.json)
     if args.json:
@@ -197,10 +236,16 @@ def _inspect(args: argparse.Namespace) -> None:
     from larosa_fx.method.calibrate import calibrate
     from larosa_fx.study import figure
 
+    if args.html is not None:
+        check_output("the drawing", args.html)
+    if args.dump_dir is not None:
+        make_directory("the dumps of graphs", args.dump_dir)
+    if args.plan is not None:
+        Plan.load(args.plan)
     model, _ = _load(args)
     ids = torch.arange(2, 10, device=args.device)[None]
     options = {"sparsity": args.sparsity, "dump_dir": args.dump_dir, "compiler": "eager"}
-    if args.plan:
+    if args.plan is not None:
         options["plan"] = args.plan
     else:  # the structure does not depend on the values of rotations
         calibrate(model, [ids], rotation=args.rotation, basis="hadamard", progress=False)
@@ -208,7 +253,9 @@ def _inspect(args: argparse.Namespace) -> None:
     with torch.no_grad():
         compiled(ids[:, :1])
     report = backend.last_report()
-    if args.html:
+    if not 0 <= args.layer < report.layers:
+        raise ValueError(f"the model has no layer {args.layer}; give --layer a number from 0 to {report.layers - 1}")
+    if args.html is not None:
         Path(args.html).write_text(figure.html(report, args.layer), encoding="utf-8")
     if args.json:
         print(json.dumps({"structure": report.structure, "report": report.to_dict()}, indent=1))
@@ -227,10 +274,12 @@ def _generate(args: argparse.Namespace) -> None:
     from larosa_fx.method.calibrate import calibrate
     from larosa_fx.method.evaluate import windows
 
-    if args.plan:
+    if args.plan is not None:
         Plan.load(args.plan).thresholds_at(args.sparsity, args.selection)  # complain before loading a model
+    if not args.prompt.strip():
+        raise ValueError("the prompt is empty; give --prompt what to answer or to continue")
     model, tokenizer = _load(args)
-    if not args.plan:
+    if args.plan is None:
         calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24), selection=args.selection or "topk")
     inputs = encode_prompt(tokenizer, args.prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -242,10 +291,13 @@ def _families(args: argparse.Namespace) -> int:
     from larosa_fx.study import families
     from larosa_fx.study.results import results_text
 
+    for what, path in (("the rows", args.json), ("the support matrix", args.markdown)):
+        if path is not None:
+            check_output(what, path)
     known = list(families.classes())
     names = args.only.split(",") if args.only else known
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"transformers has no causal LM {unknown[0]!r}")
+        raise ValueError(f"transformers has no causal LM {unknown[0]!r}; without --only all are checked")
     rows = list(families.table(names, timeout=args.timeout, jobs=args.jobs))
     print(families.text(rows))
     if args.json:
@@ -262,8 +314,21 @@ def _sparsity(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _device(text: str) -> str:
+    try:
+        if torch.device(text).type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.empty(0, device=text)
+    except Exception as error:  # each kind of device has its own
+        reason = next(iter(str(error).splitlines()), "").rstrip(". ")
+        gpus = torch.cuda.device_count()
+        usable = ", ".join(["cpu", *(f"cuda:{i}" for i in range(gpus))])
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used ({reason}); choose one of {usable}") from None
+    return text
+
+
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import torch
 
 from larosa_fx import smollm2
+from larosa_fx.ir.checks import shown
 
 
 class InputError(ValueError):
@@ -31,23 +33,44 @@ def load_model(name: str | None, gguf_file: str | None = None, dtype: torch.dtyp
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load the model {name!r}: {error}") from error
+    except Exception as error:  # transformers and what it reads models with raise whatever they happen to raise
+        raise InputError(f"cannot load the model {name!r}: {error}; give a causal LM's directory or hub id") from error
     finally:
         transformers.logging.set_verbosity(quiet)
     return model.to(device).eval(), tokenizer
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The UTF-8 text of a file. InputError where there is none."""
+    """The UTF-8 text of a file, of a .jsonl file the field "text" of each line, a blank line between them.
+
+    InputError where there is none.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the text {path}: {error}") from error
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the text {shown(str(path))}: {reason}; give a file of text in UTF-8") from error
+    if Path(path).suffix == ".jsonl":
+        text = "\n\n".join(_field(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+    if not text.strip():
+        raise InputError(f"the text {path} is empty; give a file that holds some")
+    return text
+
+
+def _field(path: str | os.PathLike, number: int, line: str) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"cannot read the text {path}: line {number} is no JSON ({error})") from error
+    if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+        raise InputError(f'cannot read the text {path}: line {number} is no JSON object with a string in the field "text"')
+    return found["text"]
 
 
 def encode_prompt(tokenizer, prompt: str):
-    """The tokenizer's output for a user's prompt, [1, T], in the model's chat format where it has one."""
+    """The tokenizer's output for a user's prompt, [1, T], in the model's chat format where it has one. InputError: none."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty; write what to answer or to continue")
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
                                              return_tensors="pt", return_dict=True)

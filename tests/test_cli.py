@@ -103,15 +103,110 @@ def test_inspect_draws_a_layer(directory, capsys):
     assert any("q_proj diag(input_layernorm)) Q[layers.0]" in text for text in after)
 
 
+TEXT = ("--text", "text.txt", "--window", "32")
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("eval", "--plan", "none.larosa"), "there is no plan at none.larosa"),
-    (("eval", "--plan", "text.txt"), "truncated or no safetensors file"),
-    (("calibrate", "-o", "m.larosa", "--text", "none.txt"), "cannot read the text none.txt"),
+    (("eval", "--plan", "text.txt"), "text.txt is truncated, damaged or no safetensors file"),
+    (("eval", "--plan", ""), "the path of the plan is empty; name a file"),
+    (("eval", "--plan", "a" * 5000), "there is no plan at aaaa"),
+    (("inspect", "--plan", "none.larosa"), "there is no plan at none.larosa"),
+    (("inspect", "--dump-dir", "text.txt"), "cannot write the dumps of graphs to text.txt: "),
+    (("inspect", "--html", "none/layer.html"), "cannot write the drawing to none/layer.html: there is no directory"),
+    (("inspect", "--html", ""), "the path of the drawing is empty"),
+    (("inspect", "--html", "layer.html", "--layer", "2"), "the model has no layer 2; give --layer a number from 0 to 1"),
+    (("inspect", "--html", "layer.html", "--layer", "-1"), "the model has no layer -1; give --layer a number from 0 to 1"),
+    (("generate", "--prompt", " "), "the prompt is empty"),
+    (("generate", "--prompt", "A", "--plan", "none.larosa"), "there is no plan at none.larosa"),
+    (("calibrate", "-o", "m.larosa", "--text", "none.txt"), "cannot read the text none.txt: No such file"),
     (("calibrate", "-o", "m.larosa", "--text", "text.txt", "--window", "4000"), "less than one window of 4000"),
-    (("calibrate", "-o", "none/m.larosa", "--text", "text.txt", "--window", "32"), "cannot write the plan to none/m.larosa"),
+    (("calibrate", "-o", "none/m.larosa", *TEXT), "cannot write the plan to none/m.larosa: there is no directory"),
+    (("calibrate", "-o", "", *TEXT), "the path of the plan is empty; name a file"),
+    (("calibrate", "-o", ".", *TEXT), "cannot write the plan to .: it is a directory; name a file in it"),
+    (("calibrate", "-o", "a" * 250, "--train", "3", *TEXT), "file name too long; shorten the name"),
 ])
 def test_errors_name_the_thing_and_exit_with_2(directory, capsys, arguments, message):
+    before = sorted(directory.rglob("*"))
     assert larosa(*arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1] and said[-1].startswith("larosa: ")
+    assert sorted(directory.rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", [("calibrate", "-o", "none/p", *TEXT), ("calibrate", "-o", "p", "--text", "none.txt"),
+                                       ("inspect", "--html", "none/x"), ("inspect", "--dump-dir", "text.txt"),
+                                       ("inspect", "--plan", "none"), ("generate", "--prompt", "")])
+def test_what_cannot_end_well_does_not_start(directory, monkeypatch, arguments):
+    monkeypatch.setattr("larosa_fx.loading.load_model", None)
+    assert larosa(*arguments) == 2
+
+
+def test_plans_of_other_models_and_plans_without_thresholds(directory, capsys):
+    assert larosa("calibrate", "-o", "m.larosa", *TEXT) == 0
+    llama(seed=5).save_pretrained(directory / "other")
+    for file in (directory / "model").glob("token*"):
+        (directory / "other" / file.name).write_bytes(file.read_bytes())
+    capsys.readouterr()
+    for arguments, message in (
+            (("eval", "--model", "other", *TEXT, "--compiler", "eager"), "the plan does not fit the model"),
+            (("inspect", "--model", "other"), "the plan does not fit the model"),
+            (("eval", "--model", "model", *TEXT, "--selection", "threshold"), "the plan holds no thresholds; calibrate or")):
+        torch.compiler.reset()
+        assert cli.main([*arguments, "--plan", "m.larosa", "--device", "cpu"]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("device", ["zz", "meta", "cuda:99", "cpu:x", ""])
+def test_devices_that_are_none(directory, capsys, device):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["inspect", "--model", "model", "--device", device])
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and f"{device!r} cannot be used" in said and "choose one of cpu" in said
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (RuntimeError("larosa cannot calibrate this model: dropout"), "cannot calibrate this model: dropout"),
+    (ValueError("two\nlines"), "larosa: two lines"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: CUDA out of memory; try --dtype bfloat16"),
+    (MemoryError(), "out of memory"),
+    (KeyError("k"), "KeyError: 'k'; set LAROSA_TRACEBACK=1 to see where"),
+    (PermissionError(13, "Permission denied", "x"), "PermissionError: [Errno 13] Permission denied: 'x'"),
+])
+def test_any_error_takes_one_line(directory, capsys, monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("larosa_fx.loading.load_model", fail)
+    assert larosa("inspect") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line and line.startswith("larosa: ")
+    monkeypatch.setenv("LAROSA_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        larosa("inspect")
+
+
+def test_several_texts_and_lines_of_json(directory, capsys):
+    text = (directory / "text.txt").read_text()
+    (directory / "more.jsonl").write_text("".join(json.dumps({"text": text[i:i + 40], "id": i}) + "\n\n" for i in (0, 40)))
+    assert larosa("calibrate", "-o", "m.larosa", "--text", "text.txt", "more.jsonl", "--window", "32", "--windows", "15") == 0
+    said = capsys.readouterr()
+    assert "calibrated on 480 tokens" in said.out and "warning" not in said.err
+    assert larosa_fx.Plan.load("m.larosa").provenance["text"] == "text.txt, more.jsonl"
+
+
+def test_little_text_is_said(directory, capsys):
+    assert larosa("calibrate", "-o", "m.larosa", *TEXT) == 0
+    assert "larosa: warning: text.txt has 400 tokens, 12 windows of 32 where 16 are asked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("", "the text bad.jsonl is empty"),
+    ('{"text": "A"}\n{"body": "B"}', 'line 2 is no JSON object with a string in the field "text"'),
+    ("[1]", "line 1 is no JSON object"), ('{"text": 3}', "line 1 is no JSON object"), ("plain", "line 1 is no JSON (")])
+def test_bad_lines_of_json(directory, capsys, content, message):
+    (directory / "bad.jsonl").write_text(content)
+    assert larosa("calibrate", "-o", "m.larosa", "--text", "bad.jsonl") == 2
     assert message in capsys.readouterr().err
 
 

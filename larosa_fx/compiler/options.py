@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from larosa_fx.compiler import pipeline
 from larosa_fx.ir import compat
-from larosa_fx.ir.checks import check_choice, check_sparsity
+from larosa_fx.ir.checks import check_choice, check_directory, check_path, check_sparsity
 from larosa_fx.ir.structure import SELECTIONS
 
 CHOICES = {
@@ -56,18 +56,20 @@ class Options:
     @classmethod
     def parse(cls, options: Mapping[str, object] | None, mode: str | None = None) -> Options:
         """Checked options from torch.compile's dict. ValueError names the closest key, the allowed values or range."""
+        if not isinstance(options, (Mapping, type(None))):
+            raise ValueError(f"options of backend 'larosa' are {options!r}; give a dict, such as {{'plan': 'm.larosa'}}")
         given = dict(options or {})
         known = [field.name for field in fields(cls)]
         for key in given:
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+                close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
                 hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"
                 raise ValueError(f"backend 'larosa' has no option {key!r}; {hint}")
         if mode is not None:
             given.setdefault("mode", mode)
         for key in ("plan", "dump_dir"):
-            if isinstance(given.get(key), Path):
-                given[key] = str(given[key])
+            if isinstance(given.get(key), os.PathLike):
+                given[key] = os.fspath(given[key])
         parsed = cls(**given)  # type: ignore[arg-type]
         parsed._check()
         return parsed
@@ -76,8 +78,12 @@ class Options:
         for name in ("plan", "dump_dir"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise ValueError(f"option {name!r} takes a path, not {type(value).__name__}; save the plan and pass "
-                                 "its path" if name == "plan" else f"option {name!r} takes a path")
+                raise ValueError(f"option {name!r} takes a path, not {type(value).__name__}"
+                                 f"{'; save the plan and pass its path' if name == 'plan' else ''}")
+        if self.plan is not None:
+            check_path("the plan (option 'plan')", self.plan)
+        if self.dump_dir is not None:
+            check_directory("the dumps of graphs (option 'dump_dir')", self.dump_dir)
         for name, allowed in CHOICES.items():
             check_choice(f"option {name!r}", getattr(self, name), allowed)
         if self.sparsity is not None:
@@ -85,5 +91,9 @@ class Options:
         for name in ("strict", "rotate_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"option {name!r} is {getattr(self, name)!r}; choose True or False")
+        if not isinstance(self.mode, (str, type(None))):
+            raise ValueError(f"option 'mode' is {self.mode!r}; choose an Inductor mode, such as 'reduce-overhead', or None")
         compat.inductor_options(self.mode)
+        if not isinstance(self.disable, str):
+            raise ValueError(f"option 'disable' is {self.disable!r}; give names of passes, 'fuse_attention,lower_head'")
         pipeline.disabled(self.disable)

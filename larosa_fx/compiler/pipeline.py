@@ -13,6 +13,7 @@ from types import ModuleType
 
 from larosa_fx.compiler.folds import Binding
 from larosa_fx.compiler.policy import treatment
+from larosa_fx.ir.checks import make_directory
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.graph import PARAMETER, placeholders
 from larosa_fx.ir.report import PassResult, SiteReport
@@ -144,7 +145,7 @@ class Runner:
 
 def _next_graph_dir(root: Path) -> Path:
     """A directory of its own for each compiled graph: graph-00 (often prefill), graph-01 (often decode), ..."""
-    root.mkdir(parents=True, exist_ok=True)
+    make_directory("dumps of the graphs", root)
     taken = [int(m[1]) for m in (re.fullmatch(r"graph-(\d+)", p.name) for p in root.iterdir()) if m]
     path = root / f"graph-{max(taken, default=-1) + 1:02d}"
     path.mkdir()

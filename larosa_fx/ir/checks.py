@@ -64,6 +64,28 @@ def check_output(what: str, path: object) -> Path:
     return target
 
 
+def check_directory(what: str, path: object) -> str:
+    """``path`` as a string; ValueError where no directory can be there, because something else is or may not be written."""
+    text = check_path(what, path)
+    there = Path(os.path.abspath(text))
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not os.path.isdir(there):
+        raise ValueError(f"cannot write {what} to {shown(text)}: {shown(str(there))} is no directory; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {what} to {shown(text)}: permission denied; name a directory that is yours")
+    return text
+
+
+def make_directory(what: str, path: object) -> None:
+    """Make a directory and those above it, where they are not there. ValueError where that cannot be done."""
+    text = check_directory(what, path)
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {what} to {shown(text)}: {why(error)}; name another directory") from error
+
+
 def open_beside(target: Path) -> tuple[int, Path]:
     """A new file in the target's directory, (descriptor to write to, its path): no other thread or process has its name.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from threading import Lock
 
+from larosa_fx.ir.checks import check_path
 from larosa_fx.plan.errors import PlanError
 from larosa_fx.plan.plan import Plan
 
@@ -26,11 +27,15 @@ def identity(path: str) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def current(path: str) -> Plan:
+def current(path: str | os.PathLike) -> Plan:
     """The plan that the file at ``path`` holds now: one object for the whole process, read and checked once per content.
 
     All compiled graphs share it and must not change it. PlanError where there is none or it cannot be used.
     """
+    try:
+        path = os.path.abspath(check_path("the plan", path))
+    except ValueError as error:
+        raise PlanError(str(error)) from error
     # The identity is taken before the file is read. Where the file is replaced in between, the plan is newer than its
     # identity, and the next call reads it once more; never is an older plan taken for the newer file.
     found = identity(path)

@@ -44,11 +44,29 @@ def test_unknown_option_like_none_lists_all():
     ("strict", 1, "choose True or False"),
     ("plan", 3, "save the plan and pass its path"),
     ("dump_dir", 3, "takes a path"),
+    ("sparsify", [], r"option 'sparsify' is \[\]; choose one of decode, all"),
+    ("strict", [], "choose True or False"),
+    ("mode", [], r"option 'mode' is \[\]; choose an Inductor mode"),
+    ("mode", 3, "option 'mode' is 3; choose an Inductor mode"),
+    ("disable", ["match"], "option 'disable' is .*give names of passes"),
+    ("plan", "", "the path of the plan .* is empty; name a file"),
+    ("plan", b"plan", "takes a path, not bytes"),
+    ("plan", "a\0b", "holds a NUL character"),
+    ("dump_dir", "", "is empty"),
+    ("dump_dir", __file__, "test_options.py is no directory; name another"),
+    ("dump_dir", f"{__file__}/below", "test_options.py is no directory; name another"),
     ("mode", "fast", "unknown Inductor mode 'fast'; choose one of .*reduce-overhead"),
 ])
 def test_bad_values(key, value, message):
     with pytest.raises(ValueError, match=message):
         Options.parse({key: value})
+
+
+def test_keys_and_options_of_other_types():
+    with pytest.raises(ValueError, match="has no option 3; known options: plan, sparsity"):
+        Options.parse({3: 0.5})
+    with pytest.raises(ValueError, match=r"options of backend 'larosa' are \[1\]; give a dict"):
+        Options.parse([1])
 
 
 def test_a_plan_object_is_not_a_path():
