@@ -181,7 +181,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     batches = windows(ids, args.window, args.windows)
     if len(batches) < args.windows:
         print(f"larosa: warning: {origin} has {ids.numel()} tokens, {len(batches)} windows of {args.window} where "
-              f"{args.windows} are asked for; rotations fitted to little text suit other text less, so give more --text", file=sys.stderr)
+              f"{args.windows} are asked for; rotations fitted to little text suit other text less, so give more --text",
+              file=sys.stderr)
     started = time.perf_counter()
     plan = calibrate(model, batches, sparsity=args.sparsity, rotation=args.rotation, basis=args.basis,
                      selection="topk" if args.train else args.selection or "topk", provenance={"text": origin})

@@ -9,6 +9,7 @@ import logging
 import os
 import stat
 import struct
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,6 +58,8 @@ def write(path: str | os.PathLike, header: Mapping[str, object], tensors: Mappin
                 checksum = _checksum(file.fileno())
                 file.seek(AT)
                 file.write(checksum)
+            # The system's clock ticks in milliseconds; two saves within one tick must not look like the same file.
+            os.utime(partial, ns=(time.time_ns(),) * 2)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
