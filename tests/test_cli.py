@@ -190,7 +190,8 @@ def test_several_texts_and_lines_of_json(directory, capsys):
     text = (directory / "text.txt").read_text()
     lines = [json.dumps({"text": text[i:i + 40], "id": i}) for i in (0, 40)]
     (directory / "more.jsonl").write_text("\n\n".join(lines))
-    assert larosa("calibrate", "-o", "m.larosa", "--text", "text.txt", "more.jsonl", "--window", "32", "--windows", "15") == 0
+    assert larosa("calibrate", "-o", "m.larosa", "--text", "text.txt", "more.jsonl", "--window", "32", "--windows",
+                  "15") == 0
     said = capsys.readouterr()
     assert "calibrated on 480 tokens" in said.out and "warning" not in said.err
     assert larosa_fx.Plan.load("m.larosa").provenance["text"] == "text.txt, more.jsonl"
