@@ -157,7 +157,7 @@ def test_a_plan_for_other_shapes_is_dense_and_says_so(saved, said):
 
 
 @pytest.mark.parametrize(("layers", "reason"), [(1, "the graph holds 4 of the plan's 8 sites (a graph break, or another"),
-                                                (3, "the graph holds 4 sites that the plan does not know, and the plan does")])
+                                                (3, "the graph holds 4 sites that the plan does not know, and the plan")])
 def test_a_plan_for_another_number_of_layers_is_dense_and_says_so(saved, said, layers, reason):
     path, other, x = saved(llama()), llama(1, num_hidden_layers=layers), ids(1, 4)
     assert torch.equal(compiled(other, plan=path, sparsify="all")(x).logits, other(x).logits)
