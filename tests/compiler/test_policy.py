@@ -53,16 +53,20 @@ def test_more_settings_than_dynamo_compiles_by_itself(saved):
     assert torch._dynamo.config.recompile_limit == limit  # other people's code is compiled as often as before
 
 
-def test_code_that_others_have_compiled_to_the_limit(saved):
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_code_that_others_compile_too(saved, ours_first):
     """All models of a class share a code object, and its compilations are counted whoever asks for them."""
     model = llama()
-    path = saved(model)
+    path, limit = saved(model), torch._dynamo.config.recompile_limit
+    torch.compiler.reset()
     other = torch.compile(model, backend="eager", dynamic=False)
-    for length in range(2, 2 + torch._dynamo.config.recompile_limit):
+    fast = torch.compile(model, backend="larosa", options={"plan": path, "compiler": "eager"})
+    if ours_first:
+        fast(ids(1, 40))
+    for length in range(2, 2 + limit + (2 if ours_first else 0)):
         other(ids(1, length))
     before = backend.calls()
-    fast = torch.compile(model, backend="larosa", options={"plan": path, "compiler": "eager"})
-    fast(ids(1, 30))
+    fast(ids(3, 30))
     assert backend.calls() == before + 1
 
 
