@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.compiler import policy
 from larosa_fx.compiler.capture import Capture, capture
@@ -96,7 +97,7 @@ class _State:
     fingerprint: Fingerprint | None  # of the parameters that were folded and are still there
     stamp: list[tuple[int, int]]
     revision: int
-    epoch: object  # of the plan, see CompiledGraph._epoch
+    epoch: object  # of the plan, see _epoch
     refs: list[weakref.ref]
     fits: bool  # whether the plan that counts for these parameters leads to this graph
 
@@ -128,7 +129,7 @@ class CompiledGraph:
         parameters = [args[i] for i in self._parameters]
         ids = tuple(map(id, parameters))
         state = self._states.get(ids)
-        if state is None or state.epoch != self._epoch() or state.revision != STORE.revision or (
+        if state is None or state.epoch != _epoch(self._path) or state.revision != STORE.revision or (
                 state.stamp != stamp(parameters)):
             state = self._bind(args, parameters, ids)
         elif state.fingerprint is not None and state.fingerprint.differs_by_now():
@@ -142,7 +143,7 @@ class CompiledGraph:
 
     def _bind(self, args: Sequence[object], parameters: Sequence[torch.Tensor], ids: tuple[int, ...]) -> _State:
         """Fold what is not folded yet, for these parameters and the plan that counts for them."""
-        revision, epoch = STORE.revision, self._epoch()  # what changes from here on is found at the next call
+        revision, epoch = STORE.revision, _epoch(self._path)  # what changes from here on is found at the next call
         plan = self._plan_for(args)
         fits, folded, fingerprint = _same(_structure(plan, self.options), self._key), [], None
         if not fits:  # Dynamo was told not to look at its guards
@@ -162,14 +163,8 @@ class CompiledGraph:
         states[ids] = _State(folded, fingerprint, stamp(parameters), revision, epoch, refs, fits)
         return states[ids]
 
-    def _epoch(self) -> object:
-        """What changes when another plan may be meant: the file at the path was written, or a plan was attached."""
-        return ATTACHED.epoch if self._path is None else file.identity(self._path)
-
     def _plan_for(self, args: Sequence[object]) -> Plan | None:
-        if self._path is not None:
-            return file.current(self._path)
-        return ATTACHED.find([args[i] for i in self._parameters])
+        return _current(self._path, [args[i] for i in self._parameters])
 
     # ---- building --------------------------------------------------------------------------------------------------
 
@@ -209,20 +204,8 @@ class CompiledGraph:
         weights = [node for site in captured.structure.sites for node in weight_placeholders(site)]
         if not weights:
             return  # dense, whatever the plan
-        options, path = self.options, self._path
-
-        def structure_now(weight: torch.Tensor) -> tuple | None:
-            return _structure(file.current(path) if path is not None else ATTACHED.find([weight]), options)
-
-        seen = structure_now(args[g.placeholders(captured.gm.graph).index(weights[0])])
-
-        def holds(weight: torch.Tensor) -> bool:
-            try:
-                return _same(structure_now(weight), seen)
-            except PlanError:
-                return False  # compiling anew says why
-
-        compat.guard(weights[0], holds, "larosa: the plan's structure")
+        position = g.placeholders(captured.gm.graph).index(weights[0])
+        compat.guard(weights[0], _PlanGuard(self.options, self._path, args[position]).holds, "larosa: the plan's structure")
 
     def _rewrite(self, captured: Capture, plan: Plan, run: Runner, report: Report) -> Binding:
         structure = captured.structure
@@ -239,6 +222,39 @@ class CompiledGraph:
         if self.options.compiler == "eager":
             return gm
         return compat.compile_with_inductor(gm, inputs, mode=self.options.mode, tag=" ".join(ops.SCHEMAS))
+
+
+def _epoch(path: str | None) -> object:
+    """What changes when another plan may be meant: the file at the path was written, or a plan was attached."""
+    return ATTACHED.epoch if path is None else file.identity(path)
+
+
+def _current(path: str | None, weights: Sequence[torch.Tensor]) -> Plan | None:
+    """The plan that counts for these weights now."""
+    return ATTACHED.find(weights) if path is None else file.current(path)
+
+
+class _PlanGuard:
+    """Whether the plan that counts for a weight still has the structure that it had when a graph was compiled.
+
+    Dynamo asks at every call, for the weight of whichever model is called. The answer is kept until the epoch changes.
+    """
+
+    def __init__(self, options: Options, path: str | None, weight: torch.Tensor) -> None:
+        self._options, self._path = options, path
+        self._seen = _structure(_current(path, [weight]), options)
+        self._epoch: object = None
+        self._answers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        try:
+            if (epoch := _epoch(self._path)) != self._epoch:
+                self._epoch, self._answers = epoch, WeakIdKeyDictionary()
+            if weight not in self._answers:
+                self._answers[weight] = _same(_structure(_current(self._path, [weight]), self._options), self._seen)
+            return self._answers[weight]
+        except PlanError:
+            return False  # compiling anew says why
 
 
 _structures: weakref.WeakKeyDictionary[Plan, dict[tuple, tuple]] = weakref.WeakKeyDictionary()

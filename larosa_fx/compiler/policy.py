@@ -38,11 +38,12 @@ class LarosaError(RuntimeError):
 @dataclass(frozen=True)
 class Decision:
     """What becomes of one graph. ``treatment``: "fold", "online", "unrotated" or "dense"; ``sites``: those that become
-    sparse; ``reason``: why not more, "" where all is as the plan says."""
+    sparse; ``reason``: why not more, "" where all is as the plan says; ``partial``: whether sites are missing."""
 
     treatment: str
     sites: list[Site]
     reason: str = ""
+    partial: bool = False
 
     @property
     def dense(self) -> bool:
@@ -68,7 +69,7 @@ def decide(structure: Structure, refusal: str | None, plan: Plan | None, weights
         raise LarosaError(f"larosa (strict): {what}{decision.reason}")
     if decision.dense:
         _warn(f"compiled dense, without sparsity: {decision.reason}")
-    elif len(decision.sites) < len(plan.sites):
+    elif decision.partial:
         _warn(decision.reason)
     if not decision.dense:
         changed_weights(plan, {site.name: weights[site.name] for site in decision.sites}, strict=strict)
@@ -82,15 +83,15 @@ def _decide(structure: Structure, refusal: str | None, plan: Plan | None,
     if plan is None:
         return Decision("dense", [], "no plan: call larosa_fx.calibrate(model, batches) first, or pass options={'plan': "
                                      "path}")
-    sites, reasons = _common_sites(structure.sites, plan, weights)
+    sites, why_not_all = _common_sites(structure.sites, plan, weights)
     if not sites:
-        return Decision("dense", [], reasons)
-    reasons = [reasons] if reasons else []
+        return Decision("dense", [], why_not_all)
+    reasons = [why_not_all] if why_not_all else []
     how = treatment(structure, plan.rotation, disabled)
     if structure.obstacles and plan.rotation not in ("online", "none"):
         node, why = structure.obstacles[0]
         reasons.append(f"rotations are applied online, not folded: at {node}, {why}")
-    return Decision(how, sites, "; ".join(reasons))
+    return Decision(how, sites, "; ".join(reasons), bool(why_not_all))
 
 
 def treatment(structure: Structure, rotation: str, disabled: Collection[str] = ()) -> str:

@@ -9,8 +9,10 @@ import contextlib
 import importlib.metadata
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 
 import torch
 from torch import fx
@@ -170,47 +172,58 @@ class _Compilation:
 
     backend: object
     options: object
-    function: str
+    code: CodeType
     before: int
 
 
-_allowed: list[Callable] = []  # the backends that have asked
+_allowed: list[tuple[Callable, Callable[[object, str, int], None]]] = []  # backends, and what is told at the last limit
+_codes: weakref.WeakSet[CodeType] = weakref.WeakSet()  # what these backends have compiled
+_limit_before: list[int] = []  # one entry while the limit is raised
 
 
 def allow_recompilations(backend: Callable, exhausted: Callable[[object, str, int], None]) -> None:
     """Let code that is compiled by ``backend`` be compiled as often as ``accumulated_recompile_limit`` (256) allows.
 
-    Dynamo counts the compilations of a code object, whoever compiles it, and all models of a class share one. From the
-    ninth on (``recompile_limit``) it runs the code eagerly. Dynamo asks the hook that is registered here before it looks
-    at its limits; the hook raises the first one, for this compilation only. Where the other limit is reached,
-    ``exhausted(options, function, limit)`` is told, and may raise. Asked again, it does nothing (2.11 to 2.13).
+    Dynamo counts the compilations of a code object, whoever asks for them, and all models of a class share one. From the
+    ninth on (``recompile_limit``) it runs the code eagerly, for every backend and for good. Dynamo asks the hook that is
+    registered here before it looks at its limits. For code that ``backend`` compiles, or has compiled, the hook raises the
+    first limit, for this compilation only. Where the other limit is reached, ``exhausted(options, function, limit)`` is
+    told, and may raise. Code that others compiled to the limit before stays eager: no one is asked (2.11 to 2.13).
     """
-    from torch._dynamo import callback, config, register_hook_for_recompile_user_context
+    from torch._dynamo import register_hook_for_recompile_user_context
+    from torch._dynamo.utils import get_hook_for_recompile_user_context
 
-    if backend in _allowed:
-        return
-    _allowed.append(backend)
-    raised_from: list[int] = []
+    if all(other is not backend for other, _ in _allowed):
+        _allowed.append((backend, exhausted))
+    if _before_compilation not in (get_hook_for_recompile_user_context() or ()):
+        register_hook_for_recompile_user_context(_before_compilation)
 
-    def set_back(*_: object) -> None:
-        if raised_from:
-            config.recompile_limit = raised_from.pop()
 
-    def hook() -> str:
-        set_back()  # where Dynamo gave up before it came to the callback
-        compiling = _compilation()
-        if compiling is not None and compiling.backend is backend:
-            limit = config.accumulated_recompile_limit
-            if compiling.before >= limit:
-                exhausted(compiling.options, compiling.function, limit)
-            elif config.recompile_limit < limit:
-                raised_from.append(config.recompile_limit)
-                config.recompile_limit = limit
-                if set_back not in callback.callback_handler.start_callbacks:  # torch.compiler.reset() clears them
-                    callback.on_compile_start(set_back)
+def _before_compilation() -> str:
+    from torch._dynamo import callback, config
+
+    _set_limit_back()  # where Dynamo gave up before it came to the callback
+    compiling = _compilation()
+    if compiling is None:
         return ""
+    limit, code = config.accumulated_recompile_limit, compiling.code
+    for exhausted in [told for backend, told in _allowed if backend is compiling.backend]:
+        _codes.add(code)
+        if compiling.before >= limit:
+            exhausted(compiling.options, f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})", limit)
+    if code in _codes and compiling.before < limit and config.recompile_limit < limit:
+        _limit_before.append(config.recompile_limit)
+        config.recompile_limit = limit
+        if _set_limit_back not in callback.callback_handler.start_callbacks:  # torch.compiler.reset() clears them
+            callback.on_compile_start(_set_limit_back)
+    return ""
 
-    register_hook_for_recompile_user_context(hook)
+
+def _set_limit_back(*_: object) -> None:
+    from torch._dynamo import config
+
+    if _limit_before:
+        config.recompile_limit = _limit_before.pop()
 
 
 def _compilation() -> _Compilation | None:
@@ -221,12 +234,12 @@ def _compilation() -> _Compilation | None:
     while frame is not None and (frame.f_code.co_name, frame.f_globals.get("__name__")) != (
             "_compile", "torch._dynamo.convert_frame"):
         frame = frame.f_back
-    if frame is None:
+    if frame is None or not {"compiler_fn", "code", "compile_id"} <= frame.f_locals.keys():
         return None
-    compiler, code, compile_id = (frame.f_locals.get(name) for name in ("compiler_fn", "code", "compile_id"))
+    compiler, code, compile_id = (frame.f_locals[name] for name in ("compiler_fn", "code", "compile_id"))
     compiler = innermost_backend(compiler)  # torch.compile's wrapper around a backend and its options
-    return _Compilation(getattr(compiler, "compiler_fn", compiler), getattr(compiler, "kwargs", {}).get("options"),
-                        f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})", compile_id.frame_compile_id)
+    return _Compilation(getattr(compiler, "compiler_fn", compiler), getattr(compiler, "kwargs", {}).get("options"), code,
+                        compile_id.frame_compile_id)
 
 
 def concrete(sizes: object) -> object:

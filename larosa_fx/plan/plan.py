@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from larosa_fx.ir.checks import check_choice, shown
-from larosa_fx.ir.structure import SELECTIONS, Site
+from larosa_fx.ir.structure import SELECTIONS
 from larosa_fx.plan import checks, container
 from larosa_fx.plan.allocate import MOST, allocate, byte_sparsity
 from larosa_fx.plan.attached import ATTACHED, sample
@@ -173,21 +173,6 @@ class Plan:
                 raise PlanError(f"the plan does not fit the model: {error}") from error
         self.check_weights(weights)
         ATTACHED.attach(self, (w for tensors in weights.values() for w in tensors))
-
-    def check_shapes(self, sites: Sequence[Site]) -> None:
-        """PlanError unless ``sites`` are this plan's in name and shape; the first that is not is named."""
-        planned = {site.name: site for site in self.sites}
-        for site in sites:
-            plan_site = planned.pop(site.name, None)
-            if plan_site is None:
-                raise PlanError(f"the plan does not fit the model: it has no site {site.name}")
-            ours, theirs = (plan_site.in_features, plan_site.out_features), (site.in_features, site.out_features)
-            if ours != theirs:
-                raise PlanError(f"the plan does not fit the model: {site.name} is {ours[0]} -> {ours[1]} in the plan and "
-                                f"{theirs[0]} -> {theirs[1]} in the model")
-        if planned:
-            raise PlanError(f"the plan does not fit the model: the graph has {len(sites)} of its "
-                            f"{len(self.sites)} sites, {next(iter(planned))} is missing")
 
     def check_weights(self, weights: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """PlanError unless ``weights``, site name -> its linears' weights, are those of calibration, rounding apart."""

@@ -16,7 +16,7 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
-from larosa_fx.compiler import backend
+from larosa_fx.compiler import backend, folds
 from larosa_fx.compiler.backend import LarosaError
 from larosa_fx.compiler.folds import STORE, Folded
 from larosa_fx.compiler.options import Options
@@ -91,6 +91,7 @@ class Engine:
                  streamer: object | None = None, **kwargs: object):
         """``model.generate``, sparsely where it can be; LarosaError under strict where it cannot."""
         attach(self.plan, self.model)
+        folds.check(self.model)  # the weights may have been written to in a way that no call can afford to look for
         config = compat.merged_generation_config(self.model, generation_config, _settings(kwargs))
         reason = self._unserved(config, kwargs)
         if reason is not None:

@@ -53,36 +53,40 @@ def test_more_settings_than_dynamo_compiles_by_itself(saved):
     assert torch._dynamo.config.recompile_limit == limit  # other people's code is compiled as often as before
 
 
-def test_code_that_others_have_compiled_to_the_limit(saved):
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_code_that_others_compile_too(saved, ours_first):
     """All models of a class share a code object, and its compilations are counted whoever asks for them."""
     model = llama()
-    path = saved(model)
+    path, limit = saved(model), torch._dynamo.config.recompile_limit
+    torch.compiler.reset()
     other = torch.compile(model, backend="eager", dynamic=False)
-    for length in range(2, 2 + torch._dynamo.config.recompile_limit):
+    fast = torch.compile(model, backend="larosa", options={"plan": path, "compiler": "eager"})
+    if ours_first:
+        fast(ids(1, 40))
+    for length in range(2, 2 + limit + (2 if ours_first else 0)):
         other(ids(1, length))
     before = backend.calls()
-    fast = torch.compile(model, backend="larosa", options={"plan": path, "compiler": "eager"})
-    fast(ids(1, 30))
+    fast(ids(3, 30))
     assert backend.calls() == before + 1
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_the_last_limit_is_told(saved, said, strict, monkeypatch):
+def test_the_last_limit_is_told(saved, said, strict):
     model = llama()
     path, x = saved(model), ids(1, 6)
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 2)
     options = {"plan": path, "compiler": "eager", "sparsify": "all", "strict": strict}
     runs = [torch.compile(model, backend="larosa", options={**options, "sparsity": s}) for s in (0.3, 0.5, 0.7)]
-    for fast in runs[:2]:
-        fast(x)
-    assert not said()
-    if strict:
-        with pytest.raises(larosa_fx.LarosaError, match=r"was compiled 2 times.*accumulated_recompile_limit"):
-            runs[2](x)
-    else:
-        assert torch.equal(runs[2](x).logits, model(x).logits)
-        assert any("nothing is sparse" in text and "accumulated_recompile_limit" in text for text in said())
+    with torch._dynamo.config.patch(accumulated_recompile_limit=2):
+        for fast in runs[:2]:
+            fast(x)
+        assert not said()
+        if strict:
+            with pytest.raises(larosa_fx.LarosaError, match=r"was compiled 2 times.*accumulated_recompile_limit"):
+                runs[2](x)
+        else:
+            assert torch.equal(runs[2](x).logits, model(x).logits)
+            assert any("nothing is sparse" in text and "accumulated_recompile_limit" in text for text in said())
 
 
 # ---- another plan --------------------------------------------------------------------------------------------------
@@ -154,6 +158,14 @@ def test_a_plan_for_other_shapes_is_dense_and_says_so(saved, said):
     assert any("layers.0.h3 is 32 -> 96 in the plan and 32 -> 128 in the graph" in text for text in said())
     with pytest.raises(Exception, match=r"larosa \(strict\).*layers\.0\.h3 is 32 -> 96"):
         compiled(other, plan=path, strict=True)(x)
+
+
+@pytest.mark.parametrize(("layers", "reason"), [(1, "the graph holds 4 of the plan's 8 sites (a graph break, or another"),
+                                                (3, "the graph holds 4 sites that the plan does not know, and the plan")])
+def test_a_plan_for_another_number_of_layers_is_dense_and_says_so(saved, said, layers, reason):
+    path, other, x = saved(llama()), llama(1, num_hidden_layers=layers), ids(1, 4)
+    assert torch.equal(compiled(other, plan=path, sparsify="all")(x).logits, other(x).logits)
+    assert any(reason in text for text in said())
 
 
 # ---- changed weights -----------------------------------------------------------------------------------------------

@@ -262,24 +262,7 @@ def test_rotations_that_no_site_can_use(path, tensors):
 
 
 def test_fits_its_own_model(p):
-    plan = plan_of(p)
-    plan.check_shapes(p.structure.sites)
-    plan.check_weights(weights_of(p))
-
-
-def test_other_shapes(p):
-    with pytest.raises(PlanError, match=r"layers\.0\.h3 is 32 -> 96 in the plan and 32 -> 128 in the model"):
-        plan_of(p).check_shapes(program("llama", intermediate_size=64).structure.sites)
-
-
-def test_one_layer_less(p):
-    with pytest.raises(PlanError, match=r"the graph has 4 of its 8 sites, layers\.1\.h1 is missing"):
-        plan_of(p).check_shapes(program("llama", num_hidden_layers=1).structure.sites)
-
-
-def test_one_layer_more(p):
-    with pytest.raises(PlanError, match=r"it has no site layers\.2\.h1"):
-        plan_of(p).check_shapes(program("llama", num_hidden_layers=3).structure.sites)
+    plan_of(p).check_weights(weights_of(p))
 
 
 def test_samples_are_spread_over_the_whole_weight():
