@@ -3,8 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
-.PHONY: venv demo test lint clean
+# The oldest and the newest transformers that work; constraints.txt holds one in between. Each has a folder of its own that goes
+# before .venv's packages, with what it asks for in another version than they have.
+OLDEST := transformers-5.17.0
+NEWEST := transformers-5.24.0
+REQUIREMENTS-$(OLDEST) := huggingface_hub==1.33.0
+
+.PHONY: venv demo test test-versions lint clean
 
 venv: $(STAMP)
 
@@ -19,7 +26,18 @@ demo: venv
 	$(BIN)/larosa demo $(ARGS)
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# What depends on transformers most, with each of the two.
+test-versions: $(VENV)/$(OLDEST) $(VENV)/$(NEWEST)
+	PYTHONPATH=$(CURDIR)/$(VENV)/$(OLDEST) $(PYTEST) $(ARGS) tests/compiler tests/test_generation.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/$(NEWEST) $(PYTEST) $(ARGS) tests/compiler tests/test_generation.py
+
+$(VENV)/transformers-%: $(STAMP)
+	rm -rf $@ $@.part
+	$(BIN)/pip install --quiet --no-deps --target $@.part transformers==$*
+	$(if $(REQUIREMENTS-transformers-$*),$(BIN)/pip install --quiet --target $@.part $(REQUIREMENTS-transformers-$*))
+	mv $@.part $@
 
 lint: venv
 	$(BIN)/ruff check .

@@ -78,14 +78,47 @@ def test_rooms_are_on_floors():
     TopologicalSorter({name: below - {""} for name, below in BELOW.items()}).prepare()
 
 
+#: Names with an underscore that torch documents: a tensor's version (notes on autograd), a module's own parameters.
+DOCUMENTED = {"_version", "_parameters", "_modules", "_buffers"}
+#: torch._C is asked for the file that it lies in, alone.
+ALLOWED = {"larosa_fx.kernels.cpu": {"torch._C"}}
+
+
+def private_names(tree):
+    """What a module uses of others that starts with an underscore: modules, names imported from them, attributes. Not its
+    own: of self and cls, or defined in this very file."""
+    def hidden(name):
+        return name.startswith("_") and not name.startswith("__")
+
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", None)
+            for alias in node.names:
+                path = f"{module}.{alias.name}" if module else alias.name
+                if any(map(hidden, path.split("."))):
+                    yield path
+        elif isinstance(node, ast.Attribute) and hidden(node.attr) and node.attr not in own | DOCUMENTED and not (
+                isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+            yield f"{ast.unparse(node.value)}.{node.attr}"
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("getattr", "setattr", "hasattr") and (
+                isinstance(node.args[1], ast.Constant) and hidden(str(node.args[1].value))):
+            yield f"{ast.unparse(node.args[0])}.{node.args[1].value}"
+
+
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {"larosa_fx.ir.compat"}))
-def test_only_compat_reaches_into_torch(name):
-    private = {found for found in imports(name) if found.startswith("torch._")}
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            private |= {f"torch.{node.attr}"} if node.attr.startswith("_") and not node.attr.startswith("__") else set()
-    # torch._ops names the types of ops; torch._C is asked for its file alone
-    assert private <= {"torch._ops"} | ({"torch._C"} if name == "larosa_fx.kernels.cpu" else set())
+def test_only_compat_uses_private_names(name):
+    """torch's and transformers' private names change without notice: one file follows them."""
+    assert set(private_names(ast.parse(MODULES[name].read_text()))) <= ALLOWED.get(name, set())
+
+
+@pytest.mark.parametrize("code", ["import torch._dynamo", "from torch import _C", "from transformers.utils import _x",
+                                  "config._compile_all_devices = True", "torch._ops.OpOverload",
+                                  "getattr(model, '_prefill')"])
+def test_private_names_are_seen(code):
+    assert list(private_names(ast.parse(code)))
 
 
 def test_two_folders_are_no_packages():
