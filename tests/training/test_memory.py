@@ -156,8 +156,9 @@ def test_a_limited_gpu_is_enough_for_what_was_estimated(fresh_dynamo, how):
     gc.collect()
     torch.cuda.empty_cache()
     device = torch.device("cuda", torch.cuda.current_device())
-    model = llama(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-                  vocab_size=32000, max_position_embeddings=512).to(device, torch.bfloat16).requires_grad_(False)
+    model = llama(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8,
+                  num_key_value_heads=4, vocab_size=32000, max_position_embeddings=512)
+    model = model.to(device, torch.bfloat16).requires_grad_(False)
     tokens = torch.randint(32000, (8, 256))
     plan = larosa_fx.calibrate(model, [tokens[:1]], basis="hadamard", progress=False)
     needed = needs(model, State(model, plan, OPTIONS), tokens[:1])
