@@ -211,6 +211,22 @@ def test_thresholds_are_those_of_the_training(start, monkeypatch):
     assert close.double().mean() > 0.9  # a channel at the threshold may flip by rounding
 
 
+def test_thresholds_are_fitted_to_text_that_was_not_trained_on(start, monkeypatch):
+    """Unless there is little of it. On the text of the training itself they would leave out more than elsewhere."""
+    model, plan, tokens = start
+    seen = []
+
+    def fit(model, plan, batches, progress):
+        seen[:] = batches
+        return with_thresholds(model, plan, batches, progress=progress)
+
+    monkeypatch.setattr(loop, "with_thresholds", fit)
+    for enough, expected in ((tokens[3].numel(), [tokens[3]]), (tokens[3].numel() + 1, [torch.cat(tokens[:3]), tokens[3]])):
+        monkeypatch.setattr(loop, "FITTED", enough)
+        train(model, plan, tokens[:3], tokens[3:], replace(QUICK, steps=1), progress=False)
+        assert len(seen) == len(expected) and all(map(torch.equal, seen, expected))
+
+
 def test_thresholds_are_fitted_to_text_from_everywhere(monkeypatch):
     monkeypatch.setattr(thresholds, "TEXT", 12)
     monkeypatch.setattr(thresholds, "TOKENS", 6)
