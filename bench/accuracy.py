@@ -6,7 +6,8 @@
 A text is a file, or lines START to STOP of a jsonl file with "text". The JSON holds {"rows", "provenance"}; a row that is
 there is not measured again. Each window's nats and each item's answer, by which later rows are paired, are kept beside it
 in *.samples.json; where that is missing, the dense model is measured again. --train makes a plan: a name, then fields of
-TrainingOptions, ``rotation``, and the ``dtype`` of the model that is trained on, as key=value; plans are measured in float32.
+TrainingOptions, ``rotation``, and the ``dtype`` of the model that is trained on, as key=value; plans are measured in
+float32.
 Rows: method, byte_sparsity, reached (mean and standard deviation over tokens), nominal (the paper's p: mean share of
 channels), text, window, ppl, dense_ppl, delta_nll and delta_se (paired by window), kl (mean KL(dense || sparse) of a token,
 nats); tasks: acc, acc_norm and their differences with paired standard errors. adapter_share: bytes that a method reads

@@ -34,6 +34,7 @@ from larosa_fx.training.state import State
 
 log = logging.getLogger("larosa_fx")
 
+FITTED = 4096  # tokens of validation text that are enough to fit thresholds to
 SHOWN_EVERY = 10  # steps; what is shown has to be waited for
 
 
@@ -61,8 +62,9 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
 
     The model may be float32, bfloat16 or float16 and is left as it was; what is trained is float32. ``training.memory`` says
     what is kept where, and how a step is arranged so that it fits. Float32 products of the training, not of the thresholds
-    that are fitted at the end, may be TF32. validation: batches of other text, which choose the best state. checkpoint: a
-    file that an interrupted training leaves and the same call continues from, to the same plan; removed at the end.
+    that are fitted at the end, may be TF32. validation: batches of other text, which choose the best state and to
+    which thresholds are fitted. checkpoint: a file that an interrupted training leaves and the same call continues from, to
+    the same plan; removed at the end.
     ValueError where there is nothing to train on, the memory does not do, or the checkpoint (``CheckpointError``) is damaged
     or belongs to another training. RuntimeError where the model's logits are not finite.
     """
@@ -73,7 +75,7 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
             trained = trainer.state.plan()
         del trainer  # what it holds is as large as what thresholds need
         if options.selection == "threshold":
-            trained = with_thresholds(model, trained, [tokens], progress=progress)
+            trained = with_thresholds(model, trained, _to_fit(tokens, held_out), progress=progress)
     trained.provenance = {**plan.provenance, "training": {**asdict(options), "train_tokens": tokens.numel(),
                                                           "validation_tokens": held_out.numel(), **about}}
     trained.validate()
@@ -99,7 +101,8 @@ def estimate(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor]
     validations = options.steps // options.validate_every + 1
     per_token = piece / (arrangement.rows * tokens.shape[1])
     validated = validations * len(options.sparsities) * held_out.numel()
-    fitted = len(LEVELS) * min(TEXT, tokens.numel()) if options.selection == "threshold" else 0
+    text = sum(ids.numel() for ids in _to_fit(tokens, held_out)) if options.selection == "threshold" else 0
+    fitted = len(LEVELS) * min(TEXT, text)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     peak = torch.cuda.max_memory_allocated(device) if gpu else weights + arrangement.bytes
     return Estimate(options.steps * step + per_token * (validated + fitted), step, peak, arrangement)
@@ -285,6 +288,12 @@ def _checked(options: TrainingOptions | None, batches: Sequence[torch.Tensor], v
     if any(len(found) > 1 for found in lengths):
         raise ValueError(f"training takes rows of one length; got lengths {lengths[0]}, and {lengths[1]} to validate on")
     return options, *(torch.cat([ids.cpu().long() for ids in given]) for given in (batches, validation))
+
+
+def _to_fit(tokens: torch.Tensor, held_out: torch.Tensor) -> list[torch.Tensor]:
+    """Text for the thresholds. Rotations concentrate the activations of the text that they are trained on, more than those
+    of other text, so that thresholds fitted to it leave out too little elsewhere: what validates is the better measure."""
+    return [held_out] if held_out.numel() >= FITTED else [tokens, held_out]
 
 
 @contextmanager

@@ -28,7 +28,8 @@ log = logging.getLogger("larosa_fx")
 
 ENOUGH = 2048  # tokens at once that keep a GPU busy: fewer are worth it only where more do not fit
 USED = 0.88  # of what is free: the rest is for fragments, and for what libraries take
-LAUNCHED = 1e14  # operations of a piece above which its kernels take longer than their launches
+LAUNCHED = 5e13  # operations of a piece above which its kernels take longer than their launches
+REPLAYED = 1.25  # memory of a step that is replayed over one that is not: graphs do not share what they hold
 WORKSPACE = 10  # stacks of a rotation's step that exist at a time
 
 
@@ -45,8 +46,12 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a step needs, those of activations for one row."""
+    """Bytes that a step needs, those of activations for one row.
 
+    fixed: kept for the backward pass whatever the rows, rotations in the model's dtype; saved: for each row.
+    """
+
+    fixed: int
     saved: int
     inputs: int
     logits: int
@@ -60,8 +65,10 @@ class Needs:
 
     def peak(self, rows: int, recompute: bool, offload: bool) -> int:
         """Bytes on the device at most: what the module's docstring lists, scores of one site, an optimiser's stack."""
-        kept = self.saved // self.layers + self.inputs if recompute else self.saved
-        piece = rows * (kept + 2 * self.logits + self.scores) + self.wide_logits
+        fixed, saved = self.fixed, self.saved
+        if recompute:
+            fixed, saved = fixed // self.layers, saved // self.layers + self.inputs
+        piece = fixed + rows * (saved + 2 * self.logits + self.scores) + self.wide_logits
         state = (2 * self.leaves + self.rotations if offload else 5 * self.rotations) + 5 * self.others
         return state + max(piece, WORKSPACE * self.stack)
 
@@ -81,7 +88,7 @@ def arrange(needs: Needs, options: TrainingOptions, length: int, free: int, oper
                 if options.rows is None and few and not recompute and options.recompute is None:
                     continue
                 size = needs.peak(rows, recompute, offload)
-                replay = gpu and not recompute and rows * operations < LAUNCHED
+                replay = gpu and not recompute and rows * operations < LAUNCHED and size * REPLAYED <= budget
                 found = Arrangement(rows, recompute, offload, replay, size)
                 if size <= budget:
                     return found
@@ -101,27 +108,9 @@ def _rows(options: TrainingOptions) -> list[int]:
 
 
 def needs(model: torch.nn.Module, state: State, ids: torch.Tensor) -> Needs:
-    """Measured on one row of ``ids``, [1, T]: a forward pass whose activations are counted and let go, not kept."""
-    saved = 0
-    seen: dict[int, StorageWeakRef] = {}  # a reference held keeps the address of a storage's record from being used again
-    standing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *state.tensors().values())}
-
-    def count(t: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-        nonlocal saved
-        storage = t.untyped_storage()
-        reference = StorageWeakRef(storage)
-        if reference.cdata not in seen and storage.data_ptr() not in standing:
-            seen[reference.cdata] = reference
-            saved += storage.nbytes()
-        return t.shape, t.dtype
-
-    def refuse(packed: object) -> torch.Tensor:
-        raise RuntimeError("activations that were counted are gone")
-
-    leaves = [leaf for group in state.groups() for leaf in group.leaves]
-    with (torch.enable_grad(), requiring_grad(leaves), torch.autograd.graph.saved_tensors_hooks(count, refuse),
-          state.applied(model, state.options.sparsities[0])):
-        logits = model(ids.to(state.device), use_cache=False).logits
+    """Measured on ``ids``, [1, T], and on twice the row: forward passes that count activations and let them go."""
+    one, logits = _saved(model, state, ids)
+    two, _ = _saved(model, state, ids.repeat(2, 1))
     length, itemsize = ids.shape[1], logits.element_size()
     wide = max(4, itemsize)
     widest = max(site.in_features for site in state.sites)
@@ -129,11 +118,35 @@ def needs(model: torch.nn.Module, state: State, ids: torch.Tensor) -> Needs:
     layers = max(1, len(decoder_layers(model, state)))
     sizes = [q.numel() for q in state.rotations.values()]
     others = sum(t.numel() for t in state.tensors().values()) - sum(sizes)
+    stack = 4 * min(max(rotation_adam.STACKED, *sizes, 0), sum(sizes))
     return Needs(
-        saved, layers * length * stream * itemsize, logits.numel() * itemsize, 8 * length * widest * wide,
-        5 * divergence.TOKENS * logits.shape[-1] * wide, layers,
-        4 * min(max(rotation_adam.STACKED, *sizes, 0), sum(sizes)), 4 * sum(sizes), state.dtype.itemsize * sum(sizes),
-        4 * others)
+        max(0, 2 * one - two), two - one, layers * length * stream * itemsize, logits.numel() * itemsize,
+        8 * length * widest * wide, 5 * divergence.TOKENS * logits.shape[-1] * wide, layers, stack, 4 * sum(sizes),
+        state.dtype.itemsize * sum(sizes), 4 * others)
+
+
+def _saved(model: torch.nn.Module, state: State, ids: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """(bytes that the sparse model keeps for a backward pass on ``ids``, [B, T], besides weights and state; its logits)."""
+    saved = 0
+    seen: dict[int, StorageWeakRef] = {}  # a reference held keeps the address of a storage's record from being used again
+    standing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *state.tensors().values())}
+
+    def count(t: torch.Tensor) -> None:
+        nonlocal saved
+        storage = t.untyped_storage()
+        reference = StorageWeakRef(storage)
+        if reference.cdata not in seen and storage.data_ptr() not in standing:
+            seen[reference.cdata] = reference
+            saved += storage.nbytes()
+
+    def refuse(packed: None) -> torch.Tensor:
+        raise RuntimeError("activations that were counted are gone")
+
+    leaves = [leaf for group in state.groups() for leaf in group.leaves]
+    with (torch.enable_grad(), requiring_grad(leaves), torch.autograd.graph.saved_tensors_hooks(count, refuse),
+          state.applied(model, state.options.sparsities[0])):
+        logits = model(ids.to(state.device), use_cache=False).logits.detach()
+    return saved, logits
 
 
 def operations(model: torch.nn.Module, state: State, length: int) -> float:

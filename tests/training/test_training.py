@@ -18,6 +18,7 @@ from tiny import error, ids, llama
 
 QUICK = TrainingOptions(steps=30, batch=4, lr=1e-2, lr_scales=1e-2, lr_allocation=2e-2, validate_every=10,
                         sparsities=(0.4, 0.6))
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 
 
 @pytest.fixture
@@ -59,10 +60,12 @@ def test_training_lowers_the_divergence(start, change):
     assert bool(trained.thresholds) == (trained.selection == "threshold")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_models_are_trained_in_their_own_dtype(start, dtype):
+def test_models_are_trained_in_their_own_dtype(start, dtype, device):
     """The divergence falls by as much as in float32, what is trained stays float32, weights are left alone."""
     model, plan, tokens = start
+    model.to(device)
     in_float32 = train(model, plan, tokens[:1], tokens[:1], QUICK, progress=False).provenance["training"]
     model.to(dtype)
     before = [p.clone() for p in model.parameters()]
@@ -101,9 +104,11 @@ def test_steps_without_finite_gradients_change_little_and_are_counted(start, mon
     assert about["best"] < about["validation_log_kl"][0][1] - 0.05
 
 
-def test_rotations_on_the_host_give_the_same_plan(start):
+@pytest.mark.parametrize("device", DEVICES)
+def test_rotations_on_the_host_give_the_same_plan(start, device):
     """In float32 the device's copies are what is on the host, to the bit."""
     model, plan, tokens = start
+    model.to(device)
     here, host = (train(model, plan, tokens[:1], tokens[:1], replace(QUICK, steps=5, offload=offload), progress=False)
                   for offload in (False, True))
     assert here.digest == host.digest and here.coefficients == host.coefficients
@@ -206,6 +211,22 @@ def test_thresholds_are_those_of_the_training(start, monkeypatch):
     assert close.double().mean() > 0.9  # a channel at the threshold may flip by rounding
 
 
+def test_thresholds_are_fitted_to_text_that_was_not_trained_on(start, monkeypatch):
+    """Unless there is little of it. On the text of the training itself they would leave out more than elsewhere."""
+    model, plan, tokens = start
+    seen = []
+
+    def fit(model, plan, batches, progress):
+        seen[:] = batches
+        return with_thresholds(model, plan, batches, progress=progress)
+
+    monkeypatch.setattr(loop, "with_thresholds", fit)
+    for enough, expected in ((tokens[3].numel(), [tokens[3]]), (tokens[3].numel() + 1, [torch.cat(tokens[:3]), tokens[3]])):
+        monkeypatch.setattr(loop, "FITTED", enough)
+        train(model, plan, tokens[:3], tokens[3:], replace(QUICK, steps=1), progress=False)
+        assert len(seen) == len(expected) and all(map(torch.equal, seen, expected))
+
+
 def test_thresholds_are_fitted_to_text_from_everywhere(monkeypatch):
     monkeypatch.setattr(thresholds, "TEXT", 12)
     monkeypatch.setattr(thresholds, "TOKENS", 6)
@@ -255,8 +276,10 @@ def test_fitted_thresholds_leave_out_what_the_top_k_does(start):
     assert set(fitted.thresholds_at(0.0).values()) == {0.0}
 
 
-def test_an_interrupted_training_goes_on(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_interrupted_training_goes_on(start, tmp_path, monkeypatch, device):
     model, plan, tokens = start
+    model.to(device)
     path = tmp_path / "checkpoint"
 
     def run(**settings):
