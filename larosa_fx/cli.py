@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
     generate.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
     generate.add_argument("--tokens", type=_positive, default=128, help="at most so many new tokens")
-    generate.add_argument("--mode", default=None, help="an Inductor mode, such as reduce-overhead")
+    generate.add_argument("--mode", default="auto", help="an Inductor mode; auto, the device's best, is the default")
 
     families = command("families", _families, "Every causal-LM class of the installed transformers, tiny and random: "
                        "what is done to it, and is it right?", model=False)

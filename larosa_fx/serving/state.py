@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from larosa_fx.plan import file
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
 from larosa_fx.serving.engine import Engine, Kept, Settings, attach
 
@@ -14,18 +15,28 @@ _STATE = "_larosa"  # the attribute of a model that holds its state
 
 
 def engine_of(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, settings: Settings) -> Engine:
-    """The model's engine for these settings; the one there is, unless the plan is another."""
+    """The model's engine for these settings; the one there is, unless the plan is another. Attaches the plan."""
     state: _State = model.__dict__.setdefault(_STATE, _State())
-    plan = state.load(plan) if isinstance(plan, str | os.PathLike) else plan
+    if isinstance(plan, str | os.PathLike):
+        plan = file.current(os.path.abspath(plan))
     plan = plan or ATTACHED.find(model.parameters())
     if plan is None:
         raise PlanError("no plan: call larosa_fx.calibrate(model, batches) first, or pass plan=PATH")
     plan.thresholds_at(settings.options.sparsity, settings.options.selection)  # which it may not have
     attach(plan, model)
     engine = state.engines.get(settings)
-    if engine is None or engine.plan is not plan:
+    if engine is None or not _alike(engine.plan, plan, settings):
         engine = state.engines[settings] = Engine(model, plan, settings, state.kept)
+    engine.plan = plan  # which may be another object of the same content
     return engine
+
+
+def _alike(a: Plan, b: Plan, settings: Settings) -> bool:
+    """Whether two plans lead to the same graphs and the same folded weights."""
+    sparsity, selection = settings.options.sparsity, settings.options.selection
+    return a is b or (
+        a.digest == b.digest and a.k_at(sparsity) == b.k_at(sparsity)
+        and a.thresholds_at(sparsity, selection) == b.thresholds_at(sparsity, selection))
 
 
 @dataclass
@@ -34,19 +45,6 @@ class _State:
 
     engines: dict[Settings, Engine] = field(default_factory=dict)
     kept: Kept = field(default_factory=Kept)
-    _loaded: tuple[object, Plan] | None = None
-
-    def load(self, path: str | os.PathLike) -> Plan:
-        """The plan in a file, read once for as long as the file is the same."""
-        path = os.path.abspath(path)
-        try:
-            stat = os.stat(path)
-        except OSError:
-            return Plan.load(path)  # which says what is wrong
-        key = (path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = key, Plan.load(path)
-        return self._loaded[1]
 
     def __deepcopy__(self, memo: dict[int, object]) -> _State:
         return _State()
