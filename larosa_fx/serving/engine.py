@@ -73,8 +73,7 @@ class Kept:
     folded: list[Folded] = field(default_factory=list)
 
     def hold(self, model: torch.nn.Module) -> None:
-        if not self.folded:
-            self.folded = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
+        self.folded = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
 
 
 class Engine:
@@ -105,13 +104,10 @@ class Engine:
             strings = StopStringCriteria(kwargs.pop("tokenizer"), config.stop_strings)
             kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), strings])
             kwargs["stop_strings"] = None
-        calls = backend.calls()
         result = self._generate(inputs, generation_config, *args, streamer=streamer,
                                 custom_generate=partial(self._decode, streamer=streamer, own=own), **kwargs)
         if self.settings.options.weights == "replace":
             self._kept.hold(self.model)
-        if backend.calls() == calls:
-            self._warn("no compiled graph was reached: this call decoded densely")
         return result
 
     def forward(self, *args: object, **kwargs: object):
@@ -169,18 +165,19 @@ class Engine:
         return None
 
     def _leave(self, reason: str, *args: object, **kwargs: object):
-        if self.settings.options.strict:
-            raise LarosaError(f"larosa (strict): {reason}; nothing would be sparse")
-        self._warn(f"{reason}; transformers' own loop runs instead, densely")
+        self._dense(f"{reason}; transformers' own loop runs instead")
         if self.settings.owns:  # compiling around the compiled forward pass would trace through it
             kwargs["disable_compile"] = True
         with self._owning():
             return self._generate(*args, **kwargs)
 
-    def _warn(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(f"larosa: {message}", stacklevel=4)
+    def _dense(self, reason: str) -> None:
+        """Say once why a call decodes densely; LarosaError under strict."""
+        if self.settings.options.strict:
+            raise LarosaError(f"larosa (strict): this would decode densely: {reason}")
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"larosa: decodes densely: {reason}", stacklevel=4)
 
     # ---- serving ---------------------------------------------------------------------------------------------------
 
@@ -202,11 +199,14 @@ class Engine:
         # A pass too many is undone where the cache is seen again and can be undone; else none is made.
         ahead = input_ids.device.type == "cuda" and (
             stays or (own and not generation_config.return_dict_in_generate))
+        calls = backend.calls()
         with compat.decoding(model):
             sequences, scores, raw = loop.decode(
                 self._step(rows), loop.StepInputs(model, model_kwargs, filled), input_ids, logits,
                 logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=generation_config,
                 streamer=streamer, undo=partial(_undo, cache, stays) if ahead else None)
+        if backend.calls() == calls and sequences.shape[1] > input_ids.shape[1] + 1:
+            self._dense("no compiled graph was reached")
         if streamer is not None:
             streamer.end()
         if own and generation_config.return_dict_in_generate:
@@ -236,9 +236,7 @@ class Engine:
         if not sparse:
             reason = (f"{rows} sequences at once: above {limit}, reading all weights once is faster here than reading each "
                       "sequence's share; option sparse_rows sets another limit")
-            if options.strict:
-                raise LarosaError(f"larosa (strict): {reason}")
-            self._warn(f"decodes densely: {reason}")
+            self._dense(reason)
         new = sparse not in self._steps
         if new:
             self._steps[sparse] = _compiled(_logits, options if sparse else replace(options, sparsity=0.0))
