@@ -1,4 +1,4 @@
-"""The command ``larosa``: demo, calibrate, eval, inspect, generate, families."""
+"""The command ``larosa``: demo, calibrate, eval, inspect, generate, serve, families."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from larosa_fx import __version__
 from larosa_fx.ir.checks import check_sparsity
 from larosa_fx.ir.structure import BASES, SELECTIONS
 from larosa_fx.plan.plan import Plan, PlanError
+from larosa_fx.serving.server import ServingError
 from larosa_fx.smollm2 import DownloadError
 from larosa_fx.training.options import TrainingOptions
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args) or 0
-    except (ValueError, PlanError, DownloadError) as error:
+    except (ValueError, PlanError, DownloadError, ServingError) as error:
         print(f"larosa: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -99,6 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
     generate.add_argument("--tokens", type=_positive, default=128, help="at most so many new tokens")
     generate.add_argument("--mode", default="auto", help="an Inductor mode; auto, the device's best, is the default")
+
+    serve = command("serve", _serve, "Serve a model, sparsely decoded, to OpenAI's clients.")
+    serve.add_argument("--plan", metavar="PLAN", help="a plan; calibrated on the spot where not given")
+    serve.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
+    serve.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
+    serve.add_argument("--mode", default="auto", help="an Inductor mode; auto, the device's best, is the default")
+    serve.add_argument("--name", help="the model's name to clients; the one it was loaded by where not given")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; this machine alone where not given")
+    serve.add_argument("--port", type=_positive, default=8000, help="port to listen at; 8000 where not given")
 
     families = command("families", _families, "Every causal-LM class of the installed transformers, tiny and random: "
                        "what is done to it, and is it right?", model=False)
@@ -217,12 +227,10 @@ def _inspect(args: argparse.Namespace) -> None:
         print(tabulate(report.structure, headers="keys"), report, sep="\n\n")
 
 
-def _generate(args: argparse.Namespace) -> None:
-    from transformers import TextStreamer
-
+def _planned(args: argparse.Namespace):
+    """(model, tokenizer); the model calibrated where no plan is given."""
     from larosa_fx import corpus
-    from larosa_fx.generation import generate
-    from larosa_fx.loading import encode, encode_prompt
+    from larosa_fx.loading import encode
     from larosa_fx.method.calibrate import calibrate
     from larosa_fx.method.evaluate import windows
 
@@ -231,10 +239,35 @@ def _generate(args: argparse.Namespace) -> None:
     model, tokenizer = _load(args)
     if not args.plan:
         calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24), selection=args.selection or "topk")
+    return model, tokenizer
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    from larosa_fx.generation import generate
+    from larosa_fx.loading import encode_prompt
+
+    model, tokenizer = _planned(args)
     inputs = encode_prompt(tokenizer, args.prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate(model, inputs.to(args.device), plan=args.plan, sparsity=args.sparsity, selection=args.selection,
              mode=args.mode, streamer=streamer, max_new_tokens=args.tokens, do_sample=False)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from larosa_fx.enable import enable
+    from larosa_fx.serving import server
+
+    model, tokenizer = _planned(args)
+    name = args.name or args.model or "SmolLM2-135M-Instruct"
+    enable(model, args.plan, sparsity=args.sparsity, selection=args.selection, mode=args.mode)
+    running, warm_up = server.build(model, tokenizer, name, host=args.host, port=args.port)
+    started = time.perf_counter()
+    warm_up()
+    print(f"{name} warmed up in {time.perf_counter() - started:.0f} s; listening at http://{args.host}:{args.port}/v1",
+          flush=True)
+    running.run()
 
 
 def _families(args: argparse.Namespace) -> int:

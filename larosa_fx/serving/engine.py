@@ -186,11 +186,27 @@ class Engine:
                 streamer: object | None = None, synced_gpus: bool = False, **model_kwargs: object):
         """The loop that ``generate`` calls once it has prepared everything. ``own``: the cache is not a user's."""
         rows, new = len(input_ids), stopping_criteria.max_length - input_ids.shape[1]
-        prompt = model_kwargs.get("inputs_embeds", input_ids)
         cache = caches.of(model_kwargs)
         if own:
+            prompt = model_kwargs.get("inputs_embeds", input_ids)
             cache = self._pool.take(model, rows, prompt.shape[1] + new - 1, self.settings.max_cache_len)
-        model_kwargs = caches.with_cache(model_kwargs, cache)
+        lent = None
+        try:
+            sequences, scores, raw = self._tokens(
+                cache, caches.with_cache(model_kwargs, cache), input_ids, new, own, logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria, generation_config=generation_config, streamer=streamer)
+            if own and generation_config.return_dict_in_generate:
+                lent = self._pool.lend(cache, rows)
+        finally:
+            if own and lent is None:  # also where a streamer breaks off, because nobody listens any more
+                self._pool.give_back(cache, rows)
+        if streamer is not None:
+            streamer.end()
+        return loop.output(generation_config, sequences, scores, raw, lent or cache)
+
+    def _tokens(self, cache: StaticCache, model_kwargs: dict[str, object], input_ids: torch.Tensor, new: int, own: bool, *,
+                generation_config: object, **others: object) -> tuple[torch.Tensor, tuple | None, tuple | None]:
+        """Prompt and decoding: (sequences, scores, logits) as ``loop.decode`` returns them."""
         logits, filled = self._prompt(cache, input_ids, generation_config, model_kwargs)
         stays = caches.every_position_stays(cache)
         if stays and filled + new - 1 > caches.capacity(cache):
@@ -200,20 +216,13 @@ class Engine:
         ahead = input_ids.device.type == "cuda" and (
             stays or (own and not generation_config.return_dict_in_generate))
         calls = backend.calls()
-        with compat.decoding(model):
-            sequences, scores, raw = loop.decode(
-                self._step(rows), loop.StepInputs(model, model_kwargs, filled), input_ids, logits,
-                logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=generation_config,
-                streamer=streamer, undo=partial(_undo, cache, stays) if ahead else None)
-        if backend.calls() == calls and sequences.shape[1] > input_ids.shape[1] + 1:
+        with compat.decoding(self.model):
+            outcome = loop.decode(
+                self._step(len(input_ids)), loop.StepInputs(self.model, model_kwargs, filled), input_ids, logits,
+                generation_config=generation_config, undo=partial(_undo, cache, stays) if ahead else None, **others)
+        if backend.calls() == calls and outcome[0].shape[1] > input_ids.shape[1] + 1:
             self._dense("no compiled graph was reached")
-        if streamer is not None:
-            streamer.end()
-        if own and generation_config.return_dict_in_generate:
-            cache = self._pool.lend(cache, rows)
-        elif own:
-            self._pool.give_back(cache, rows)
-        return loop.output(generation_config, sequences, scores, raw, cache)
+        return outcome
 
     def _prompt(self, cache: StaticCache, input_ids: torch.Tensor, generation_config: object,
                 model_kwargs: dict[str, object]) -> tuple[torch.Tensor, int]:
