@@ -1,4 +1,4 @@
-"""The command ``larosa``: demo, calibrate, eval, inspect, generate, families."""
+"""The command ``larosa``: demo, calibrate, eval, inspect, generate, serve, families."""
 
 from __future__ import annotations
 
@@ -128,7 +128,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
     generate.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
     generate.add_argument("--tokens", type=_positive, default=128, help="at most so many new tokens")
-    generate.add_argument("--mode", default=None, help="an Inductor mode, such as reduce-overhead")
+    generate.add_argument("--mode", default="auto", help="an Inductor mode; auto, the device's best, is the default")
+
+    serve = command("serve", _serve, "Serve a model, sparsely decoded, to OpenAI's clients.")
+    serve.add_argument("--plan", metavar="PLAN", help="a plan; calibrated on the spot where not given")
+    serve.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
+    serve.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
+    serve.add_argument("--mode", default="auto", help="an Inductor mode; auto, the device's best, is the default")
+    serve.add_argument("--name", help="the model's name to clients; the one it was loaded by where not given")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; this machine alone where not given")
+    serve.add_argument("--port", type=_positive, default=8000, help="port to listen at; 8000 where not given")
 
     families = command("families", _families, "Every causal-LM class of the installed transformers, tiny and random: "
                        "what is done to it, and is it right?", model=False)
@@ -266,26 +275,49 @@ def _inspect(args: argparse.Namespace) -> None:
         print(tabulate(report.structure, headers="keys"), report, sep="\n\n")
 
 
-def _generate(args: argparse.Namespace) -> None:
-    from transformers import TextStreamer
-
+def _planned(args: argparse.Namespace):
+    """(model, tokenizer); the model calibrated where no plan is given."""
     from larosa_fx import corpus
-    from larosa_fx.generation import generate
-    from larosa_fx.loading import encode, encode_prompt
+    from larosa_fx.loading import encode
     from larosa_fx.method.calibrate import calibrate
     from larosa_fx.method.evaluate import windows
 
     if args.plan is not None:
         Plan.load(args.plan).thresholds_at(args.sparsity, args.selection)  # complain before loading a model
-    if not args.prompt.strip():
-        raise ValueError("the prompt is empty; give --prompt what to answer or to continue")
     model, tokenizer = _load(args)
     if args.plan is None:
         calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24), selection=args.selection or "topk")
+    return model, tokenizer
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    from larosa_fx.generation import generate
+    from larosa_fx.loading import encode_prompt
+
+    if not args.prompt.strip():
+        raise ValueError("the prompt is empty; give --prompt what to answer or to continue")
+    model, tokenizer = _planned(args)
     inputs = encode_prompt(tokenizer, args.prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate(model, inputs.to(args.device), plan=args.plan, sparsity=args.sparsity, selection=args.selection,
              mode=args.mode, streamer=streamer, max_new_tokens=args.tokens, do_sample=False)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from larosa_fx.enable import enable
+    from larosa_fx.serving import server
+
+    model, tokenizer = _planned(args)
+    name = args.name or args.model or "SmolLM2-135M-Instruct"
+    enable(model, args.plan, sparsity=args.sparsity, selection=args.selection, mode=args.mode)
+    running, warm_up = server.build(model, tokenizer, name, host=args.host, port=args.port)
+    started = time.perf_counter()
+    warm_up()
+    print(f"{name} warmed up in {time.perf_counter() - started:.0f} s; listening at http://{args.host}:{args.port}/v1",
+          flush=True)
+    running.run()
 
 
 def _families(args: argparse.Namespace) -> int:

@@ -73,8 +73,7 @@ class Kept:
     folded: list[Folded] = field(default_factory=list)
 
     def hold(self, model: torch.nn.Module) -> None:
-        if not self.folded:
-            self.folded = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
+        self.folded = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
 
 
 class Engine:
@@ -106,13 +105,10 @@ class Engine:
             strings = StopStringCriteria(kwargs.pop("tokenizer"), config.stop_strings)
             kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), strings])
             kwargs["stop_strings"] = None
-        calls = backend.calls()
         result = self._generate(inputs, generation_config, *args, streamer=streamer,
                                 custom_generate=partial(self._decode, streamer=streamer, own=own), **kwargs)
         if self.settings.options.weights == "replace":
             self._kept.hold(self.model)
-        if backend.calls() == calls:
-            self._warn("no compiled graph was reached: this call decoded densely")
         return result
 
     def forward(self, *args: object, **kwargs: object):
@@ -170,18 +166,19 @@ class Engine:
         return None
 
     def _leave(self, reason: str, *args: object, **kwargs: object):
-        if self.settings.options.strict:
-            raise LarosaError(f"larosa (strict): {reason}; nothing would be sparse")
-        self._warn(f"{reason}; transformers' own loop runs instead, densely")
+        self._dense(f"{reason}; transformers' own loop runs instead")
         if self.settings.owns:  # compiling around the compiled forward pass would trace through it
             kwargs["disable_compile"] = True
         with self._owning():
             return self._generate(*args, **kwargs)
 
-    def _warn(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(f"larosa: {message}", stacklevel=4)
+    def _dense(self, reason: str) -> None:
+        """Say once why a call decodes densely; LarosaError under strict."""
+        if self.settings.options.strict:
+            raise LarosaError(f"larosa (strict): this would decode densely: {reason}")
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"larosa: decodes densely: {reason}", stacklevel=4)
 
     # ---- serving ---------------------------------------------------------------------------------------------------
 
@@ -190,11 +187,27 @@ class Engine:
                 streamer: object | None = None, synced_gpus: bool = False, **model_kwargs: object):
         """The loop that ``generate`` calls once it has prepared everything. ``own``: the cache is not a user's."""
         rows, new = len(input_ids), stopping_criteria.max_length - input_ids.shape[1]
-        prompt = model_kwargs.get("inputs_embeds", input_ids)
         cache = caches.of(model_kwargs)
         if own:
+            prompt = model_kwargs.get("inputs_embeds", input_ids)
             cache = self._pool.take(model, rows, prompt.shape[1] + new - 1, self.settings.max_cache_len)
-        model_kwargs = caches.with_cache(model_kwargs, cache)
+        lent = None
+        try:
+            sequences, scores, raw = self._tokens(
+                cache, caches.with_cache(model_kwargs, cache), input_ids, new, own, logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria, generation_config=generation_config, streamer=streamer)
+            if own and generation_config.return_dict_in_generate:
+                lent = self._pool.lend(cache, rows)
+        finally:
+            if own and lent is None:  # also where a streamer breaks off, because nobody listens any more
+                self._pool.give_back(cache, rows)
+        if streamer is not None:
+            streamer.end()
+        return loop.output(generation_config, sequences, scores, raw, lent or cache)
+
+    def _tokens(self, cache: StaticCache, model_kwargs: dict[str, object], input_ids: torch.Tensor, new: int, own: bool, *,
+                generation_config: object, **others: object) -> tuple[torch.Tensor, tuple | None, tuple | None]:
+        """Prompt and decoding: (sequences, scores, logits) as ``loop.decode`` returns them."""
         logits, filled = self._prompt(cache, input_ids, generation_config, model_kwargs)
         stays = caches.every_position_stays(cache)
         if stays and filled + new - 1 > caches.capacity(cache):
@@ -203,18 +216,14 @@ class Engine:
         # A pass too many is undone where the cache is seen again and can be undone; else none is made.
         ahead = input_ids.device.type == "cuda" and (
             stays or (own and not generation_config.return_dict_in_generate))
-        with compat.decoding(model):
-            sequences, scores, raw = loop.decode(
-                self._step(rows), loop.StepInputs(model, model_kwargs, filled), input_ids, logits,
-                logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=generation_config,
-                streamer=streamer, undo=partial(_undo, cache, stays) if ahead else None)
-        if streamer is not None:
-            streamer.end()
-        if own and generation_config.return_dict_in_generate:
-            cache = self._pool.lend(cache, rows)
-        elif own:
-            self._pool.give_back(cache, rows)
-        return loop.output(generation_config, sequences, scores, raw, cache)
+        calls = backend.calls()
+        with compat.decoding(self.model):
+            outcome = loop.decode(
+                self._step(len(input_ids)), loop.StepInputs(self.model, model_kwargs, filled), input_ids, logits,
+                generation_config=generation_config, undo=partial(_undo, cache, stays) if ahead else None, **others)
+        if backend.calls() == calls and outcome[0].shape[1] > input_ids.shape[1] + 1:
+            self._dense("no compiled graph was reached")
+        return outcome
 
     def _prompt(self, cache: StaticCache, input_ids: torch.Tensor, generation_config: object,
                 model_kwargs: dict[str, object]) -> tuple[torch.Tensor, int]:
@@ -237,9 +246,7 @@ class Engine:
         if not sparse:
             reason = (f"{rows} sequences at once: above {limit}, reading all weights once is faster here than reading each "
                       "sequence's share; option sparse_rows sets another limit")
-            if options.strict:
-                raise LarosaError(f"larosa (strict): {reason}")
-            self._warn(f"decodes densely: {reason}")
+            self._dense(reason)
         new = sparse not in self._steps
         if new:
             self._steps[sparse] = _compiled(_logits, options if sparse else replace(options, sparsity=0.0))

@@ -15,18 +15,28 @@ _STATE = "_larosa"  # the attribute of a model that holds its state
 
 
 def engine_of(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, settings: Settings) -> Engine:
-    """The model's engine for these settings; the one there is, unless the plan is another."""
+    """The model's engine for these settings; the one there is, unless the plan is another. Attaches the plan."""
     state: _State = model.__dict__.setdefault(_STATE, _State())
-    plan = file.current(plan) if isinstance(plan, str | os.PathLike) else plan
+    if isinstance(plan, str | os.PathLike):
+        plan = file.current(os.path.abspath(plan))
     plan = plan or ATTACHED.find(model.parameters())
     if plan is None:
         raise PlanError("no plan: call larosa_fx.calibrate(model, batches) first, or pass plan=PATH")
     plan.thresholds_at(settings.options.sparsity, settings.options.selection)  # which it may not have
     attach(plan, model)
     engine = state.engines.get(settings)
-    if engine is None or engine.plan is not plan:
+    if engine is None or not _alike(engine.plan, plan, settings):
         engine = state.engines[settings] = Engine(model, plan, settings, state.kept)
+    engine.plan = plan  # which may be another object of the same content
     return engine
+
+
+def _alike(a: Plan, b: Plan, settings: Settings) -> bool:
+    """Whether two plans lead to the same graphs and the same folded weights."""
+    sparsity, selection = settings.options.sparsity, settings.options.selection
+    return a is b or (
+        a.digest == b.digest and a.k_at(sparsity) == b.k_at(sparsity)
+        and a.thresholds_at(sparsity, selection) == b.thresholds_at(sparsity, selection))
 
 
 @dataclass

@@ -1,0 +1,56 @@
+"""An OpenAI-compatible server for one enabled model: transformers' own (``transformers serve``), given the model."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class ServingError(RuntimeError):
+    """What serves is not installed, or cannot start. The message says what to do."""
+
+
+def build(model: torch.nn.Module, tokenizer: object, name: str, *, host: str, port: int):
+    """(uvicorn's server of a model under a name, a function that warms the model up).
+
+    Requests are served one after another on one thread, which CUDA graphs need; the warm-up runs on that thread. A request
+    for another model is refused, naming both. ServingError where packages are missing.
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ServingError('serving needs more packages: pip install "larosa_fx[serve]"')
+    import uvicorn
+    from transformers.cli.serving import chat_completion, completion, model_manager, response, systemone, transcription
+    from transformers.cli.serving import server as openai_server
+    from transformers.cli.serving.utils import GenerationState
+
+    class Manager(model_manager.ModelManager):
+        """Holds the one model, which is there already."""
+
+        def _load_processor(self, *_: object, **__: object) -> object:
+            return tokenizer
+
+        def _load_model(self, *_: object, **__: object) -> torch.nn.Module:
+            return model
+
+        def get_gen_models(self, *_: object) -> list[dict[str, object]]:
+            return [{"id": name, "object": "model", "created": started, "owned_by": "larosa"}]
+
+    started = int(time.time())
+    manager, state = Manager(force_model=name), GenerationState()
+    shared = {"model_manager": manager, "generation_state": state}
+    app = openai_server.build_server(
+        manager, chat_completion.ChatCompletionHandler(**shared), completion_handler=completion.CompletionHandler(**shared),
+        response_handler=response.ResponseHandler(**shared), systemone_handler=systemone.SystemOneHandler(**shared),
+        transcription_handler=transcription.TranscriptionHandler(manager, state), generation_state=state)
+
+    def warm_up() -> None:
+        """Compile, and record CUDA graphs: what the first requests would wait for."""
+        ids = torch.full((1, 8), model.config.vocab_size // 2, device=model.device)
+        thread = state.get_manager(manager.process_model_name(name))
+        for _ in range(3):
+            thread.submit(model.generate, ids, max_new_tokens=8, min_new_tokens=8, do_sample=False).result()
+
+    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning")), warm_up
