@@ -20,9 +20,10 @@ from larosa_fx.compiler.options import Options
 from larosa_fx.compiler.pipeline import Runner, disabled, transform
 from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
-from larosa_fx.ir.context import PlanView
+from larosa_fx.ir.context import Device, PlanView
 from larosa_fx.ir.report import Report
 from larosa_fx.kernels import ops
+from larosa_fx.kernels.pick import pick
 from larosa_fx.passes.fold_maps import HalfRotatedError
 from larosa_fx.plan import file
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
@@ -176,6 +177,7 @@ class CompiledGraph:
         reason = captured.refusal or self._plan_refusal(captured, plan, args)
         if reason is None:
             binding = self._rewrite(captured, plan, run, report)
+            self._explain_unserved(report)
             specs = binding.specs(args)
             report.bytes_added = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in specs)
             if self.options.weights == "replace":
@@ -217,10 +219,26 @@ class CompiledGraph:
         try:
             return transform(replace(
                 captured.context, sparsify=self.options.sparsify, rotate_cache=self.options.rotate_cache, report=report,
+                device=Device(pick=partial(pick, rows=self.options.rows)),
                 plan=PlanView(plan.rotation, plan.matrices, plan.k_at(self.options.sparsity),
                               plan.thresholds_at(self.options.sparsity, self.options.selection))), run)
         except HalfRotatedError as error:
             raise LarosaError(f"larosa: {error}") from error
+
+    def _explain_unserved(self, report: Report) -> None:
+        """Sites that would be sparse but have no kernel, and are multiplied densely."""
+        if not report.unserved:
+            return
+        site, why = report.unserved[0]
+        message = f"{len(report.unserved)} of {len(report.sites)} sites have no sparse kernel here, {site} the first: {why}"
+        report.reason = "; ".join(filter(None, (report.reason, message)))
+        if self.options.sparsify == "all":  # asked to sparsify, not to be fast: what is dropped is zero in a dense product
+            return
+        if self.options.strict:
+            raise LarosaError(f"larosa (strict): {message}")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"larosa: multiplied densely: {message}", stacklevel=2)
 
     def _explain_dense(self, reason: str, report: Report) -> None:
         report.treatment, report.reason = "dense", reason
