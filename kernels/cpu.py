@@ -115,7 +115,7 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor | Non
 def serves(x: Tensor, adapter: int, gate: str) -> bool:
     """Whether ``sparse_linear`` takes x, which may be a fake tensor, with an adapter of so many rows and the gate."""
     rows = x.shape[:-1].numel()
-    few = isinstance(rows, int) and rows <= MAX_ROWS  # how many a dynamic graph will see is not known
+    few = bool(rows <= MAX_ROWS)  # where it is symbolic, a guard: more rows compile anew
     return few and x.is_cpu and x.dtype in _DTYPES and not (adapter and gate) and _load() is not None
 
 

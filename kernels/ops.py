@@ -227,15 +227,3 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
     A GPU's own reaches the memory's bandwidth.
     """
     return cpu.multiplies(x, weight)
-
-
-def fuses(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:
-    """Whether ``sparse_linear`` is one launch for x, [..., K], a weight of [K + adapter, columns], and the rest as named.
-
-    x may be a fake tensor. Where it is not, separate ops leave more to the compiler.
-    """
-    if x.device.type == "cuda":
-        from larosa_fx.kernels import cuda_linear
-
-        return cuda_linear.serves(x, columns, adapter, norm, gate)
-    return x.device.type == "cpu" and cpu.serves(x, adapter, gate)

@@ -1,4 +1,4 @@
-"""A sparse site becomes one op: the norm before it, and bias, gate, residual and adapter behind it, join its GEMV.
+"""A sparse site takes in what is around it: the norm before it, and bias, gate, residual and adapter behind it.
 
 RMSNorm's scalar is common to all channels, so it does not change which are the k largest: the selection reads the raw
 stream, times the norm's gain where it has one, and the scalar multiplies the product (and what a threshold is compared
@@ -7,86 +7,51 @@ with). An adapter packed with a site's weight (``pack_adapters``) is read with i
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
-from larosa_fx.ir import effects, layers
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
+from larosa_fx.ir import layers
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site
-
-_GEMV = torch.ops.larosa.sparse_gemv.default
-_LINEAR = torch.ops.larosa.sparse_linear.default
-
-#: See ``ir.context.Device``.
-Fuses = Callable[[torch.Tensor, int, int, bool, str], bool]
-
-
-@dataclass
-class _Fused:
-    """What one op will compute, as far as found: ``output`` is the node whose place it takes."""
-
-    output: fx.Node
-    x: fx.Node
-    k: int
-    weight: fx.Node
-    columns: int
-    bias: fx.Node | None = None
-    residual: fx.Node | None = None
-    adapter: int = 0  # rows of it, behind the weight's own
-    eps: float | None = None
-    gate: str = ""
-    gain: fx.Node | None = None
-    threshold: float | None = None
+from larosa_fx.ir.site import SparseSite
 
 
 def run(ctx: Context) -> PassResult:
-    """Fuse each site that ``lower_topk`` made a GEMV, sparse or dense, with what the device's kernel takes around it."""
-    fuses, result = ctx.device.fuses, PassResult("fuse_sites")
+    """Extend each site by what the device's kernel computes in the same launch; ``emit_sites`` writes the outcome.
+
+    A dense site of one row is read by the same kernel, all of its channels.
+    """
+    result = PassResult("fuse_sites")
+    makers: dict[fx.Node, SparseSite] = {}  # a node whose place a site takes -> the site
     for site in ctx.structure.sites:
-        found = _gemv(site)
-        if found is None:
+        found = site.sparse
+        if found.form != "sparse GEMV" and not (found.k == found.channels and found.rows == 1):
             continue
-        if not _fits(found, fuses):
-            result.skip(site.name, "the device has no kernel for this shape")
+        choice = ctx.device.pick(found, ctx.structure.device)
+        if not choice.whole:
+            result.skip(site.name, choice.reason or f"{choice.kernel} computes the product alone")
             continue
         for absorb, what in ((_norm, "norms"), (_gate, "gates"), (_residual, "residuals")):
             more = absorb(found)
-            if more is not None and _fits(more, fuses):
+            if more is None or more.output in makers or more.example is None:
+                continue
+            if ctx.device.pick(more, ctx.structure.device).whole:
                 found = more
                 result.count("adapters" if found.adapter and what == "residuals" else what)
-        site.linears = [_emit(ctx.graph, found)]
+        maker = makers.get(found.x)
+        # What made x read the residual itself, so that is complete before x is.
+        early = found.adapter is not None and maker is not None and maker.x is found.residual
+        site.sparse = makers[found.output] = replace(found, whole=True, kernel=choice.kernel, early=early)
         result.count("sites")
-    effects.remove_dead_code(ctx.graph)
     return result
 
 
-def _fits(f: _Fused, fuses: Fuses) -> bool:
-    return g.value(f.x) is not None and fuses(g.value(f.x), f.columns, f.adapter, f.eps is not None, f.gate)
-
-
-def _gemv(site: Site) -> _Fused | None:
-    (linear,) = site.linears
-    gemv, bias = linear.args if g.calls(linear, torch.add) else (linear, None)  # lower_topk adds the bias
-    if g.calls(gemv, _GEMV):
-        x, k = gemv.args[0].args[0].args
-        return _Fused(linear, x, k, gemv.args[2], site.out_features, bias)
-    if g.calls(gemv, _LINEAR):
-        return _Fused(linear, *gemv.args, site.out_features, bias, threshold=gemv.kwargs["threshold"])
-    x, weight = gemv.args
-    dense = g.calls(gemv, torch.matmul) and math.prod(g.shape(x)[:-1]) == 1
-    return _Fused(linear, x, site.in_features, weight, site.out_features, bias) if dense else None
-
-
-def _norm(f: _Fused) -> _Fused | None:
+def _norm(f: SparseSite) -> SparseSite | None:
     if not layers.is_norm(f.x) or layers.is_layer_norm(f.x) or len(f.x.users) != 1:
         return None
     x, _, gain, eps = f.x.args
@@ -95,7 +60,7 @@ def _norm(f: _Fused) -> _Fused | None:
     return replace(f, x=x, eps=torch.finfo(g.dtype(x)).eps if eps is None else eps, gain=gain)
 
 
-def _gate(f: _Fused) -> _Fused | None:
+def _gate(f: SparseSite) -> SparseSite | None:
     """act(y[..., :N/2]) * y[..., N/2:], however the halves are taken."""
     halves = g.only_user(f.output)
     half = f.columns // 2
@@ -113,36 +78,16 @@ def _gate(f: _Fused) -> _Fused | None:
     return replace(f, output=product, gate=gate)
 
 
-def _residual(f: _Fused) -> _Fused | None:
+def _residual(f: SparseSite) -> SparseSite | None:
     add = g.only_user(f.output)
     if not g.is_binary(add, g.ADDS):
         return None
     other = g.other_operand(add, f.output)
     if not isinstance(other, fx.Node) or ex.is_weight(other) or g.dtype(add) != g.dtype(f.x):
         return None
-    if g.calls(other, torch.matmul) and _packed(f.weight) is not None and _packed(other.args[1]) is _packed(f.weight):
-        residual, rows = other.args
-        return replace(f, output=add, weight=_packed(f.weight), residual=residual, adapter=rows.args[3])
+    if f.beside is not None and other is f.beside.product:
+        return replace(f, output=add, matrix=f.beside.packed, residual=f.beside.residual, adapter=f.beside)
     return replace(f, output=add, residual=other) if g.shape(other) == g.shape(add) else None
-
-
-def _emit(graph: fx.Graph, f: _Fused) -> fx.Node:
-    with graph.inserting_before(f.output):
-        # What made x read the residual itself, so that is complete before x is.
-        early = f.adapter > 0 and g.calls(f.x, _LINEAR) and f.x.args[0] is f.residual
-        gain = f.gain
-        if gain is not None and g.dtype(gain) not in (None, g.dtype(f.x)):  # Gemma's 1 + weight, in float32
-            gain = graph.call_method("to", (gain, g.dtype(f.x)))
-        fused = graph.call_function(_LINEAR, (f.x, f.k, f.weight, f.bias, f.residual, f.eps, f.gate, early, gain,
-                                            f.threshold))
-    fused.meta = dict(f.output.meta)
-    f.output.replace_all_uses_with(fused)
-    return fused
-
-
-def _packed(weight: fx.Node) -> fx.Node | None:
-    """The tensor that ``weight`` is some rows of."""
-    return weight.args[0] if g.calls(weight, torch.narrow) else None
 
 
 def _activation(node: object) -> str | None:

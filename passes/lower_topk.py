@@ -1,96 +1,59 @@
-"""The step that sparsifies: y = W x becomes y = W_S x_S, S the k largest |x| of each position (paper, Top-K function).
+"""Decide how each site runs: y = W x becomes y = W_S x_S, S the k largest |x| of each position (paper, Top-K function).
 
-Or S all |x| that reach a threshold, which is k of them on average (``larosa_fx.method.thresholds``).
+Or S all |x| that reach a threshold, which is k of them on average (``larosa_fx.method.thresholds``). The decision is a
+value, ``ir.site.SparseSite``; the graph stays dense until ``emit_sites`` writes it.
 
 All weights take the [K, N] layout here, dense or sparse, so that graphs of prefill and decode share one folded tensor.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import fx
 
-import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
 from larosa_fx.ir import expressions as ex
-from larosa_fx.ir import graph as g
 from larosa_fx.ir import layers
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site
+from larosa_fx.ir.site import SparseSite
+
+_PREFILL = "several tokens a sequence: prefill stays dense"
 
 
 def run(ctx: Context) -> PassResult:
-    """Lower each site's linear and set its ``form``: "sparse GEMV", "masked matmul" or "dense". Siblings must be merged.
+    """Make each site's ``sparse``, with its form and kernel; siblings must be merged.
 
-    ``ctx.sparsify``: "decode" lowers graphs of one token a sequence to the sparse GEMV and keeps others dense; "all" masks
-    the activations of the others. A site with k == in_features is dense. Thresholds stand in place of Top-K.
+    A graph of one token a sequence gets the sparse GEMV where a kernel takes it. Elsewhere ``ctx.sparsify`` decides:
+    "decode" stays dense, "all" masks the activations, so that every token is sparsified. k == in_features is dense.
     """
-    structure, k, thresholds, result = ctx.structure, ctx.plan.k, ctx.plan.thresholds, PassResult("lower_topk")
-    decoding = structure.tokens_per_sequence == 1
-    built, limits = (TOPK_FORMS, k) if thresholds is None else (THRESHOLD_FORMS, thresholds)
+    structure, plan, result = ctx.structure, ctx.plan, PassResult("lower_topk")
     for site in structure.sites:
         (linear,) = site.linears
         site.weight, site.writes = ex.formula(linear.args[1]), structure.residual_edge(site)
-        if k[site.name] == site.in_features:
-            result.skip(site.name, "k is the whole site: dense")
-            form = "dense"
-        elif decoding:
-            form = "sparse GEMV"
-        elif ctx.sparsify == "all":
-            form = "masked matmul"
-        else:
-            result.skip(site.name, "several tokens a sequence: prefill stays dense")
-            form = "dense"
-        _lower(ctx.graph, site, linear, built[form], None if form == "dense" else limits[site.name])
-        site.form = form
-        result.count(form)
+        bias = layers.bias_of(linear)
+        product, output = layers.replace_linear(ctx.graph, linear, lambda x, weight: _dense(ctx.graph, x, weight))
+        k = plan.k[site.name]
+        threshold = None if plan.thresholds is None or k == site.in_features else plan.thresholds[site.name]
+        bare = SparseSite.of(site.name, product, output, bias, k, site.out_features, threshold)
+        site.sparse, site.linears = _decide(ctx, bare), [output]
+        result.count(site.sparse.form)
+        if site.sparse.form == "dense":
+            result.skip(site.name, site.sparse.reason)
     return result
 
 
-def _lower(graph: fx.Graph, site: Site, linear: fx.Node, form: Callable, limit: int | float | None) -> None:
-    """``limit``: what ``form`` selects by, the channels to keep or their threshold."""
-    def product(x: fx.Node, weight: fx.Node) -> fx.Node:
-        return form(graph, x, ex.weight_call(graph, torch.t, weight), limit)  # [K, N]
-
-    site.linears = [layers.replace_linear(graph, linear, product)]
+def _dense(graph: fx.Graph, x: fx.Node, weight: fx.Node) -> fx.Node:
+    return graph.call_function(torch.matmul, (x, ex.weight_call(graph, torch.t, weight)))  # [K, N]
 
 
-def _dense(graph: fx.Graph, x: fx.Node, weight: fx.Node, _: object) -> fx.Node:
-    return graph.call_function(torch.matmul, (x, weight))
-
-
-def _select(graph: fx.Graph, x: fx.Node, k: int) -> tuple[fx.Node, fx.Node]:
-    selected = graph.call_function(torch.ops.larosa.topk_select.default, (x, k))
-    values, indices = (graph.call_function(operator.getitem, (selected, i)) for i in (0, 1))
-    return values, indices
-
-
-def _gemv(graph: fx.Graph, x: fx.Node, weight: fx.Node, k: int) -> fx.Node:
-    values, indices = _select(graph, x, k)
-    return graph.call_function(torch.ops.larosa.sparse_gemv.default, (values, indices, weight))
-
-
-def _masked(graph: fx.Graph, x: fx.Node, weight: fx.Node, k: int) -> fx.Node:
-    values, indices = _select(graph, x, k)
-    zeros = graph.call_function(torch.zeros_like, (x,))
-    masked = graph.call_function(torch.scatter, (zeros, -1, graph.call_method("long", (indices,)), values))
-    return graph.call_function(torch.matmul, (masked, weight))
-
-
-def _gemv_over(graph: fx.Graph, x: fx.Node, weight: fx.Node, threshold: float) -> fx.Node:
-    # A list of unknown length has no place in a graph: one op selects and multiplies.
-    linear = torch.ops.larosa.sparse_linear.default
-    return graph.call_function(linear, (x, g.shape(x)[-1], weight), {"threshold": threshold})
-
-
-def _masked_over(graph: fx.Graph, x: fx.Node, weight: fx.Node, threshold: float) -> fx.Node:
-    below = graph.call_function(torch.lt, (graph.call_function(torch.abs, (x,)), threshold))
-    masked = graph.call_function(torch.masked_fill, (x, below, 0.0))
-    return graph.call_function(torch.matmul, (masked, weight))
-
-
-TOPK_FORMS = {"dense": _dense, "sparse GEMV": _gemv, "masked matmul": _masked}
-THRESHOLD_FORMS = {"dense": _dense, "sparse GEMV": _gemv_over, "masked matmul": _masked_over}
+def _decide(ctx: Context, bare: SparseSite) -> SparseSite:
+    if bare.k == bare.channels:
+        return replace(bare, reason="k is the whole site: dense")
+    if ctx.structure.tokens_per_sequence != 1:
+        return replace(bare, reason=_PREFILL) if ctx.sparsify == "decode" else replace(bare, form="masked matmul")
+    choice = ctx.device.pick(bare, ctx.structure.device)
+    if choice.kernel:
+        return replace(bare, form="sparse GEMV", kernel=choice.kernel)
+    return replace(bare, form="dense" if ctx.sparsify == "decode" else "masked matmul", reason=choice.reason, unserved=True)

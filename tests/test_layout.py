@@ -27,7 +27,7 @@ BELOW = {
     "passes": {"ir", "kernels"},
     "plan": {"ir"},
     "compiler": {"kernels", "ir", "passes", "plan"},
-    "serving": {"ir", "plan", "compiler"},
+    "serving": {"kernels", "ir", "plan", "compiler"},
     "method": {"kernels", "ir", "passes", "plan", "compiler"},
     "training": {"ir", "plan", "method"},
     "study": {"ir", "plan", "compiler", "method", "training", ""},

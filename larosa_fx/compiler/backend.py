@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
@@ -22,10 +23,11 @@ from larosa_fx.compiler.pipeline import Runner, disabled, transform
 from larosa_fx.compiler.policy import LarosaError
 from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
-from larosa_fx.ir.context import PlanView
+from larosa_fx.ir.context import Device, PlanView
 from larosa_fx.ir.report import Report
 from larosa_fx.ir.structure import weight_placeholders
 from larosa_fx.kernels import ops
+from larosa_fx.kernels.pick import pick
 from larosa_fx.passes.fold_maps import HalfRotatedError
 from larosa_fx.plan import file
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
@@ -188,6 +190,8 @@ class CompiledGraph:
             captured.structure.sites = decision.sites
             self._weights = captured.weights(range(len(self._mask)))
             binding = self._rewrite(captured, plan, run, report)
+            report.reason = "; ".join(filter(None, (report.reason, policy.unserved(
+                report.unserved, len(report.sites), sparsify=self.options.sparsify, strict=self.options.strict))))
             specs = binding.specs(args)
             report.bytes_added = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in specs)
             if self.options.weights == "replace":
@@ -213,6 +217,7 @@ class CompiledGraph:
         try:
             return transform(replace(
                 captured.context, sparsify=self.options.sparsify, rotate_cache=self.options.rotate_cache, report=report,
+                device=Device(pick=partial(pick, rows=self.options.rows)),
                 plan=PlanView(plan.rotation, plan.matrices, plan.k_at(self.options.sparsity),
                               plan.thresholds_at(self.options.sparsity, self.options.selection))), run)
         except HalfRotatedError as error:

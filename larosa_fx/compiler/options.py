@@ -38,6 +38,8 @@ class Options:
         mapped at run time wherever values outlive the graph.
     disable: names of passes to leave out, "fuse_attention,lower_head", to find which one a wrong answer comes from; see
         ``larosa_fx.compiler.pipeline``.
+    rows: the most rows (sequences) of a step that are multiplied sparsely; None takes the device's measured crossover,
+        beyond which one dense product is faster (``larosa_fx.kernels.pick``).
     compiler: "inductor", or "eager" to run the rewritten graph as it stands (quick to build, for debugging and accuracy).
     """
 
@@ -52,6 +54,7 @@ class Options:
     compiler: str = "inductor"
     selection: str | None = None
     disable: str = ""
+    rows: int | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, object] | None, mode: str | None = None) -> Options:
@@ -97,3 +100,5 @@ class Options:
         if not isinstance(self.disable, str):
             raise ValueError(f"option 'disable' is {self.disable!r}; give names of passes, 'fuse_attention,lower_head'")
         pipeline.disabled(self.disable)
+        if self.rows is not None and (isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 0):
+            raise ValueError(f"option 'rows' is {self.rows!r}; it is a number of sequences, or None")

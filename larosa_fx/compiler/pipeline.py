@@ -21,6 +21,7 @@ from larosa_fx.passes import (
     canonicalize,
     centre_layer_norms,
     defer_counters,
+    emit_sites,
     fold_gain,
     fold_maps,
     fold_rotations,
@@ -75,9 +76,10 @@ COMPILE = (
                                                  "rotation='none' for a plan without"),
     Pass(fold_maps, needed="the plan's channels are those of its maps"),
     Pass(merge_siblings, needed="a site is lowered as one product"),
-    Pass(lower_topk, needed="it is what sparsifies; pass sparsity=0.0 for a dense model"),
+    Pass(lower_topk, needed="it decides how each site runs; pass sparsity=0.0 for a dense model"),
     Pass(pack_adapters),
     Pass(fuse_sites),
+    Pass(emit_sites, needed="it is what sparsifies; pass sparsity=0.0 for a dense model"),
     Pass(fuse_attention),
     Pass(lower_head),
     Pass(defer_counters),
@@ -161,9 +163,8 @@ def transform(ctx: Context, run: Runner, until: str | None = None) -> Binding:
     if "fold_rotations" in run.disabled and ctx.treatment == "online" and not report.reason:
         report.reason = "rotations are applied online, not folded: fold_rotations is disabled"
     run(COMPILE, ctx, until)
-    report.sites = [SiteReport(
-        site.name, site.in_features, site.out_features, site.members, site.rotation, plan.k[site.name], site.form,
-        site.weight, site.writes, plan.thresholds and plan.thresholds[site.name]) for site in structure.sites]
+    thresholds = plan.thresholds or {}
+    report.sites = [SiteReport.of(site, thresholds.get(site.name)) for site in structure.sites if site.sparse is not None]
     report.passes, report.layers, report.rotation = run.results, structure.layers, plan.rotation
     report.nodes_before, report.nodes_after = run.nodes_before, len(ctx.graph.nodes)
     ctx.gm.recompile()

@@ -7,6 +7,7 @@
 | a plan with rotation "online" or "none"                             | online/unrotated |         |        |
 | some of the plan's sites, in each of its layers, with its weights   | those sites only | warns   | raises |
 | no plan, other sites, other shapes, or what ``Capture.refusal`` says | dense           | warns   | raises |
+| sites that no sparse kernel takes (rows, dtype, device)             | those dense      | warns   | raises |
 | other weights than the plan was made for                            | as above         | warns   | raises |
 | Dynamo's limit of compilations                                      | eager, dense     | warns   | raises |
 | a call of ``generate`` that reached no compiled graph               | eager, dense     | warns   | raises |
@@ -171,6 +172,22 @@ def changed_weights(plan: Plan, weights: Mapping[str, Sequence[torch.Tensor]], *
         if _told.get(every[0]) != event:
             _told[every[0]] = event
             _warn(message)
+
+
+def unserved(sites: Sequence[tuple[str, str]], of: int, *, sparsify: str, strict: bool) -> str:
+    """Say which sites, (name, reason) of ``of``, would be sparse but have no kernel and are multiplied densely; "" if none.
+
+    With ``sparsify`` "all" nothing is promised about speed: what is dropped is zero in a dense product, as asked.
+    """
+    if not sites:
+        return ""
+    site, why = sites[0]
+    message = f"{len(sites)} of {of} sites have no sparse kernel here, {site} the first: {why}"
+    if sparsify != "all":
+        if strict:
+            raise LarosaError(f"larosa (strict): {message}")
+        _warn(f"multiplied densely: {message}")
+    return message
 
 
 def explain_eager(reason: str, *, strict: bool, wrong: bool = False) -> None:

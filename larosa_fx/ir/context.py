@@ -10,8 +10,10 @@ from torch import fx
 
 from larosa_fx.ir.recipe import Recipe
 from larosa_fx.ir.report import Report
+from larosa_fx.ir.site import SparseSite
 from larosa_fx.ir.structure import Structure
 from larosa_fx.kernels import ops
+from larosa_fx.kernels.pick import Choice, pick
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class PlanView:
 
 @dataclass(frozen=True)
 class Device:
-    """What the device computes in one launch, as passes ask it; see the functions of ``kernels.ops``."""
+    """What the device computes, as passes ask it: ``kernels.pick``, and the functions of ``kernels.ops``."""
 
-    fuses: Callable[[torch.Tensor, int, int, bool, str], bool] = ops.fuses
+    pick: Callable[[SparseSite, torch.device], Choice] = pick
     attends: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], bool] = ops.attends
     multiplies: Callable[[torch.Tensor, torch.Tensor], bool] = ops.multiplies
 

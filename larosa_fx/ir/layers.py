@@ -70,17 +70,21 @@ def bias_of(linear: fx.Node) -> fx.Node | None:
     return g.argument(linear, 2, "bias") if is_linear(linear) else None
 
 
-def replace_linear(graph: fx.Graph, linear: fx.Node, product: Callable[[fx.Node, fx.Node], fx.Node]) -> fx.Node:
-    """Another form in place of a linear: ``product(x, weight)``, which its bias is added to. Returns the new node."""
+def replace_linear(graph: fx.Graph, linear: fx.Node, product: Callable[[fx.Node, fx.Node], fx.Node]
+                   ) -> tuple[fx.Node, fx.Node]:
+    """Another form in place of a linear: ``product(x, weight)``, which its bias is added to.
+
+    Returns the product, and what stands in the linear's place: the same, or its sum with the bias.
+    """
     bias = bias_of(linear)
     with graph.inserting_before(linear):
-        lowered = product(linear.args[0], linear.args[1])
+        made = lowered = product(linear.args[0], linear.args[1])
         if bias is not None:
-            lowered = graph.call_function(torch.add, (lowered, bias))
+            lowered = graph.call_function(torch.add, (made, bias))
     lowered.meta = dict(linear.meta)
     linear.replace_all_uses_with(lowered)
     graph.erase_node(linear)
-    return lowered
+    return made, lowered
 
 
 def edit_weight(linear: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
+
+if TYPE_CHECKING:
+    from larosa_fx.ir.structure import Site
 
 
 @dataclass
@@ -27,13 +31,23 @@ class PassResult:
         return f"{self.name}: {done}" + (f", {len(self.skipped)} skipped" if self.skipped else "")
 
 
+LINEARS = {"h1": "qkv", "h2": "o", "h3": "gate, up", "h4": "down"}
+
+
+def label(site: str) -> str:
+    """A site's name for people: ``layers.0.h1 (qkv)``."""
+    return f"{site} ({LINEARS[site.rpartition('.')[2]]})"
+
+
 @dataclass
 class SiteReport:
-    """One site as compiled. ``k`` of ``channels`` are kept, on average where a ``threshold`` decides; ``form`` is how the
-    linears behind it run.
+    """One site as compiled. ``k`` of ``channels`` are kept, on average where a ``threshold`` decides.
 
-    ``weight``: what their weights became, as a formula. ``writes``: what adds their output to the residual stream, if they
-    do: the adapter's formula on the residual edge, "" without one.
+    form: "sparse GEMV", "masked matmul" (what is dropped is zero, all weights are read) or "dense". kernel: which runs it,
+    "" for torch's own product; reason: why there is none, or why the site is dense. unserved: it would be sparse, had it a
+    kernel. rows: vectors that a call multiplies, a symbol where their number is dynamic. weight_bytes: of the linears'
+    folded weights; bytes_read: of these, by one token. weight: what the weights became, as a formula. writes: what adds
+    their output to the residual stream, if they do: the adapter's formula on the residual edge, "" without one.
     """
 
     site: str
@@ -46,10 +60,25 @@ class SiteReport:
     weight: str = ""
     writes: str | None = None
     threshold: float | None = None
+    kernel: str = ""
+    reason: str = ""
+    unserved: bool = False
+    rows: str = ""
+    weight_bytes: int = 0
+    bytes_read: int = 0
+
+    @classmethod
+    def of(cls, site: Site, threshold: float | None) -> SiteReport:
+        """From the value that was written into the graph. ``threshold``: the plan's, also where all channels are kept."""
+        sparse = site.sparse
+        return cls(site.name, site.in_features, site.out_features, site.members, site.rotation, sparse.k, sparse.form,
+                   site.weight, site.writes, threshold, sparse.kernel, sparse.reason, sparse.unserved,
+                   str(sparse.rows), sparse.weight_bytes, sparse.bytes_read)
 
     @property
     def byte_sparsity(self) -> float:
-        return 1 - self.k / self.channels
+        """Share of the weights' bytes that a token does not need; none of a dense site's."""
+        return 0.0 if self.form == "dense" else 1 - self.k / self.channels
 
 
 @dataclass
@@ -71,10 +100,19 @@ class Report:
 
     @property
     def byte_sparsity(self) -> float:
-        """Share of the block linears' weight bytes that a token does not read in this graph; with thresholds, on average."""
-        total = sum(s.channels * s.outputs for s in self.sites)
-        sparse = sum((s.channels - s.k) * s.outputs for s in self.sites if s.form != "dense")
-        return sparse / total if total else 0.0
+        """Share of the block linears' weight bytes that a token does not need in this graph; with thresholds, on average."""
+        total = sum(s.weight_bytes for s in self.sites)
+        return sum(s.byte_sparsity * s.weight_bytes for s in self.sites) / total if total else 0.0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the block linears' weights that a token reads; a masked product reads all."""
+        return sum(s.bytes_read for s in self.sites)
+
+    @property
+    def unserved(self) -> list[tuple[str, str]]:
+        """(site, reason) of those that would be sparse here, had the device a kernel for them."""
+        return [(s.site, s.reason) for s in self.sites if s.unserved]
 
     @property
     def selection(self) -> str:
@@ -93,14 +131,16 @@ class Report:
         return [entry for result in self.passes for entry in result.skipped]
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-ready: every field, and the derived byte sparsity, selection and adapter count."""
-        return {**asdict(self), "byte_sparsity": self.byte_sparsity, "selection": self.selection, "adapters": self.adapters}
+        """JSON-ready: every field, and the derived byte sparsity, bytes read, selection and adapter count."""
+        return {**asdict(self), "byte_sparsity": self.byte_sparsity, "bytes_read": self.bytes_read,
+                "selection": self.selection, "adapters": self.adapters}
 
     def summary(self) -> str:
         linears = sum(s.linears for s in self.sites)
         text = (f"{self.treatment}: {self.layers} layers, {len(self.sites)} sites, {linears} linears lowered, "
                 f"{self.adapters} adapters, rotation {self.rotation}, byte sparsity {self.byte_sparsity:.1%} "
-                f"by {self.selection}, {self.bytes_added / 2**20:.1f} MiB added")
+                f"by {self.selection}, {self.bytes_read / 2**20:.1f} MiB read a token, "
+                f"{self.bytes_added / 2**20:.1f} MiB added")
         return text + (f"\nreason: {self.reason}" if self.reason else "")
 
     def overview(self) -> str:
@@ -116,7 +156,8 @@ class Report:
         return "\n\n".join(parts)
 
     def __str__(self) -> str:
-        sites = [[s.site, s.channels, s.outputs, s.linears, s.rotation, s.k, s.threshold, f"{s.byte_sparsity:.1%}", s.form]
-                 for s in self.sites]
-        headers = ["site", "channels", "outputs", "linears", "rotation", "k", "threshold", "not read", "form"]
+        sites = [[label(s.site), s.channels, s.outputs, s.linears, s.rotation, s.k, s.threshold, s.bytes_read, s.form,
+                  s.kernel or s.reason] for s in self.sites]
+        headers = ["site", "channels", "outputs", "linears", "rotation", "k", "threshold", "bytes read", "form",
+                   "kernel, or why not"]
         return (tabulate(sites, headers) + "\n\n" if sites else "") + self.overview()

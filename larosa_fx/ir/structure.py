@@ -11,6 +11,7 @@ from torch import fx
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir import layers
+from larosa_fx.ir.site import SparseSite
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Site:
     kind: "h1" (QKV input), "h2" (o_proj input), "h3" (gate/up input) or "h4" (down_proj input).
     norm: the RMSNorm or LayerNorm whose output the site is; None at h2 and h4, and where linears read the stream itself.
     source: what ``passes.match_sources`` finds there. members: how many linears
-    read it in the model. rotation: how its channels are rotated or mapped, for people. Set by ``passes.lower_topk``: form,
+    read it in the model. rotation: how its channels are rotated or mapped, for people. Set by ``passes.lower_topk``: sparse,
     how the product behind it runs; weight, what its weights became, as a formula; writes, what adds their output to the
     residual stream, if they do: the adapter's formula, "" without one.
     """
@@ -53,7 +54,7 @@ class Site:
     norm: fx.Node | None = None
     source: Source | None = None
     rotation: str = "none"
-    form: str = ""
+    sparse: SparseSite | None = None
     weight: str = ""
     writes: str | None = None
 

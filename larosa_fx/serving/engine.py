@@ -21,12 +21,11 @@ from larosa_fx.compiler.backend import LarosaError
 from larosa_fx.compiler.folds import STORE, Folded
 from larosa_fx.compiler.options import Options
 from larosa_fx.ir import compat
+from larosa_fx.kernels.pick import crossover
 from larosa_fx.plan.plan import ATTACHED, Plan
 from larosa_fx.serving import cache as caches
 from larosa_fx.serving import loop
 
-#: Above so many rows a step, reading all weights once beats reading each row's share of them (bench/NOTES.md).
-SPARSE_ROWS = {"cuda": 1, "cpu": 8}
 #: Inductor's mode where none is named. A GPU waits for its launches unless CUDA graphs replay them.
 MODES = {"cuda": "reduce-overhead"}
 
@@ -53,8 +52,8 @@ class Settings:
         if rotate_cache is None:  # where our own prompts are all that fills a cache, values may lie in it mapped
             rotate_cache = options["weights"] == "replace"
         mode = MODES.get(kind) if mode == "auto" else mode
-        parsed = Options.parse({"mode": mode, "rotate_cache": rotate_cache, **options})
-        return cls(parsed, SPARSE_ROWS.get(kind, 1) if sparse_rows is None else sparse_rows, max_cache_len or 0)
+        parsed = Options.parse({"mode": mode, "rotate_cache": rotate_cache, "rows": sparse_rows, **options})
+        return cls(parsed, crossover(kind) if sparse_rows is None else sparse_rows, max_cache_len or 0)
 
     @property
     def owns(self) -> bool:

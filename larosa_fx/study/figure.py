@@ -7,7 +7,7 @@ from html import escape
 
 from tabulate import tabulate
 
-from larosa_fx.ir.report import Report, SiteReport
+from larosa_fx.ir.report import Report, SiteReport, label
 
 WIDTH = 560
 STYLE = """
@@ -35,9 +35,10 @@ def html(report: Report, layer: int = 0) -> str:
     legend = " ".join(f'<svg width="14" height="12"><rect class="{name}" width="13" height="11"/></svg> {text} &nbsp;'
                       for name, text in LEGEND)
     tables = "".join(f"<h2>{title}</h2>{tabulate(rows, headers, tablefmt='html')}" for title, rows, headers in (
-        ("Sites", [[s.site, s.channels, s.outputs, s.linears, s.rotation, s.k, f"{s.byte_sparsity:.1%}", s.form, s.weight]
+        ("Sites", [[label(s.site), s.channels, s.outputs, s.linears, s.rotation, s.k, s.bytes_read, s.form,
+                    s.kernel or s.reason, s.weight]
                    for s in report.sites],
-         ["site", "channels", "outputs", "linears", "rotation", "k", "not read", "form", "weight"]),
+         ["site", "channels", "outputs", "linears", "rotation", "k", "bytes read", "form", "kernel, or why not", "weight"]),
         ("Passes", [[p.name, f"{p.seconds:.3f}", str(p).partition(": ")[2]] for p in report.passes],
          ["pass", "seconds", "result"]),
         ("Left alone", [list(entry) for entry in report.skipped], ["what", "why"])))

@@ -36,7 +36,7 @@ def test_ops(tokens, sparsify, form, selections, gemvs):
     rewrite(p, "layer", "merge_siblings")
     assert p.calls(SELECT, GEMV) == 0
     p = program("llama", tokens=tokens)
-    done = rewrite(p, "layer", "lower_topk", k=half(p), sparsify=sparsify)
+    done = rewrite(p, "layer", "emit_sites", k=half(p), sparsify=sparsify)
     assert set(done.forms.values()) == {form} and len(done.forms) == SITE_COUNT
     assert (p.calls(SELECT), p.calls(GEMV)) == (selections, gemvs)
     assert done.results["lower_topk"].counts == {form: SITE_COUNT}
@@ -47,7 +47,7 @@ def test_ops(tokens, sparsify, form, selections, gemvs):
 def test_a_site_with_all_channels_stays_dense_beside_sparse_ones():
     p = program("llama", tokens=1)
     k = half(p) | {"layers.1.h3": SIZES["hidden_size"]}
-    done = rewrite(p, "none", "lower_topk", k=k)
+    done = rewrite(p, "none", "emit_sites", k=k)
     assert [site for site, form in done.forms.items() if form == "dense"] == ["layers.1.h3"]
     assert p.calls(SELECT) == SITE_COUNT - 1
     assert done.results["lower_topk"].skipped == [("layers.1.h3", "k is the whole site: dense")]
@@ -59,7 +59,7 @@ def test_thresholds_need_no_selection(tokens, sparsify, form, ops):
     p = program("llama", tokens=tokens)
     thresholds = {site.name: 0.1 + i for i, site in enumerate(p.structure.sites)}
     k = half(p) | {"layers.1.h3": SIZES["hidden_size"]}
-    done = rewrite(p, "layer", "lower_topk", k=k, sparsify=sparsify, thresholds=thresholds)
+    done = rewrite(p, "layer", "emit_sites", k=k, sparsify=sparsify, thresholds=thresholds)
     assert done.forms.pop("layers.1.h3") == "dense" and set(done.forms.values()) == {form}
     assert p.calls(SELECT, GEMV) == 0 and p.calls(torch.masked_fill) == (SITE_COUNT - 1 if form == "masked matmul" else 0)
     linears = p.gm.graph.find_nodes(op="call_function", target=LINEAR)

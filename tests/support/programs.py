@@ -19,7 +19,9 @@ from larosa_fx.compiler.pipeline import Runner, transform
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context, PlanView
 from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.site import SparseSite
 from larosa_fx.ir.structure import Structure
+from larosa_fx.kernels.pick import Choice
 from tiny import SIZES, ids
 
 #: All weights depend on it; another one is another run of the same tests.
@@ -174,23 +176,30 @@ class Rewritten:
     binding: Binding | None
 
 
+def kernel_that(fuses: Callable) -> Callable:
+    """A device with a kernel for every product, and for the whole of what ``fuses`` says."""
+    def pick(site: SparseSite, device: torch.device) -> Choice:
+        return Choice("a kernel", fuses(site.example, site.columns, site.adapter_rows, site.normed, site.gate))
+    return pick
+
+
 def rewrite(p: Program, granularity: str, until: str = "fold_weights", *, k: Mapping[str, int] | None = None,
             sparsify: str = "all", fuses: Callable | None = None, matrices: Mapping[str, torch.Tensor] | None = None,
             thresholds: Mapping[str, float] | None = None, disabled: Collection[str] = ()) -> Rewritten:
     """Run the product's own passes behind matching, up to and including ``until``, with a plan's matrices or random
     rotations.
 
-    fuses: what the device's kernel takes; without it sites are not fused.
+    fuses: whether the device's kernel takes (x, columns, adapter rows, norm, gate) as a whole; without it nothing is fused.
     """
     matrices = rotations(p.structure, granularity) if matrices is None else matrices
     k = k or {site.name: site.in_features for site in p.structure.sites}
     ctx = p.context
     ctx.plan, ctx.sparsify = PlanView(granularity, matrices, k, thresholds), sparsify
+    ctx.device = replace(ctx.device, pick=kernel_that(fuses or (lambda *_: False)))
     if fuses is None:
         disabled = {*disabled, "fuse_sites"}
-    else:
-        ctx.device = replace(ctx.device, fuses=fuses)
     run = Runner(disabled=disabled)
     binding = transform(ctx, run, until)
-    return Rewritten({result.name: result for result in run.results}, {site.name: site.form for site in p.structure.sites},
+    return Rewritten({result.name: result for result in run.results},
+                     {site.name: site.sparse and site.sparse.form for site in p.structure.sites},
                      replace(binding, digest=str(random.random())) if until == "fold_weights" else None)

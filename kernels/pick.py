@@ -1,0 +1,144 @@
+"""Which kernel takes a sparse site: one table, asked when a graph is built. What it answers is what runs and is reported.
+
+Rows are the vectors that one call multiplies. A kernel may take more than pays: with each row fewer channels stay unread,
+and beyond the crossover that was measured (bench/NOTES.md) the device's own dense product is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from larosa_fx.kernels import cpu, reference
+
+
+class Site(Protocol):
+    """What is asked for: a product with the chosen channels of x, and what is computed around it.
+
+    example: x, [..., K], which may be a fake tensor. rows: of x; where they are symbolic, to compare them is to guard on
+    them, so the answer holds for the graph, and other numbers compile anew. columns: N of the weight, [K, N]. format: the
+    name of the weight's format. adapter_rows: of a residual adapter behind the weight's own. normed: an RMSNorm in front.
+    gate: the activation between the two halves, or "". threshold: None for Top-K.
+    """
+
+    example: Tensor
+    rows: int | torch.SymInt
+    columns: int
+    format: str
+    adapter_rows: int
+    normed: bool
+    gate: str
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel for a site, or why none takes it.
+
+    kernel: its name, "" for none. whole: it computes the site and all that was named around it in one launch; otherwise it
+    is the product alone. reason: "" or why there is none.
+    """
+
+    kernel: str = ""
+    whole: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of the table.
+
+    formats, dtypes: of weights and activations. takes: the most rows it computes. pays: the most rows at which it was faster
+    than the dense product. declines: why it does not take a site that fits otherwise, or "".
+    """
+
+    name: str
+    device: str
+    whole: bool
+    formats: Collection[str]
+    dtypes: Collection[torch.dtype]
+    takes: int
+    pays: int
+    declines: Callable[[Site], str]
+
+    def most(self, asked: int | None) -> int:
+        """The most rows it is picked for: those that pay, or as many as are asked for and it takes."""
+        return min(self.takes, self.pays if asked is None else asked)
+
+    def refusal(self, site: Site, most: int) -> str:
+        """Why this kernel does not take the site, or ""."""
+        if site.example.dtype not in self.dtypes:
+            return f"it takes {_names(self.dtypes)}, not {_names([site.example.dtype])}"
+        if site.rows > most:
+            return f"{site.rows} rows are more than it is for, {most}"
+        return self.declines(site)
+
+
+def _names(dtypes: Collection[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _nvrtc(site: Site) -> str:
+    from larosa_fx.kernels import cuda_linear
+
+    served = cuda_linear.serves(site.example, site.columns, site.adapter_rows, site.normed, site.gate)
+    return "" if served else "it does not take these sizes, these parts, or this device"
+
+
+def _triton(site: Site) -> str:
+    try:
+        from larosa_fx.kernels import triton_gemv, triton_topk
+    except ImportError:
+        return "Triton is not installed"
+    if site.adapter_rows or site.normed or site.gate:
+        return "it computes the product alone"
+    selects = site.threshold is not None or triton_topk.serves(site.example)
+    return "" if selects and triton_gemv.serves(site.example) else "it does not take so many channels"
+
+
+def _native(site: Site) -> str:
+    if site.adapter_rows and site.gate:
+        return "it takes no adapter behind a gate"
+    return "" if cpu.serves(site.example, site.adapter_rows, site.gate) else "there is no C++ compiler"
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+#: On an H200 a step of Llama-3-8B takes, sparse and dense, 6.5 and 6.2 ms at two rows, 9.0 and 6.8 at four: one row pays.
+TABLE = (
+    Kernel("NVRTC sparse_linear", "cuda", True, ("dense",), _HALF, takes=1, pays=1, declines=_nvrtc),
+    Kernel("Triton gather", "cuda", False, ("dense",), (*_HALF, torch.float32), takes=reference.GATHER_ROWS, pays=1,
+           declines=_triton),
+    Kernel("C++ sparse_linear", "cpu", True, ("dense",), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=cpu.MAX_ROWS,
+           declines=_native),
+)
+
+
+def crossover(device: str, weights: str = "dense", table: Sequence[Kernel] = TABLE) -> int:
+    """The most rows at which a sparse product pays on a type of device; 0 where there is no kernel."""
+    return max((kernel.most(None) for kernel in table if kernel.device == device and weights in kernel.formats), default=0)
+
+
+def pick(site: Site, device: torch.device, rows: int | None = None, table: Sequence[Kernel] = TABLE) -> Choice:
+    """The first kernel of the table that takes the site on the device, or all the reasons why none does.
+
+    rows: the most that are to be multiplied sparsely; None stands for the measured crossover.
+    """
+    fitting = [kernel for kernel in table if kernel.device == device.type and site.format in kernel.formats]
+    if not fitting:
+        return Choice(reason=f"there is no kernel for {site.format} weights on {device.type}")
+    most = max(kernel.most(rows) for kernel in fitting)
+    if site.rows > most:
+        why = f"one dense product is faster on {device.type}, as measured" if rows is None else "no kernel is asked for"
+        return Choice(reason=f"{site.rows} rows: above {most} {why}")
+    refusals = []
+    for kernel in fitting:
+        refusal = kernel.refusal(site, kernel.most(rows))
+        if not refusal:
+            return Choice(kernel.name, kernel.whole)
+        refusals.append(f"{kernel.name}: {refusal}")
+    return Choice(reason="; ".join(refusals))

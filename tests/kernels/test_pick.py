@@ -1,0 +1,82 @@
+"""The table of kernels: rows, dtypes, parts and formats that each takes, and the reason where none does."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from larosa_fx.kernels import cpu, cuda_linear, pick, triton_gemv
+from larosa_fx.kernels.pick import TABLE, crossover
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Site:
+    example: torch.Tensor
+    rows: int
+    columns: int = 64
+    format: str = "dense"
+    adapter_rows: int = 0
+    normed: bool = False
+    gate: str = ""
+    threshold: float | None = None
+
+
+def site(rows=1, dtype=torch.bfloat16, **parts):
+    return Site(torch.empty(rows, 1, 32, dtype=dtype), rows, **parts)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Kernels that are there and take every size: what is left is the table."""
+    monkeypatch.setattr(cpu, "serves", lambda x, adapter, gate: True)
+    monkeypatch.setattr(pick, "_nvrtc", lambda _: "")
+    monkeypatch.setattr(pick, "_triton", lambda _: "")
+    table = [replace(k, declines=lambda _: "") if k.device == "cuda" else k for k in TABLE]
+    return lambda s, device, rows=None: pick.pick(s, device, rows, table)
+
+
+@pytest.mark.parametrize("rows, device, asked, kernel, whole", [
+    (1, CUDA, None, "NVRTC sparse_linear", True), (1, CPU, None, "C++ sparse_linear", True),
+    (2, CUDA, None, "", False), (8, CUDA, 8, "Triton gather", False), (9, CUDA, 64, "", False),
+    (8, CPU, None, "C++ sparse_linear", True), (9, CPU, None, "", False), (2, CPU, 1, "", False),
+])
+def test_rows(everywhere, rows, device, asked, kernel, whole):
+    choice = everywhere(site(rows), device, asked)
+    assert (choice.kernel, choice.whole) == (kernel, whole)
+    assert bool(choice.reason) == (not kernel) and (kernel or f"{rows} rows" in choice.reason)
+
+
+@pytest.mark.parametrize("dtype, device, kernel", [
+    (torch.float32, CUDA, "Triton gather"), (torch.float32, CPU, "C++ sparse_linear"),
+    (torch.float16, CPU, "C++ sparse_linear"),
+    (torch.float64, CUDA, ""), (torch.float64, CPU, "")])
+def test_dtypes(everywhere, dtype, device, kernel):
+    choice = everywhere(site(dtype=dtype), device)
+    assert choice.kernel == kernel and (kernel or "not float64" in choice.reason)
+
+
+def test_other_devices_and_formats(everywhere):
+    assert "no kernel for dense weights on meta" in everywhere(site(), torch.device("meta")).reason
+    assert "no kernel for int3 weights on cpu" in everywhere(site(format="int3"), CPU).reason
+
+
+def test_parts():
+    assert "adapter" in pick._native(site(adapter_rows=8, gate="silu"))
+    assert "product alone" in pick._triton(site(normed=True))
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(cpu, "_library", None)
+    assert "C++ compiler" in pick.pick(site(), CPU).reason
+
+
+def test_no_kernel_is_picked_for_more_than_it_takes():
+    assert all(kernel.pays <= kernel.takes for kernel in TABLE)
+    assert crossover("cpu") == cpu.MAX_ROWS and crossover("cuda") == 1 and crossover("mps") == 0
+    launchers = {"NVRTC sparse_linear": lambda n: cuda_linear.serves(torch.empty(n, 1, 32), 64, 0, False, ""),
+                 "Triton gather": lambda n: triton_gemv.serves(torch.empty(n, 1, 32)),
+                 "C++ sparse_linear": lambda n: cpu.serves(torch.empty(n, 1, 32), 0, "")}
+    for kernel in TABLE:
+        assert not launchers[kernel.name](kernel.takes + 1)
