@@ -18,7 +18,7 @@ _KEPT = 2  # caches, of one batch size each
 
 
 def of(model_kwargs: Mapping[str, object]) -> Cache | None:
-    """The cache among the arguments of a model."""
+    """The cache among arguments, "past_key_values" to some releases of transformers and "cache" to others."""
     return next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
 
 
@@ -121,7 +121,7 @@ class _PromptLayer(CacheLayerMixin):
     def __init__(self, layer: StaticLayer, past: int) -> None:
         super().__init__()
         self.keys, self.values = layer.keys, layer.values
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         # The number of positions filled is a size, not an integer, because graphs serve all sizes.
         self._filled = self.keys[:, :, :past] if past else None
 

@@ -94,7 +94,7 @@ class Engine:
         reason = self._unserved(config, kwargs)
         if reason is not None:
             return self._leave(reason, inputs, generation_config, *args, streamer=streamer, **kwargs)
-        own = kwargs.get("past_key_values") is None
+        own = caches.of(kwargs) is None
         if own and generation_config is not None:
             generation_config = copy.deepcopy(generation_config)
             generation_config.cache_implementation = "static"
@@ -148,7 +148,7 @@ class Engine:
             return "custom_generate brings a loop of its own"
         if kwargs.get("synced_gpus"):
             return "synced_gpus=True keeps several processes in step"
-        cache = kwargs.get("past_key_values")
+        cache = caches.of(kwargs)
         if cache is not None and not (isinstance(cache, StaticCache) and cache.is_compileable and not cache.offloading):
             return f"past_key_values is a {type(cache).__name__}, and sparse steps need a StaticCache"
         mode = config.get_generation_mode(kwargs.get("assistant_model")).value

@@ -67,7 +67,8 @@ def output(config: object, sequences: Tensor, scores: tuple | None, raw: tuple |
     """What ``generate`` returns of a decoder."""
     if not config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=raw, past_key_values=cache)
+    name = next(name for name in ("past_key_values", "cache") if name in GenerateDecoderOnlyOutput.__annotations__)
+    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=raw, **{name: cache})
 
 
 class _Answer:

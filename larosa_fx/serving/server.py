@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import time
 
 import torch
+
+#: transformers' handlers of kinds of requests, of which some releases have fewer: name -> (module, class).
+HANDLERS = {"chat": ("chat_completion", "ChatCompletionHandler"), "completion": ("completion", "CompletionHandler"),
+            "response": ("response", "ResponseHandler"), "systemone": ("systemone", "SystemOneHandler"),
+            "transcription": ("transcription", "TranscriptionHandler")}
 
 
 class ServingError(RuntimeError):
@@ -22,7 +29,7 @@ def build(model: torch.nn.Module, tokenizer: object, name: str, *, host: str, po
     if not is_serve_available():
         raise ServingError('serving needs more packages: pip install "larosa_fx[serve]"')
     import uvicorn
-    from transformers.cli.serving import chat_completion, completion, model_manager, response, systemone, transcription
+    from transformers.cli.serving import model_manager
     from transformers.cli.serving import server as openai_server
     from transformers.cli.serving.utils import GenerationState
 
@@ -40,11 +47,10 @@ def build(model: torch.nn.Module, tokenizer: object, name: str, *, host: str, po
 
     started = int(time.time())
     manager, state = Manager(force_model=name), GenerationState()
-    shared = {"model_manager": manager, "generation_state": state}
-    app = openai_server.build_server(
-        manager, chat_completion.ChatCompletionHandler(**shared), completion_handler=completion.CompletionHandler(**shared),
-        response_handler=response.ResponseHandler(**shared), systemone_handler=systemone.SystemOneHandler(**shared),
-        transcription_handler=transcription.TranscriptionHandler(manager, state), generation_state=state)
+    taken = inspect.signature(openai_server.build_server).parameters
+    handlers = {f"{name}_handler": _handler(module, kind)(manager, state)
+                for name, (module, kind) in HANDLERS.items() if f"{name}_handler" in taken}
+    app = openai_server.build_server(manager, **handlers, generation_state=state)
 
     def warm_up() -> None:
         """Compile, and record CUDA graphs: what the first requests would wait for."""
@@ -54,3 +60,7 @@ def build(model: torch.nn.Module, tokenizer: object, name: str, *, host: str, po
             thread.submit(model.generate, ids, max_new_tokens=8, min_new_tokens=8, do_sample=False).result()
 
     return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning")), warm_up
+
+
+def _handler(module: str, kind: str) -> type:
+    return getattr(importlib.import_module(f"transformers.cli.serving.{module}"), kind)
