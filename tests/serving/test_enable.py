@@ -83,9 +83,9 @@ def test_tokens_are_transformers_own(pair, case):
     assert torch.equal(got, expected)
 
 
-def test_embeddings_in_place_of_tokens(pair):
-    embeddings = torch.randn(1, 7, 64, device=pair[0].device)
-    assert torch.equal(*both(pair, inputs_embeds=embeddings))
+def test_embeddings_need_the_weights_that_are_gone(pair):
+    with pytest.raises(larosa_fx.LarosaError, match="weights='copy'"):
+        pair[0].generate(inputs_embeds=torch.randn(1, 7, 64, device=pair[0].device), **SETTINGS)
 
 
 def test_dicts_hold_scores_logits_and_a_cache_of_their_own(pair):
@@ -205,10 +205,12 @@ def test_enable_is_idempotent_and_disable_takes_it_back():
     prompt = ids(1, 9)
     expected = dense.generate(prompt, **SETTINGS)
     assert larosa_fx.enable(model, **options) is model
+    embeddings = dense.get_input_embeddings()(prompt)
+    by_embeddings = model.generate(inputs_embeds=embeddings, **SETTINGS)
     sparse = model.generate(prompt, **SETTINGS)
     compiled = counters["stats"]["unique_graphs"]
     larosa_fx.enable(larosa_fx.enable(model, **options), **options)
-    assert torch.equal(model.generate(prompt, **SETTINGS), sparse)
+    assert torch.equal(model.generate(prompt, **SETTINGS), sparse) and torch.equal(sparse[:, 9:], by_embeddings)
     assert counters["stats"]["unique_graphs"] == compiled
     assert not torch.equal(sparse, expected)  # or nothing here shows anything
     assert torch.equal(copy.deepcopy(model).generate(prompt, **SETTINGS), expected)
