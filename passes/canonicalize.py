@@ -48,8 +48,18 @@ class Norm(NamedTuple):
     def canonical(self, graph: fx.Graph) -> fx.Node:
         dims = g.shape(self.input)[-1:]
         if self.centred:
-            return graph.call_function(F.layer_norm, (self.input, dims, self.gain, self.bias, self.eps))
+            gain, bias = (self._widened(graph, x) for x in (self.gain, self.bias))
+            return graph.call_function(F.layer_norm, (self.input, dims, gain, bias, self.eps))
         return graph.call_function(F.rms_norm, (self.input, dims, self.gain, self.eps))
+
+    def _widened(self, graph: fx.Graph, weight: fx.Node | None) -> fx.Node | None:
+        """A gain or bias that the model cast to fewer bits than the input has, cast back, as ``F.layer_norm`` asks."""
+        wide = g.dtype(self.input)
+        if weight is None or g.dtype(weight) in (None, wide) or torch.promote_types(g.dtype(weight), wide) != wide:
+            return weight
+        cast = graph.call_method("to", (weight, wide))
+        cast.meta["example_value"] = g.value(weight).to(wide)
+        return cast
 
 
 def run(ctx: Context) -> PassResult:
