@@ -31,7 +31,7 @@ class Options:
     mode: an Inductor mode ("reduce-overhead", "max-autotune", ...) or None. torch.compile refuses its own ``mode``
         beside ``options``; this one stands in for it.
     strict: raise, with the reason, where the graph would otherwise be compiled dense.
-    dump_dir: directory for numbered graph dumps before and after every pass.
+    dump_dir: directory for numbered dumps of the graph behind every pass, Python files that run.
     weights: "copy" keeps the eager model usable; "replace" frees each original weight once it is folded.
     rotate_cache: let a plan's head maps be folded into what writes the key-value cache, so that values lie in it mapped. A
         promise: all that fills or reads this cache, prefill too, runs compiled with this plan. Without it heads are

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from larosa_fx.compiler import dump
 from larosa_fx.compiler.folds import Binding
 from larosa_fx.compiler.policy import treatment
+from larosa_fx.ir import compat
 from larosa_fx.ir.checks import make_directory
 from larosa_fx.ir.context import Context
-from larosa_fx.ir.graph import PARAMETER, placeholders
+from larosa_fx.ir.graph import PARAMETER, placeholders, value
 from larosa_fx.ir.report import PassResult, SiteReport
 from larosa_fx.passes import (
     canonicalize,
@@ -111,7 +113,9 @@ def disabled(names: str) -> frozenset[str]:
 
 
 class Runner:
-    """Runs passes: one log line each, seconds, a lint of the graph, and a numbered dump behind each in ``dump_dir``.
+    """Runs passes: one log line each, seconds, a lint of the graph, and a dump behind each.
+
+    Dumps are Python files that run; they go to ``dump_dir`` and to torch's own trace (TORCH_TRACE).
 
     disabled: names of passes that are left out.
     """
@@ -120,12 +124,14 @@ class Runner:
         self.results: list[PassResult] = []
         self.disabled = disabled
         self.nodes_before: int | None = None
+        self._originals: list[object] = []
         self._dumps = _next_graph_dir(Path(dump_dir)) if dump_dir else None
 
     def __call__(self, passes: Sequence[Pass], ctx: Context, until: str | None = None) -> None:
         """Run those of the passes that belong to the context's treatment, up to and including the one named ``until``."""
         if self.nodes_before is None:
             self.nodes_before = len(ctx.graph.nodes)
+            self._originals = [value(node) for node in placeholders(ctx.graph)]
         for step in passes:
             if ctx.treatment in step.when and step.name not in self.disabled:
                 self._run(step, ctx)
@@ -138,11 +144,19 @@ class Runner:
         result.seconds = time.perf_counter() - started
         ctx.graph.lint()
         self.results.append(result)
-        if self._dumps is not None:
-            (self._dumps / f"{len(self.results):02d}-{step.name}.txt").write_text(f"{ctx.graph}\n")
+        self._dump(ctx, f"{len(self.results):02d}-{step.name}")
         log.info("%s (%.3f s)", result, result.seconds)
         for what, reason in result.skipped:
             log.debug("%s left %s alone: %s", result.name, what, reason)
+
+
+    def _dump(self, ctx: Context, name: str) -> None:
+        if self._dumps is None and not compat.tracing():
+            return
+        text = dump.source(ctx, f"The graph behind {name}.", self._originals)
+        compat.trace_artifact(f"larosa_{name}", text)
+        if self._dumps is not None:
+            (self._dumps / f"{name}.py").write_text(text, encoding="utf-8")
 
 
 def _next_graph_dir(root: Path) -> Path:

@@ -337,3 +337,17 @@ def causal_language_models() -> Mapping[type, type | tuple[type, ...]]:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM._model_mapping
+
+
+def tracing() -> bool:
+    """Whether torch writes a structured trace, for TORCH_TRACE (2.11 to 2.13)."""
+    import torch._logging._internal as internal
+
+    return bool(internal.trace_log.handlers)
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Add a text to torch's structured trace, where there is one (2.11 to 2.13)."""
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)

@@ -20,7 +20,7 @@ rect { stroke: #888; fill: #fff } line, path { stroke: #555; fill: none } .norm 
 .adapter { fill: #d5f0d8; stroke: #2e8540 } .sum { fill: #fff; stroke: #555 }
 """
 LEGEND = (("site", "site: a tensor some of whose channels are kept"), ("folded", "weights with rotations folded in"),
-          ("adapter", "residual adapter"), ("norm", "norm"))
+          ("adapter", "a matrix on the residual edge: an adapter Qᵀ Q, or a rotation at an end, Q or Qᵀ"), ("norm", "norm"))
 
 
 def html(report: Report, layer: int = 0) -> str:
@@ -77,7 +77,7 @@ def _site(drawing: _Drawing, site: SiteReport, rows: dict, folded: str, changed:
         kept = f"Top-{site.k} of {site.channels}"
         if site.threshold is not None:
             kept = f"those of {site.channels} channels at {site.threshold:.3g} or more"
-    drawing.box("site", f"{site.site.rpartition('.')[2]}: {kept}", pill=True)
+    drawing.box("site", f"{label(site.site).rpartition('.')[2]}: {kept}", pill=True)
     names = ", ".join(name.removesuffix(".weight").rpartition(".")[2] for name in rows[site.site]["weights"].split(", "))
     drawing.box(folded, names, site.weight if changed else f"{site.channels} → {site.outputs}")
 
@@ -116,9 +116,12 @@ class _Drawing:
         self._text(40, y + 4, "+")
         if adapter:
             middle = (self.branch + y) / 2
-            self.parts.append(f'<rect class="adapter" x="4" y="{middle - 14}" width="78" height="28">'
+            lines = [adapter[i:i + 13] for i in range(0, len(adapter), 13)]
+            height = 14 + 12 * len(lines)
+            self.parts.append(f'<rect class="adapter" x="2" y="{middle - height / 2}" width="84" height="{height}">'
                               f'<title>{escape(adapter)}</title></rect>')
-            self._text(43, middle + 4, "adapter", "small")
+            for i, line in enumerate(lines):
+                self._text(43, middle - height / 2 + 16 + 12 * i, line, "small")
         self.parts.append(f'<line x1="40" y1="{y + 9}" x2="40" y2="{y + 24}"/>')
         self.branch, self.y = y + 9, y + 24
 

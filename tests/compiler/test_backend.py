@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import runpy
 import subprocess
 import sys
 import warnings
@@ -495,8 +496,12 @@ def test_report_and_dumps(saved, tmp_path):
         assert word in text
     names = sorted(p.name for p in (tmp_path / "dumps" / "graph-00").iterdir())
     passes = [p.name for p in report.passes]
-    assert names == sorted(f"{i:02d}-{name}.txt" for i, name in enumerate(passes, 1))
-    assert "topk_select" in (tmp_path / "dumps" / "graph-00" / f"{len(passes):02d}-{passes[-1]}.txt").read_text()
+    assert names == sorted(f"{i:02d}-{name}.py" for i, name in enumerate(passes, 1))
+    assert "topk_select" in (tmp_path / "dumps" / "graph-00" / f"{len(passes):02d}-{passes[-1]}.py").read_text()
+    for dumped in sorted((tmp_path / "dumps" / "graph-00").iterdir()):  # each runs as it stands, and returns such logits
+        file = runpy.run_path(str(dumped))
+        assert file["Graph"]()(*file["inputs"]())[-1].shape == (1, 10, 64), dumped.name
+    assert larosa_fx.reports()[-1] is report
     assert report.to_dict()["sites"][0]["site"] == "layers.0.h1"
 
 

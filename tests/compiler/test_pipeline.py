@@ -11,6 +11,7 @@ import larosa_fx
 from larosa_fx.compiler import pipeline
 from larosa_fx.compiler.options import Options
 from larosa_fx.compiler.pipeline import CALIBRATE, CAPTURE, COMPILE
+from larosa_fx.study import figure
 from programs import CASES, program, rewrite
 from tiny import batches, compiled, error, ids, llama
 
@@ -38,6 +39,19 @@ def test_every_pass_is_listed_once_and_takes_a_context():
 def test_bad_names(names, message):
     with pytest.raises(ValueError, match=message):
         Options.parse({"disable": names})
+
+
+def test_the_figure_names_what_stands_on_the_residual_edge(fresh_dynamo):
+    """A tied table stays as it is: what turns its output is Q_0, no adapter; sites have names for people."""
+    model = llama(tie_word_embeddings=True)
+    larosa_fx.calibrate(model, batches(), progress=False)
+    with torch.no_grad():
+        compiled(model, sparsify="all")(ids(1, 10))
+    first, second = (figure.html(larosa_fx.last_report(), layer) for layer in (0, 1))
+    for name in ("h1 (qkv)", "h2 (o)", "h3 (gate, up)", "h4 (down)"):
+        assert name in first
+    assert "<title>Q[layers.0]</title>" in first and "<title>Q[layers.0]ᵀ Q[layers.1]</title>" in first
+    assert ">adapter</text>" not in first + second
 
 
 def test_spaces_and_empty_names():
