@@ -129,7 +129,7 @@ def _end(node: fx.Node) -> fx.Node | None:
 
 
 def _rope(q: fx.Node, k: fx.Node, memory: effects.Memory) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
-    """(q, k, cos, sin) before the rotary embedding, if both had the same and nothing writes to them or to what came of them."""
+    """(q, k, cos, sin) before the rotary embedding, if both had the same, and nothing writes to any of these."""
     before_q, before_k = _rotated(q), _rotated(k)
     if before_q is None or before_k is None or before_q[1:] != before_k[1:]:
         return None

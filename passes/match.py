@@ -20,7 +20,7 @@ from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site, StreamNode, Structure
+from larosa_fx.ir.structure import Site, StreamNode, Structure, weight_placeholders
 
 
 def run(ctx: Context) -> PassResult:
@@ -33,13 +33,15 @@ def run(ctx: Context) -> PassResult:
     stream, obstacles = _stream(list(readers))
     structure = Structure(sites, stream, readers, obstacles, result.skipped)
     _ends(structure, head_norms)
+    structure.tokens_per_sequence = _tokens_per_sequence(graph, structure)
     written = effects.written_in_place(graph)
     structure.obstacles += [(str(site.input), "linears read the residual stream without a norm here")
                             for site in structure.inner_sites() if site.norm is None]
     structure.obstacles += _centring_obstacles(structure)
     structure.obstacles += [(str(value.node), "something writes in place to the residual stream here")
                             for value in stream if value.node in written]
-    structure.written = [str(site.input) for site in sites if site.input in written or site.norm in written]
+    structure.written = [str(node) for site in sites for node in (site.input, site.norm, *weight_placeholders(site))
+                         if node in written]
     for what, n in (("layers", structure.layers), ("sites", len(sites)), ("norms", len(readers)),
                     ("linears", sum(len(s.linears) for s in sites))):
         result.count(what, n)
@@ -173,7 +175,52 @@ def _mixes_positions(node: fx.Node) -> bool:
         return True
     if g.calls(node, torch.matmul, torch.bmm, operator.matmul, torch.einsum, "matmul", "bmm"):
         return not any(map(ex.is_weight, node.all_input_nodes))
-    return node.op == "call_function" and compat.is_operator(node.target)
+    return node.op == "call_function" and (compat.is_operator(node.target) or compat.is_higher_order(node.target))
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+def _tokens_per_sequence(graph: fx.Graph, structure: Structure) -> int | torch.SymInt | None:
+    """How many tokens of each sequence the graph computes; None where nothing shows which dimension they lie along.
+
+    Attention tells: its queries are [..., T, d]. Without attention the tokens' numbers do, which come as [B, T]. Where
+    several attentions disagree (an encoder's and a decoder's), the graph is no step of one token.
+    """
+    if not structure.sites:
+        return None
+    if all(n == 1 for n in g.shape(structure.sites[0].input)[:-1]):
+        return 1
+    for read in (_queries, _looked_up):
+        lengths = [length for node in graph.nodes if (length := read(node)) is not None]
+        if lengths:
+            return next((n for n in lengths if n != 1), 1)
+    return None
+
+
+def _queries(node: fx.Node) -> int | torch.SymInt | None:
+    """T of an attention's queries, [..., T, d], or of its scores, [..., T, S]; None where node is no attention."""
+    if g.calls(node, F.scaled_dot_product_attention) or (
+            compat.is_higher_order(node.target) and "flex_attention" in node.target.name()):
+        return g.shape(g.argument(node, 0, "query"))[-2]
+    if not g.calls(node, F.softmax, torch.softmax, "softmax"):
+        return None
+
+    def ends(n: fx.Node) -> bool:
+        """Where the way up from a softmax ends: at the product of two activations that scores are, or at a router."""
+        return n is not node and (_mixes_positions(n) or layers.is_weight_linear(n))
+
+    is_attention = any(n is not node and _mixes_positions(n) for n in g.upstream(node, ends))
+    over_last = g.argument(node, 1, "dim") in (-1, len(g.shape(node)) - 1)
+    return g.shape(node)[-2] if is_attention and over_last else None
+
+
+def _looked_up(node: fx.Node) -> int | torch.SymInt | None:
+    """T of the tokens' numbers, [B, T], of which ``node`` is the lookup in a table; None where it is no such lookup."""
+    if not g.calls(node, F.embedding):
+        return None
+    ids = g.peel(node.args[0], lambda n: g.calls(n, *g.TRANSPOSES, "permute", torch.permute, "contiguous", "to", "long"))
+    return g.shape(ids)[1] if ids.op == "placeholder" and len(g.shape(ids)) == 2 else None
 
 
 # ---- residual stream -----------------------------------------------------------------------------------------------

@@ -42,11 +42,6 @@ def untested_versions(version: Callable[[str], str] = importlib.metadata.version
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 
-def is_operator(target: object) -> bool:
-    """Whether a node's target is an operator of torch's dispatcher or a higher-order one, no function of Python's."""
-    return isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
-
-
 def set_generator_state(generator: torch.Generator, state: torch.Generator) -> None:
     """Give a CUDA generator another state, ``clone_state()``'s, as a whole; a failed capture leaves its own in recording."""
     generator.graphsafe_set_state(state)
