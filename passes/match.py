@@ -68,8 +68,15 @@ def _readers(norm: fx.Node) -> list[fx.Node]:
 
 def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node]) -> set[fx.Node]:
     """What may be a value of the residual stream: what a path without linears and attention joins, channel by channel, to
-    something in front of both. Norms inside a branch (q/k-norm, latent attention, sub-norms) read nothing of the kind."""
-    behind, found = set(norms), set()
+    something in front of both. Norms inside a branch (q/k-norm, latent attention, sub-norms) read nothing of the kind.
+
+    A cache is a graph's input, but what the graph writes into it stands behind a linear: so does what is read of it.
+    """
+    behind = _behind({*norms, *filter(layers.is_weight_linear, graph.nodes)}, graph)
+    memory = effects.Memory(graph)
+    caches = {shared for node in behind if effects.mutates(node) for argument in effects.written_arguments(node)
+              if (sharing := memory.sharing(argument))[0].op == "placeholder" for shared in sharing}
+    behind, found = {*norms, *caches}, set()
     for node in graph.nodes:
         mixes = _mixes_positions(node)
         if not mixes and node not in behind and not any(n in behind for n in node.all_input_nodes):
@@ -77,9 +84,18 @@ def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node]) -> set[fx.Node]:
             continue
         behind.add(node)
         channels = [n for n in node.all_input_nodes if not ex.is_weight(n) and g.shape(n)[-1:] == g.shape(node)[-1:] != ()]
-        if not mixes and not layers.is_weight_linear(node) and any(n in found for n in channels):
+        if node not in caches and not mixes and not layers.is_weight_linear(node) and any(n in found for n in channels):
             found.add(node)
     return found
+
+
+def _behind(sources: set[fx.Node], graph: fx.Graph) -> set[fx.Node]:
+    """The sources and all nodes that depend on one."""
+    behind = set(sources)
+    for node in graph.nodes:
+        if any(n in behind for n in node.all_input_nodes):
+            behind.add(node)
+    return behind
 
 
 # ---- sites ---------------------------------------------------------------------------------------------------------
