@@ -72,10 +72,7 @@ def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node]) -> set[fx.Node]:
 
     A cache is a graph's input, but what the graph writes into it stands behind a linear: so does what is read of it.
     """
-    behind = _behind({*norms, *filter(layers.is_weight_linear, graph.nodes)}, graph)
-    memory = effects.Memory(graph)
-    caches = {shared for node in behind if effects.mutates(node) for argument in effects.written_arguments(node)
-              if (sharing := memory.sharing(argument))[0].op == "placeholder" for shared in sharing}
+    caches = _caches(graph, {*norms, *filter(layers.is_weight_linear, graph.nodes)})
     behind, found = {*norms, *caches}, set()
     for node in graph.nodes:
         mixes = _mixes_positions(node)
@@ -89,13 +86,17 @@ def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _behind(sources: set[fx.Node], graph: fx.Graph) -> set[fx.Node]:
-    """The sources and all nodes that depend on one."""
-    behind = set(sources)
-    for node in graph.nodes:
-        if any(n in behind for n in node.all_input_nodes):
-            behind.add(node)
-    return behind
+def _caches(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
+    """The graph's inputs, and their views, that it writes to what depends on one of the sources, itself or in memory."""
+    memory, behind, caches = effects.Memory(graph), set(sources), set()
+    while True:
+        behind.update(node for node in graph.nodes if not behind.isdisjoint(node.all_input_nodes))
+        written = {argument for node in behind for argument in effects.written_arguments(node)}
+        filled = set(memory.sharing(*written)) - behind
+        caches |= {node for node in filled if memory.sharing(node)[0].op == "placeholder"}
+        if not filled:
+            return caches
+        behind |= filled
 
 
 # ---- sites ---------------------------------------------------------------------------------------------------------
