@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ from larosa_fx.compiler.backend import LarosaError
 from larosa_fx.ir.checks import check_output, check_sparsity, make_directory
 from larosa_fx.ir.structure import BASES, SELECTIONS
 from larosa_fx.plan import Plan
+from larosa_fx.plan.plan import library_versions
 from larosa_fx.smollm2 import DownloadError
 from larosa_fx.training.options import TrainingOptions
 
@@ -143,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
                        "what is done to it, and is it right?", model=False)
     families.add_argument("--only", metavar="CLASS,...", help="these classes; all where not given")
     families.add_argument("--json", metavar="FILE", help='write {"rows": [...], "counts": {...}, "versions": {...}}')
+    families.add_argument("--resume", action="store_true", help="keep the rows that the file of --json holds already")
     families.add_argument("--markdown", metavar="FILE", help="write the support matrix")
     families.add_argument("--timeout", type=_positive, default=180, help="seconds for one class")
     families.add_argument("--jobs", type=_positive, default=1, help="classes checked at a time")
@@ -320,6 +323,18 @@ def _serve(args: argparse.Namespace) -> None:
     running.run()
 
 
+def _known_rows(path: Path, names: Sequence[str]) -> list:
+    """The rows of a file that an earlier run wrote, of these classes and these versions."""
+    from larosa_fx.study.families import Row
+
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    if found["versions"] != library_versions():
+        raise ValueError(f"{path} was made with {found['versions']}, and this is {library_versions()}: leave out --resume")
+    return [Row.from_dict(row) for row in found["rows"] if row["class"] in names]
+
+
 def _families(args: argparse.Namespace) -> int:
     from larosa_fx.study import families
     from larosa_fx.study.results import results_text
@@ -331,12 +346,17 @@ def _families(args: argparse.Namespace) -> int:
     names = args.only.split(",") if args.only else known
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"transformers has no causal LM {unknown[0]!r}; without --only all are checked")
-    rows = list(families.table(names, timeout=args.timeout, jobs=args.jobs))
+    if args.resume and not args.json:
+        raise ValueError("--resume goes on with a file: name it with --json")
+    rows = _known_rows(Path(args.json), names) if args.resume else []
+    missing = [name for name in names if name not in {row.name for row in rows}]
+    for row in families.table(missing, timeout=args.timeout, jobs=args.jobs):
+        rows = sorted([*rows, row], key=lambda row: row.name.lower())
+        if args.json:  # at once: whoever stops here goes on with --resume
+            Path(args.json).write_text(results_text(**families.to_dict(rows)))
     print(families.text(rows))
-    if args.json:
-        Path(args.json).write_text(results_text(**families.to_dict(rows)))
     if args.markdown:
-        Path(args.markdown).write_text(families.markdown(rows))
+        Path(args.markdown).write_text(families.markdown(rows, library_versions()))
     return int(any(row.verdict == "wrong" for row in rows))
 
 

@@ -75,6 +75,7 @@ def run(ctx: Context) -> PassResult:
     for node in list(graph.nodes):
         if _add_out_of_place(graph, node):
             result.count("sums out of place")
+    memory = effects.Memory(graph)
     for node in graph.find_nodes(op="call_function", target=getattr):
         if ex.is_weight(node.args[0]) and len(g.shape(node.args[0])) == 2 and node.args[1] in ("T", "mT"):
             node.target, node.args = torch.t, node.args[:1]
@@ -84,6 +85,9 @@ def run(ctx: Context) -> PassResult:
     for node in list(graph.nodes):
         norm = match_norm(node)
         if norm is None or not _read_by_linear(norm.output):
+            continue
+        if not _computes_undisturbed(norm, memory):
+            result.skip(norm.output, "something writes in place to what this norm computes with")
             continue
         with graph.inserting_after(norm.output):
             canonical = norm.canonical(graph)
@@ -119,8 +123,9 @@ def _add_out_of_place(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     target, other = node.args
     order = {n: i for i, n in enumerate(graph.nodes)}
-    if not g.calls(target, F.linear, torch.matmul, operator.matmul, "matmul") or g.shape(node) != g.shape(target) or (
-            g.dtype(other) != g.dtype(target)) or any(order[user] < order[node] for user in target.users):
+    if not g.calls(target, F.linear, torch.matmul, operator.matmul, "matmul") or effects.mutates(target) or (
+            g.shape(node) != g.shape(target)) or g.dtype(other) != g.dtype(target) or (
+            any(order[user] < order[node] for user in target.users)):
         return False
     node.op, node.target = "call_function", operator.add
     target.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
@@ -165,6 +170,17 @@ def match_norm(node: fx.Node) -> Norm | None:
     if g.dtype(output) != g.dtype(source) or any(not isinstance(d, int) for d in g.shape(source)[-1:]):
         return None
     return Norm(output, source, gain, bias, eps, uncentred is not None)
+
+
+def _computes_undisturbed(norm: Norm, memory: effects.Memory) -> bool:
+    """Whether nothing writes to the norm's input while it is computed, nor ever to what it computes on the way.
+
+    The canonical norm stands where the output does, and reads the input there.
+    """
+    inner = {n for n in g.upstream(norm.output, lambda n: n is norm.input or ex.is_weight(n))
+             if n not in (norm.input, norm.output) and not ex.is_weight(n)}
+    first = min((*inner, norm.output), key=memory.order.__getitem__)
+    return not memory.writers(*inner) and memory.is_constant([norm.input], first, norm.output)
 
 
 def _uncentred(node: object) -> fx.Node | None:

@@ -43,7 +43,7 @@ def _start(graph: fx.Graph, structure: Structure, value: StreamNode) -> None:
         with graph.inserting_before(source):
             source.replace_input_with(table, ex.weight_call(graph, ex.centred, table, 1))
         return
-    with graph.inserting_after(source):
+    with graph.inserting_before(g.behind(source)):
         value.node = graph.call_function(ex.centred, (source, -1))
     value.node.meta = dict(source.meta)
     source.replace_all_uses_with(value.node, delete_user_cb=lambda user: user is not value.node)

@@ -18,24 +18,26 @@ from larosa_fx.ir.report import PassResult
 
 
 def run(ctx: Context) -> PassResult:
-    """Defer each counter: a scalar placeholder read only as ``arange(1) + counter`` and written once, by ``add_``."""
+    """Defer each counter that can be; ``skipped`` names the others that are moved on, with the reason."""
     graph, result = ctx.graph, PassResult("defer_counters")
-    counters: dict[object, list[fx.Node]] = {}
+    memory = effects.Memory(graph)
+    counters: dict[int, list[fx.Node]] = {}
     for counter in g.placeholders(graph):
-        if g.shape(counter) != () or not isinstance(g.value(counter), torch.Tensor):
+        if g.shape(counter) != () or not isinstance(g.value(counter), torch.Tensor) or not memory.writers(counter):
             continue
-        writes = [user for user in counter.users if g.calls(user, "add_")]
-        positions = [user for user in counter.users if user not in writes]
-        if len(writes) != 1 or writes[0].users or not _increments(writes[0]) or not all(map(_is_position, positions)):
+        obstacle = _obstacle(counter, memory)
+        if obstacle is not None:
+            result.skip(counter, obstacle)
             continue
-        for position in positions:
+        (write,) = memory.writers(counter)
+        for position in [user for user in counter.users if user is not write]:
             with graph.inserting_before(position):
                 read = graph.call_method("reshape", (counter, (1,)))
             read.meta = dict(position.meta)
             position.replace_all_uses_with(read)
             graph.erase_node(position)
-        counters.setdefault(writes[0].args[1], []).append(counter)
-        graph.erase_node(writes[0])
+        counters.setdefault(write.args[1], []).append(counter)
+        graph.erase_node(write)
         result.count("counters")
     (output,) = graph.find_nodes(op="output")
     with graph.inserting_before(output):
@@ -45,8 +47,29 @@ def run(ctx: Context) -> PassResult:
     return result
 
 
+def _obstacle(counter: fx.Node, memory: effects.Memory) -> str | None:
+    """Why a counter cannot be moved on at the end of the graph; None where it can.
+
+    The write may pass what stands behind it if nothing there reads the counter. A position becomes a view of the counter,
+    so it holds another value once the counter has moved on: nothing may write to it, and it may not outlive the graph.
+    """
+    write, *more = memory.writers(counter)
+    if more or not g.calls(write, "add_") or not _increments(write):
+        return "something else than one increment writes to it"
+    positions = [reader for reader in memory.readers(counter) if reader is not write]
+    if write.users or not all(_is_position(reader) and reader in counter.users for reader in positions):
+        return "something reads it that is no position in a cache"
+    if any(memory.order[position] > memory.order[write] for position in positions):
+        return "a position is read of it after it moved on"
+    if any(memory.escapes(position) for position in positions):
+        return "a position leaves the graph"
+    if any(memory.writers(position) for position in positions):
+        return "something writes in place to a position"
+    return None
+
+
 def _increments(node: fx.Node) -> bool:
-    return len(node.args) == 2 and not node.kwargs and isinstance(node.args[1], int)
+    return len(node.args) == 2 and not node.kwargs and type(node.args[1]) is int
 
 
 def _is_position(node: fx.Node) -> bool:

@@ -64,7 +64,7 @@ def _map_heads(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str,
     else:
         result.skip(site.name, "the values' heads are mapped at run time: a cache keeps them for other graphs" if fits else
                     "the values' heads are mapped at run time: nothing shows where they come from")
-        with gm.graph.inserting_after(site.input):
+        with gm.graph.inserting_before(g.behind(site.input)):
             repeated = gm.graph.call_function(ex.pick_blocks, (maps, blocks))
         with gm.graph.inserting_after(repeated):
             split = gm.graph.call_method("unflatten", (site.input, -1, (count, 1, size)))
@@ -95,7 +95,7 @@ def _scale(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, tor
             if len(linear.args) > 2 and linear.args[2] is not None:
                 linear.update_arg(2, ex.weight_call(gm.graph, ex.scale_channels, linear.args[2], scale, source.starts[0]))
     else:
-        with gm.graph.inserting_after(site.input):
+        with gm.graph.inserting_before(g.behind(site.input)):
             _replace_input(site, gm.graph.call_function(torch.mul, (site.input, scale)))
     for linear in site.linears:
         with gm.graph.inserting_before(linear):

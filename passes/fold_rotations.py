@@ -125,7 +125,7 @@ class _Rotator:
     def activation(self, node: fx.Node, basis: str, *, back: bool = False, before: fx.Node | None = None) -> fx.Node:
         """node Q, or node Q^T where ``back``, at run time."""
         matrix = self._q(basis)
-        with self.graph.inserting_before(before or node.next):
+        with self.graph.inserting_before(before or g.behind(node)):
             if back:
                 matrix = ex.weight_call(self.graph, torch.t, matrix)
             rotated = self.graph.call_function(torch.matmul, (node, matrix))

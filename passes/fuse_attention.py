@@ -7,6 +7,8 @@ Repeated key/value heads (grouped queries) are read where they lie.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,39 +23,55 @@ from larosa_fx.ir.report import PassResult
 _ATTENTION = torch.ops.larosa.decode_attention.default
 _WHOLE = slice(None)
 
+#: Whether the device computes it in one launch; see ``ir.context``.
+Attends = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], bool]
+
+
+class _Step(NamedTuple):
+    """One attention, and what its op takes over: the cache's two updates, the rotary embedding before them."""
+
+    attention: fx.Node
+    arguments: tuple
+    updates: list[fx.Node]
+    rotates: bool
+
 
 def run(ctx: Context) -> PassResult:
     """Fuse each attention of one query token over cache placeholders; counts what went with it."""
     graph, result = ctx.graph, PassResult("fuse_attention")
-    for node in graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
-        q, keys, values = node.args[0], *(_cache(_unrepeated(x)) for x in node.args[1:3])
-        mask, scale = g.argument(node, 3, "attn_mask"), node.kwargs.get("scale")
-        if g.argument(node, 4, "dropout_p", 0.0) or g.argument(node, 5, "is_causal", False) or len(g.shape(q)) != 4:
-            continue
-        if keys is None or values is None or not ctx.device.attends(
-                g.value(q), g.value(keys), mask and g.value(mask)):
-            result.skip(node, "not one token over a static cache, or the device has no kernel for it")
-            continue
-        write = _write(graph, node, keys, values)
-        k, v, position = (None, None, None) if write is None else (write[0].args[3], write[1].args[3], write[0].args[2])
-        turned = write and _rope(q, k)
-        if turned:
-            q, k, *turned = turned
-        with graph.inserting_before(node):
-            fused = graph.call_function(_ATTENTION, (
-                q, keys, values, mask, g.shape(q)[-1] ** -0.5 if scale is None else scale, k, v, position,
-                *(turned or (None, None))))
-        fused.meta = dict(node.meta)
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
-        for copy in write or ():
+    memory = effects.Memory(graph)
+    attentions = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    for step in [step for node in attentions if (step := _step(node, ctx.device.attends, memory, result)) is not None]:
+        with graph.inserting_before(step.attention):
+            fused = graph.call_function(_ATTENTION, step.arguments)
+        fused.meta = dict(step.attention.meta)
+        step.attention.replace_all_uses_with(fused)
+        graph.erase_node(step.attention)
+        for copy in step.updates:
             copy.replace_all_uses_with(copy.args[0])
             graph.erase_node(copy)
         result.count("attentions")
-        result.count("cache updates", bool(write))
-        result.count("rotary embeddings", bool(turned))
+        result.count("cache updates", bool(step.updates))
+        result.count("rotary embeddings", step.rotates)
     effects.remove_dead_code(graph)
     return result
+
+
+def _step(node: fx.Node, attends: Attends, memory: effects.Memory, result: PassResult) -> _Step | None:
+    q, keys, values = node.args[0], *(_cache(argument, node, memory) for argument in node.args[1:3])
+    mask, scale = g.argument(node, 3, "attn_mask"), node.kwargs.get("scale")
+    if g.argument(node, 4, "dropout_p", 0.0) or g.argument(node, 5, "is_causal", False) or len(g.shape(q)) != 4:
+        return None
+    if keys is None or values is None or not attends(g.value(q), g.value(keys), mask and g.value(mask)):
+        result.skip(node, "not one token over a static cache, or the device has no kernel for it")
+        return None
+    updates = _updates(node, keys, values, memory)
+    k, v, position = (updates[0].args[3], updates[1].args[3], updates[0].args[2]) if updates else (None, None, None)
+    cos = sin = None
+    if updates and (before := _rope(q, k, memory)) is not None:
+        q, k, cos, sin = before
+    scale = g.shape(q)[-1] ** -0.5 if scale is None else scale
+    return _Step(node, (q, keys, values, mask, scale, k, v, position, cos, sin), updates, cos is not None)
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
@@ -69,26 +87,36 @@ def _unrepeated(node: fx.Node) -> fx.Node:
     return x if fits else node
 
 
-def _cache(node: fx.Node) -> fx.Node | None:
-    """The placeholder of a cache, where node is one or the result of writing to one."""
-    if g.calls(node, "index_copy_"):
-        node = node.args[0]
-    return node if node.op == "placeholder" and len(g.shape(node)) == 4 else None
+def _cache(argument: fx.Node, attention: fx.Node, memory: effects.Memory) -> fx.Node | None:
+    """The placeholder of a cache that ``attention`` may read itself in place of its argument; None where it may not.
+
+    The op reads the cache when it runs. Repeated heads are a copy, made earlier: nothing may write to the cache since.
+    """
+    node = _unrepeated(argument)
+    cache = node.args[0] if g.calls(node, "index_copy_") else node
+    if cache.op != "placeholder" or len(g.shape(cache)) != 4:
+        return None
+    is_current = argument is node or memory.is_constant([cache], argument, attention)
+    return cache if is_current else None
 
 
-def _write(graph: fx.Graph, attention: fx.Node, keys: fx.Node, values: fx.Node) -> list[fx.Node] | None:
-    """The two updates of the cache, if each is the only one, at one position, and nothing but ``attention`` reads it."""
+def _updates(attention: fx.Node, keys: fx.Node, values: fx.Node, memory: effects.Memory) -> list[fx.Node]:
+    """The two updates of the cache that ``attention`` may make itself; none where it may not.
+
+    Merged, the updates happen when attention runs, and read what they write then. So each is the only write to its
+    cache, attention alone reads the cache, behind the update, and what is written stays as it is until then.
+    """
     copies = []
     for cache in (keys, values):
-        found = [user for user in cache.users if g.calls(user, "index_copy_")]
-        if len(found) != 1 or found[0].kwargs or found[0].args[1] not in (2, -2):
-            return None
-        (copy,) = found
-        readers = [user for user in (*cache.users, *copy.users) if user is not copy]
-        if g.shape(copy.args[3])[2:3] != (1,) or any(_end(reader) is not attention for reader in readers):
-            return None
+        copy, *more = memory.writers(cache) or [None]
+        if more or not g.calls(copy, "index_copy_") or copy.kwargs or copy.args[1] not in (2, -2):
+            return []
+        readers = [reader for reader in memory.readers(cache) if reader is not copy]
+        if g.shape(copy.args[3])[2:3] != (1,) or memory.writers(*copy.args[2:]) or any(
+                memory.order[reader] < memory.order[copy] or _end(reader) is not attention for reader in readers):
+            return []
         copies.append(copy)
-    return copies if copies[0].args[2] is copies[1].args[2] and copies[0] is not copies[1] else None
+    return copies if copies[0].args[2] is copies[1].args[2] and copies[0] is not copies[1] else []
 
 
 def _end(node: fx.Node) -> fx.Node | None:
@@ -100,12 +128,14 @@ def _end(node: fx.Node) -> fx.Node | None:
     return node
 
 
-def _rope(q: fx.Node, k: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
-    """(q, k, cos, sin) before the rotary embedding, if both had the same."""
+def _rope(q: fx.Node, k: fx.Node, memory: effects.Memory) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
+    """(q, k, cos, sin) before the rotary embedding, if both had the same, and nothing writes to any of these."""
     before_q, before_k = _rotated(q), _rotated(k)
     if before_q is None or before_k is None or before_q[1:] != before_k[1:]:
         return None
     (x, cos, sin), y = before_q, before_k[0]
+    if memory.writers(q, k, x, y, cos, sin):
+        return None
     one_position = all(g.shape(c) == (1, 1, 1, g.shape(q)[-1]) and g.dtype(c) == g.dtype(q) for c in (cos, sin))
     return (x, y, cos, sin) if one_position and g.dtype(x) == g.dtype(y) == g.dtype(q) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from larosa_fx.ir import graph as g
 from larosa_fx.ir import layers
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
@@ -13,9 +14,9 @@ def run(ctx: Context) -> PassResult:
     for site in ctx.structure.inner_sites():
         x_hat = site.input
         if site.norm is not None:
-            with graph.inserting_after(site.norm):
+            with graph.inserting_before(g.behind(site.norm)):
                 x_hat = graph.call_function(site.norm.target, layers.bare(site.norm))
-        with graph.inserting_after(x_hat):
+        with graph.inserting_before(g.behind(x_hat)):
             graph.call_function(ctx.observe, (site.name, x_hat))
         result.count("taps")
     return result

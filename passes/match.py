@@ -20,7 +20,7 @@ from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site, StreamNode, Structure
+from larosa_fx.ir.structure import Site, StreamNode, Structure, weight_placeholders
 
 
 def run(ctx: Context) -> PassResult:
@@ -33,13 +33,15 @@ def run(ctx: Context) -> PassResult:
     stream, obstacles = _stream(list(readers))
     structure = Structure(sites, stream, readers, obstacles, result.skipped)
     _ends(structure, head_norms)
+    structure.tokens_per_sequence = _tokens_per_sequence(graph, structure)
     written = effects.written_in_place(graph)
     structure.obstacles += [(str(site.input), "linears read the residual stream without a norm here")
                             for site in structure.inner_sites() if site.norm is None]
     structure.obstacles += _centring_obstacles(structure)
     structure.obstacles += [(str(value.node), "something writes in place to the residual stream here")
                             for value in stream if value.node in written]
-    structure.written = [str(site.input) for site in sites if site.input in written or site.norm in written]
+    structure.written = [str(node) for site in sites for node in (site.input, site.norm, *weight_placeholders(site))
+                         if node in written]
     for what, n in (("layers", structure.layers), ("sites", len(sites)), ("norms", len(readers)),
                     ("linears", sum(len(s.linears) for s in sites))):
         result.count(what, n)
@@ -66,8 +68,12 @@ def _readers(norm: fx.Node) -> list[fx.Node]:
 
 def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node]) -> set[fx.Node]:
     """What may be a value of the residual stream: what a path without linears and attention joins, channel by channel, to
-    something in front of both. Norms inside a branch (q/k-norm, latent attention, sub-norms) read nothing of the kind."""
-    behind, found = set(norms), set()
+    something in front of both. Norms inside a branch (q/k-norm, latent attention, sub-norms) read nothing of the kind.
+
+    A cache is a graph's input, but what the graph writes into it stands behind a linear: so does what is read of it.
+    """
+    caches = _caches(graph, {*norms, *filter(layers.is_weight_linear, graph.nodes)})
+    behind, found = {*norms, *caches}, set()
     for node in graph.nodes:
         mixes = _mixes_positions(node)
         if not mixes and node not in behind and not any(n in behind for n in node.all_input_nodes):
@@ -75,9 +81,22 @@ def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node]) -> set[fx.Node]:
             continue
         behind.add(node)
         channels = [n for n in node.all_input_nodes if not ex.is_weight(n) and g.shape(n)[-1:] == g.shape(node)[-1:] != ()]
-        if not mixes and not layers.is_weight_linear(node) and any(n in found for n in channels):
+        if node not in caches and not mixes and not layers.is_weight_linear(node) and any(n in found for n in channels):
             found.add(node)
     return found
+
+
+def _caches(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
+    """The graph's inputs, and their views, that it writes to what depends on one of the sources, itself or in memory."""
+    memory, behind, caches = effects.Memory(graph), set(sources), set()
+    while True:
+        behind.update(node for node in graph.nodes if not behind.isdisjoint(node.all_input_nodes))
+        written = {argument for node in behind for argument in effects.written_arguments(node)}
+        filled = set(memory.sharing(*written)) - behind
+        caches |= {node for node in filled if memory.sharing(node)[0].op == "placeholder"}
+        if not filled:
+            return caches
+        behind |= filled
 
 
 # ---- sites ---------------------------------------------------------------------------------------------------------
@@ -173,7 +192,52 @@ def _mixes_positions(node: fx.Node) -> bool:
         return True
     if g.calls(node, torch.matmul, torch.bmm, operator.matmul, torch.einsum, "matmul", "bmm"):
         return not any(map(ex.is_weight, node.all_input_nodes))
-    return node.op == "call_function" and compat.is_operator(node.target)
+    return node.op == "call_function" and (compat.is_operator(node.target) or compat.is_higher_order(node.target))
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+def _tokens_per_sequence(graph: fx.Graph, structure: Structure) -> int | torch.SymInt | None:
+    """How many tokens of each sequence the graph computes; None where nothing shows which dimension they lie along.
+
+    Attention tells: its queries are [..., T, d]. Without attention the tokens' numbers do, which come as [B, T]. Where
+    several attentions disagree (an encoder's and a decoder's), the graph is no step of one token.
+    """
+    if not structure.sites:
+        return None
+    if all(n == 1 for n in g.shape(structure.sites[0].input)[:-1]):
+        return 1
+    for read in (_queries, _looked_up):
+        lengths = [length for node in graph.nodes if (length := read(node)) is not None]
+        if lengths:
+            return next((n for n in lengths if n != 1), 1)
+    return None
+
+
+def _queries(node: fx.Node) -> int | torch.SymInt | None:
+    """T of an attention's queries, [..., T, d], or of its scores, [..., T, S]; None where node is no attention."""
+    if g.calls(node, F.scaled_dot_product_attention) or (
+            compat.is_higher_order(node.target) and "flex_attention" in node.target.name()):
+        return g.shape(g.argument(node, 0, "query"))[-2]
+    if not g.calls(node, F.softmax, torch.softmax, "softmax"):
+        return None
+
+    def ends(n: fx.Node) -> bool:
+        """Where the way up from a softmax ends: at the product of two activations that scores are, or at a router."""
+        return n is not node and (_mixes_positions(n) or layers.is_weight_linear(n))
+
+    is_attention = any(n is not node and _mixes_positions(n) for n in g.upstream(node, ends))
+    over_last = g.argument(node, 1, "dim") in (-1, len(g.shape(node)) - 1)
+    return g.shape(node)[-2] if is_attention and over_last else None
+
+
+def _looked_up(node: fx.Node) -> int | torch.SymInt | None:
+    """T of the tokens' numbers, [B, T], of which ``node`` is the lookup in a table; None where it is no such lookup."""
+    if not g.calls(node, F.embedding):
+        return None
+    ids = g.peel(node.args[0], lambda n: g.calls(n, *g.TRANSPOSES, "permute", torch.permute, "contiguous", "to", "long"))
+    return g.shape(ids)[1] if ids.op == "placeholder" and len(g.shape(ids)) == 2 else None
 
 
 # ---- residual stream -----------------------------------------------------------------------------------------------

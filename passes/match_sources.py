@@ -9,6 +9,7 @@ reads a channel rules it out.
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -42,6 +43,34 @@ def run(ctx: Context) -> PassResult:
     return result
 
 
+_RESHAPES = ("view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten)
+
+
+def _distinct(labels: torch.Tensor) -> torch.Tensor:
+    """labels with each dimension that it only repeats itself along, stride 0, at size 1.
+
+    Labels are those of a row of channels, repeated for all positions, and as many as a prompt has would be slow.
+    """
+    for dim, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            labels = labels.narrow(dim, 0, 1)
+    return labels
+
+
+def _reshape(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """``labels.reshape(shape)``, which copies no repeated dimension that is one of the new shape as well.
+
+    A dimension is, if as many elements lie in front of it before and after, and it has the same size.
+    """
+    new = {math.prod(shape[:dim]): dim for dim, size in reversed(list(enumerate(shape))) if size > 1}
+    thin, target = labels, list(shape)
+    for dim, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
+        kept = new.get(math.prod(labels.shape[:dim]))
+        if stride == 0 and size > 1 and kept is not None and shape[kept] == size:
+            thin, target[kept] = thin.narrow(dim, 0, 1), 1
+    return thin.reshape(target).expand(shape)
+
+
 class _Labels:
     """Labels of one linear's output channels on the nodes behind it."""
 
@@ -56,8 +85,8 @@ class _Labels:
 
     def exclude(self, *nodes: fx.Node) -> None:
         for labels in (self.of[node] for node in nodes if node in self.of):
-            for part in labels if isinstance(labels, tuple) else (labels,):
-                self.excluded[part.flatten()] = True
+            for part in labels if isinstance(labels, (tuple, list)) else (labels,):
+                self.excluded[_distinct(part).flatten()] = True
 
     def push(self, node: fx.Node) -> None:
         labelled = [n for n in node.all_input_nodes if n in self.of]
@@ -72,11 +101,17 @@ class _Labels:
             self.kept = True
         elif g.is_binary(node, g.MULS) and len(labelled) == 1 and g.shape(node) == g.shape(labelled[0]):
             self.of[node] = self.of[labelled[0]]
-            self.scaled[self.of[node].flatten()] = True
+            self.scaled[_distinct(self.of[node]).flatten()] = True
         else:
             self.exclude(*labelled)
 
     def _run(self, node: fx.Node) -> torch.Tensor | tuple:
+        labels = self.of[node.args[0]]
+        if g.calls(node, "contiguous"):
+            return labels
+        if g.calls(node, *_RESHAPES) and isinstance(labels, torch.Tensor):
+            return _reshape(labels, compat.concrete(g.shape(node)))
+
         def look_up(n: fx.Node) -> object:
             return self.of[n] if n in self.of else compat.concrete(g.value(n))
 
@@ -92,7 +127,9 @@ class _Labels:
             return
         labels, shape = self.of[value], g.shape(node)
         if labels.shape[1] != shape[1]:  # enable_gqa
-            labels = labels.repeat_interleave(shape[1] // labels.shape[1], 1)
+            batch, heads, tokens, size = labels.shape
+            repeated = labels.unsqueeze(2).expand(-1, -1, shape[1] // heads, -1, -1)
+            labels = _reshape(repeated, (batch, shape[1], tokens, size))
         self.of[value] = labels
         self.of[node] = self._spread(value, -2, shape)
         self.block = labels.shape[-1]
@@ -101,7 +138,8 @@ class _Labels:
         """The labels of node, equal along ``dim``, at another length of it."""
         labels = self.of[node]
         one = labels.narrow(dim, 0, 1)
-        if not torch.equal(labels, one.expand_as(labels)):
+        thin = _distinct(labels)
+        if not torch.equal(thin, _distinct(one).expand_as(thin)):
             self.exclude(node)
         return one.expand(compat.concrete(shape))
 
@@ -123,7 +161,7 @@ def _trace(graph: fx.Graph, site: Site, linear: fx.Node) -> Source | None:
     arrived = labels.of.get(site.input)
     if not isinstance(arrived, torch.Tensor):
         return None
-    rows = arrived.reshape(-1, site.in_features)
+    rows = _distinct(arrived).reshape(-1, site.in_features)
     row = rows[0]
     if not torch.equal(rows, row.expand_as(rows)) or labels.excluded[row].any():
         return None

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from larosa_fx.ir import effects, layers
 from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 
@@ -20,7 +21,7 @@ def run(ctx: Context) -> PassResult:
         if len(site.linears) == 1:
             continue
         biases = [layers.bias_of(linear) for linear in site.linears]
-        with graph.inserting_after(site.input):
+        with graph.inserting_before(g.behind(site.input)):
             weight = anchor = graph.call_function(torch.cat, ([linear.args[1] for linear in site.linears], 0))
         ex.hoist_weights(graph, weight)
         operands = (site.input, weight)

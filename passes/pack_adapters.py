@@ -23,7 +23,6 @@ def run(ctx: Context) -> PassResult:
     graph, result = ctx.graph, PassResult("pack_adapters")
     sites = ctx.structure.sites
     products = {node for site in sites for node in (site.sparse.product, site.sparse.output)}
-    width = g.shape(ctx.structure.stream[0].node)[-1]
     leaves = [n for n in graph.nodes if n.op == "placeholder" or ex.ROTATION in n.meta]
     for site in sites:
         sparse = site.sparse
@@ -31,6 +30,7 @@ def run(ctx: Context) -> PassResult:
         if adapted is None:
             continue
         residual, adapter = adapted.args
+        width = g.shape(residual)[-1]
         with graph.inserting_after(leaves[-1]):
             packed = graph.call_function(torch.cat, ([sparse.matrix, adapter], 0))
         ex.hoist_weights(graph, packed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from larosa_fx.ir import expressions as ex
+from larosa_fx.ir import graph as g
 from larosa_fx.ir import layers
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
@@ -17,7 +18,7 @@ def run(ctx: Context) -> PassResult:
     for site in ctx.structure.inner_sites():
         basis = BASES[ctx.plan.rotation](site)
         q = ex.rotation(gm, basis, ctx.plan.matrices[basis])
-        with gm.graph.inserting_after(site.input):
+        with gm.graph.inserting_before(g.behind(site.input)):
             z = gm.graph.call_function(torch.matmul, (site.input, q))
         z.meta = dict(site.input.meta)
         for linear in site.linears:

@@ -42,11 +42,6 @@ def untested_versions(version: Callable[[str], str] = importlib.metadata.version
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 
-def is_operator(target: object) -> bool:
-    """Whether a node's target is an operator of torch's dispatcher or a higher-order one, no function of Python's."""
-    return isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
-
-
 def set_generator_state(generator: torch.Generator, state: torch.Generator) -> None:
     """Give a CUDA generator another state, ``clone_state()``'s, as a whole; a failed capture leaves its own in recording."""
     generator.graphsafe_set_state(state)
@@ -89,6 +84,29 @@ def parameter_name(node: fx.Node) -> str:
     root, chain = re.fullmatch(r"(\w\['[^']*'\](?:\[\d+\])?|)(.*)", name, re.DOTALL).groups()
     keys = re.findall(r"[\w/-]+", re.sub(r"\._(modules|parameters|buffers)\b", "", chain))
     return ".".join(keys or re.findall(r"'(.*)'", root)) or str(node.target)
+
+
+def is_operator(target: object) -> bool:
+    """Whether a node's target is an operator with a schema, torch's or a custom one (2.11 to 2.13)."""
+    return isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+
+
+def is_higher_order(target: object) -> bool:
+    """Whether a node's target is an operator that takes graphs: cond, while_loop, flex_attention, ... (2.11 to 2.13)."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def written_by_schema(target: object) -> list[tuple[int | None, str]]:
+    """(position, name) of the arguments that an operator's schema says it writes to; the position is None where the
+    argument goes by name alone (2.11 to 2.13).
+
+    Which overload a packet will choose is not known yet: those of all its overloads.
+    """
+    overloads = ([getattr(target, name) for name in target.overloads()]
+                 if isinstance(target, torch._ops.OpOverloadPacket) else [target])
+    return [(None if argument.kwarg_only else i, argument.name)
+            for overload in overloads for i, argument in enumerate(overload._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write]
 
 
 def foreach_add(graph: fx.Graph, tensors: Sequence[fx.Node], by: int) -> fx.Node:

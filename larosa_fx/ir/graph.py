@@ -125,6 +125,18 @@ def peel(node: fx.Node, predicate: Callable[[object], bool]) -> fx.Node:
     return node
 
 
+def behind(node: fx.Node) -> fx.Node:
+    """The first node that a reader of ``node`` may be inserted in front of.
+
+    Placeholders and the leaves of weight expressions stay together at the top of a graph, so what reads one of them, a
+    stream that is a graph's input for instance, stands behind them all.
+    """
+    following = node.next
+    while following.op in ("placeholder", "get_attr"):
+        following = following.next
+    return following
+
+
 def is_scalar(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 

@@ -117,15 +117,15 @@ class Structure:
     skipped: list[tuple[str, str]]
     embedding: fx.Node | None = None  # the lookup that starts the stream, where its table may be folded
     head: fx.Node | None = None  # the last norm, where the head behind it may be folded
-    written: list[str] = field(default_factory=list)  # site inputs that something writes to in place
+    written: list[str] = field(default_factory=list)  # sites' inputs and weights that something writes to in place
+    #: tokens of each sequence: an int, a SymInt where Dynamo made it dynamic, None where nothing shows how many
+    tokens_per_sequence: int | torch.SymInt | None = None
 
     def __post_init__(self) -> None:
         if self.sites:  # taken now: passes replace the nodes
             example = g.value(self.sites[0].linears[0])
             self.dtype: torch.dtype = example.dtype
             self.device: torch.device = example.device
-            #: T of the stream's [B, T, D]: an int, or a SymInt where Dynamo made it dynamic
-            self.tokens_per_sequence = g.shape(self.stream[0].node)[-2]
 
     @property
     def layers(self) -> int:
