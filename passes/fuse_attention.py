@@ -34,6 +34,9 @@ def run(ctx: Context) -> PassResult:
                 g.value(q), g.value(keys), mask and g.value(mask)):
             result.skip(node, "not one token over a static cache, or the device has no kernel for it")
             continue
+        if g.shape(values) != g.shape(keys) or g.dtype(values) != g.dtype(keys):
+            result.skip(node, "the cache's values are not of the shape and dtype of its keys")
+            continue
         write = _write(graph, node, keys, values)
         k, v, position = (None, None, None) if write is None else (write[0].args[3], write[1].args[3], write[0].args[2])
         turned = write and _rope(q, k)
