@@ -49,7 +49,8 @@ def _attention(dtype):
 
     return {"q": draw(2, 4, 1, 64), "keys": draw(2, 2, 10, 64), "values": draw(2, 2, 10, 64),
             "mask": torch.ones(1, 1, 1, 10, dtype=torch.bool), "scale": 0.125,
-            "k": draw(2, 2, 1, 64), "v": draw(2, 2, 1, 64), "position": torch.tensor([3]), "cos": draw(1, 1, 1, 64), "sin": draw(1, 1, 1, 64)}
+            "k": draw(2, 2, 1, 64), "v": draw(2, 2, 1, 64), "position": torch.tensor([3]),
+            "cos": draw(1, 1, 1, 64), "sin": draw(1, 1, 1, 64)}
 
 
 OPS = {topk_select: _select, sparse_gemv: _gemv, sparse_linear: _linear, dense_gemv: _dense, decode_attention: _attention}
