@@ -9,8 +9,8 @@ The kernels run on torch's own OpenMP pool: they link with no OpenMP runtime but
 name; the two pools then spin against each other, which made a decode loop slower by an order of magnitude.
 """
 
+import contextlib
 import ctypes
-import hashlib
 import logging
 import os
 import platform
@@ -24,13 +24,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from larosa_fx.kernels import reference
+from larosa_fx.kernels import cache, reference
 
 log = logging.getLogger(__name__)
 
 # With more rows the caller's one dense product wins, or soon will: together the rows leave few channels unread.
 MAX_ROWS = 8
 
+_NAME = "cpu_kernels"
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in the kernels' enums
 _DIM = 64  # heads of so many channels, or multiples, fill whole vectors, their halves, too
@@ -53,7 +54,7 @@ def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         bit patterns without the sign, so -0 equals +0 and NaN ranks above Inf.
     """
     dtype = _DTYPES.get(x.dtype)
-    if dtype is None or not x.is_cpu or x.dim() < 1 or not 1 <= k <= x.shape[-1] < 2**31:
+    if dtype is None or not x.is_cpu or x.dim() < 1 or not 1 <= k <= x.shape[-1] <= reference.MAX_CHANNELS:
         return None
     library = _load()
     if library is None:
@@ -93,7 +94,7 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor | Non
         return None
     *lead, k = values.shape
     rows = values.shape[:-1].numel()
-    if rows > MAX_ROWS or not weight.is_contiguous():
+    if rows > MAX_ROWS or not weight.is_contiguous() or weight.shape[0] > reference.MAX_CHANNELS:
         return None
     library = _load()
     if library is None:
@@ -106,7 +107,7 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor | Non
         rows, channels, columns, k, dtype, torch.get_num_threads(),
     )  # fmt: skip
     if error == 1:
-        raise IndexError(f"sparse_gemv: indices must lie in 0..{channels - 1}, the rows of weight")
+        raise reference.index_error(weight)
     if error:
         raise MemoryError("sparse_gemv: no memory for the partial sums")
     return out
@@ -128,7 +129,7 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     *lead, channels = x.shape
     rows, (listed, columns) = x.shape[:-1].numel(), weight.shape
     adapter = listed - channels
-    if rows > MAX_ROWS or not x.is_cpu or x.dtype not in _DTYPES or (adapter and gate):
+    if rows > MAX_ROWS or not x.is_cpu or x.dtype not in _DTYPES or (adapter and gate) or listed > reference.MAX_CHANNELS:
         return None
     library = _load()
     if library is None:
@@ -169,20 +170,26 @@ def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
-    """Whether ``decode_attention`` takes q, [B, H, 1, d], a cache of [B, Hkv, S, d] and a mask; they may be fake tensors."""
-    served = q.is_cpu and q.dtype in _DTYPES and q.shape[-1] % _DIM == 0 and reference.over_cache(q, keys, mask)
+def attends(q: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor | None = None) -> bool:
+    """Whether ``decode_attention`` takes q, [B, H, 1, d], a cache of [B, Hkv, S, d] and a mask; they may be fake tensors.
+
+    values: None stands for some that are like keys.
+    """
+    served = q.is_cpu and q.dtype in _DTYPES and q.shape[-1] % _DIM == 0 and reference.over_cache(q, keys, mask, values)
     return served and _load() is not None
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, k: Tensor | None,
-                     v: Tensor | None, position: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """The op of the same name (see ``ops``), for arguments that ``attends`` has passed.
+                     v: Tensor | None, position: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> Tensor | None:
+    """The op of the same name (see ``ops``), for arguments that ``attends`` has passed; None for more positions than an
+    int32 numbers.
 
     IndexError: the position lies outside the cache. MemoryError: no room for the scores.
     """
     batch, heads, _, dim = q.shape
     _, shared, length, _ = keys.shape
+    if length > reference.MAX_CHANNELS:
+        return None
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     inputs = [None if t is None else t.contiguous() for t in (q, keys, values, mask, k, v, position, cos, sin)]
     error = _load().larosa_attention(
@@ -206,11 +213,10 @@ def _load() -> ctypes.CDLL | None:
             try:
                 _library = _open_or_build()
             except (OSError, subprocess.SubprocessError, ValueError) as error:
-                detail = (getattr(error, "stderr", None) or str(error)).strip()
                 log.warning(
                     "no CPU kernels: they need a C++ compiler (g++ or clang++ on PATH, or $CXX), and this one failed: "
                     "%s. Sparse layers fall back to plain torch, which on a CPU is slower than the dense model.",
-                    detail[:2000],
+                    _detail(error),
                 )
                 _library = None
     return _library
@@ -220,33 +226,60 @@ def _open_or_build() -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "clang++")), "g++")]
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     command = [*compiler, "-O3", native, "-shared", "-fPIC", "-std=c++17", "-fno-exceptions", "-fno-rtti"]
-    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
     # "native" means another machine on another CPU, and home directories are shared.
-    key = hashlib.sha256("\0".join([*command, version, _cpu(), _SOURCE.read_text()]).encode()).hexdigest()[:20]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "larosa_fx"
-    path = folder / f"cpu_kernels-{key}.so"
+    key = cache.key(*command, version, _cpu(), *(source.read_bytes() for source in _sources()))
+    content = None
     try:
-        return _open(path)
-    except OSError:
-        log.debug("building %s", path)  # not there, or damaged
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        private = tempfile.TemporaryDirectory(dir=folder, prefix="build-")
-    except OSError:  # a read-only home: for this process only
-        private, path = tempfile.TemporaryDirectory(), None
-    with private as work:
-        built = Path(work, "cpu_kernels.so")
-        subprocess.run([*command, str(_SOURCE), "-o", str(built)], check=True, capture_output=True, text=True, timeout=300)
-        if path is None:
-            return _open(built)
-        os.replace(built, path)  # at once or not at all: another process may be building or loading the same file
-    return _open(path)
+        folder = cache.folder()
+        if path := cache.find(folder, _NAME, key, ".so"):
+            content = path.read_bytes()
+            with contextlib.suppress(_IncompleteError):
+                return _open(path)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as private:
+            content = _compile(command, Path(private))
+        return _open(cache.store(folder, _NAME, key, ".so", content))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = error
+    for folder in cache.temporary():  # the cache's place is full, say, or nothing can be run from there
+        try:
+            with tempfile.TemporaryDirectory(dir=folder, prefix="larosa_fx-") as private:
+                content = content or _compile(command, Path(private))
+                path = Path(private, "kernels.so")
+                path.write_bytes(content)
+                library = _open(path)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        log.warning("the cache of compiled CPU kernels cannot be used: %s. They were built in %s for this process alone; "
+                    "$XDG_CACHE_HOME can name another folder.", _detail(reason), folder)
+        return library
+    raise reason
+
+
+def _sources() -> list[Path]:
+    """The file to compile, then all that it includes."""
+    return [_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h"))]
+
+
+def _compile(command: list[str], folder: Path) -> bytes:
+    """The library, built in a folder of its own, which the compiler's temporary files go to, too."""
+    built = folder / "built.so"
+    subprocess.run([*command, str(_SOURCE), "-o", str(built)], check=True, capture_output=True, timeout=600,
+                   env={**os.environ, "TMPDIR": str(folder)})
+    return built.read_bytes()
+
+
+def _detail(error: Exception) -> str:
+    """What went wrong, in the compiler's own words where it had some, whatever encoding they are in."""
+    said = getattr(error, "stderr", None) or b""
+    words = said.decode(errors="replace").strip() or str(error).strip()
+    return words[:2000].encode(errors="backslashreplace").decode()  # a file's name may be no text
 
 
 def _cpu() -> str:
     """What ``native`` resolves to, as far as it can be told without asking the compiler."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor()
     # The other lines hold clock rates and core numbers.
@@ -254,17 +287,25 @@ def _cpu() -> str:
     return "\n".join(line for line in lines if line.split(":")[0].strip() in names)
 
 
+class _IncompleteError(OSError):
+    """A library without the kernels."""
+
+
 def _open(path: Path) -> ctypes.CDLL:
+    """The library in a file that this process or the cache vouches for. OSError where it cannot be loaded."""
     library = ctypes.CDLL(str(path))
     p, n = ctypes.c_void_p, ctypes.c_int64
-    library.larosa_init.argtypes, library.larosa_init.restype = [p], None
-    library.larosa_select.argtypes, library.larosa_select.restype = [p, p, p, n, n, n, n, n], None
-    library.larosa_gemv.argtypes, library.larosa_gemv.restype = [p, p, p, p, n, n, n, n, n, n], ctypes.c_int
-    library.larosa_linear.argtypes = [p, p, p, p, p, p, n, n, n, n, n, ctypes.c_double, ctypes.c_double, n, n, n]
-    library.larosa_linear.restype = ctypes.c_int
-    library.larosa_dense.argtypes, library.larosa_dense.restype = [p, p, p, n, n, n, n], ctypes.c_int
-    library.larosa_attention.argtypes = [*[p] * 10, *[n] * 6, ctypes.c_double, n, n]
-    library.larosa_attention.restype = ctypes.c_int
+    try:
+        library.larosa_init.argtypes, library.larosa_init.restype = [p], None
+        library.larosa_select.argtypes, library.larosa_select.restype = [p, p, p, n, n, n, n, n], None
+        library.larosa_gemv.argtypes, library.larosa_gemv.restype = [p, p, p, p, n, n, n, n, n, n], ctypes.c_int
+        library.larosa_linear.argtypes = [p, p, p, p, p, p, n, n, n, n, n, ctypes.c_double, ctypes.c_double, n, n, n]
+        library.larosa_linear.restype = ctypes.c_int
+        library.larosa_dense.argtypes, library.larosa_dense.restype = [p, p, p, n, n, n, n], ctypes.c_int
+        library.larosa_attention.argtypes = [*[p] * 10, *[n] * 6, ctypes.c_double, n, n]
+        library.larosa_attention.restype = ctypes.c_int
+    except AttributeError as error:
+        raise _IncompleteError(f"{path} is another library: {error}") from None
     # A symbol sought through a library is sought in what it was linked with, too: this finds the runtime that torch
     # itself uses, under whatever file name. Where there is none (macOS) the kernels run on one thread.
     gomp_parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)

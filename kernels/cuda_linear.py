@@ -57,39 +57,73 @@ def shared_bytes(shape: Shape, c: Config) -> int:
 
 def serves(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:
     """Whether the kernel takes x, which may be a fake tensor, [..., K], a weight of [K + adapter, columns] and the rest."""
+    return not _declined(x, columns, adapter, norm, gate)
+
+
+def refusal(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, **parts: bool) -> str:
+    """Why the kernel does not take these, or "". Also builds it, which takes seconds where the disk has no copy.
+
+    parts: the other flags of ``Shape`` where they are known; they are False otherwise.
+    """
+    if reason := _declined(x, columns, adapter, norm, gate):
+        return reason
+    return _kernel(_shape(x, columns, adapter, norm, gate, **parts), x.device, None)[1]
+
+
+def _shape(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, **parts: bool) -> Shape:
+    flags = dict.fromkeys(("full", "bias", "residual", "early", "gain", "threshold"), False) | parts
+    return Shape(channels=x.shape[-1], columns=columns, adapter=adapter, half=x.dtype == torch.float16, gate=gate, norm=norm,
+                 **flags)
+
+
+def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> str:
+    """Why not, as far as that can be told without a compiler, or ""."""
     channels = x.shape[-1]
-    if x.dtype not in (torch.bfloat16, torch.float16) or not isinstance(channels, int) or x.shape[:-1].numel() != 1:
-        return False
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"the CUDA kernel takes bfloat16 and float16, not {x.dtype}"
+    if not isinstance(channels, int) or x.shape[:-1].numel() != 1:
+        return "the CUDA kernel takes one row"
     if adapter and (gate or norm):
-        return False  # the adapter's rows are summed with the others, which the norm's scalar and the gate then meet
+        # The adapter's rows are summed with the others, which the norm's scalar and the gate then meet.
+        return "the CUDA kernel takes an adapter without a norm and a gate only"
     if channels % 4 or adapter % 8 or columns % (16 if gate else 8) or channels >= _MAX_CHANNELS:
-        return False
-    if x.device.type != "cuda" or not nvrtc.available() or nvrtc.properties(x.device).major < 8:
-        return False
-    # Top-K's kernel takes more room than a threshold's.
-    shape = Shape(channels, columns, adapter, False, x.dtype == torch.float16, gate, norm, *[False] * 5)
-    c = config(shape, nvrtc.properties(x.device).multi_processor_count)
-    return c.tile <= c.threads and shared_bytes(shape, c) <= nvrtc.properties(x.device).shared_memory_per_block_optin
+        return (f"the CUDA kernel takes fewer than {_MAX_CHANNELS} channels, a multiple of 4, adapters of a multiple of 8 "
+                f"and {'16 behind a gate' if gate else '8'} columns, not {channels}, {adapter} and {columns}")
+    if x.device.type != "cuda" or not nvrtc.available():
+        return "the device has no CUDA, or NVRTC is missing"
+    properties = nvrtc.properties(x.device)
+    if properties.major < 8:
+        return f"the CUDA kernel needs compute capability 8.0, the device has {properties.major}.{properties.minor}"
+    shape = _shape(x, columns, adapter, norm, gate)  # Top-K's kernel takes more room than a threshold's
+    c = config(shape, properties.multi_processor_count)
+    if c.tile > c.threads or shared_bytes(shape, c) > properties.shared_memory_per_block_optin:
+        return f"the CUDA kernel has no room for {channels} channels and {columns} columns on this device"
+    return ""
 
 
 def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None,
                   gate: str, early: bool = False, gain: Tensor | None = None, threshold: float | None = None, *,
-                  using: Config | None = None) -> Tensor:
+                  using: Config | None = None) -> Tensor | None:
     """Launch on the tensors' device, which must be the current one, with arguments that ``serves`` has passed.
 
     early: the kernel that produces x reads residual as well, so that the adapter's rows may be read before x is there.
+    None where the kernel cannot be built or launched here, after one warning.
     """
     adapter = weight.shape[0] - x.shape[-1]
     drops = bool(threshold)  # 0 drops nothing
-    shape = Shape(x.shape[-1], weight.shape[1], adapter, k == x.shape[-1] and not drops, x.dtype == torch.float16, gate,
-                  eps is not None, bias is not None, residual is not None and not adapter, early and adapter > 0,
-                  gain is not None, drops)
-    kernel, blocks = _kernel(shape, x.device, using)
+    shape = _shape(x, weight.shape[1], adapter, eps is not None, gate, full=k == x.shape[-1] and not drops,
+                   bias=bias is not None, residual=residual is not None and not adapter, early=early and adapter > 0,
+                   gain=gain is not None, threshold=drops)
+    kernel = _kernel(shape, x.device, using)[0]
+    if kernel is None:
+        return None
+    c = using or config(shape, nvrtc.properties(x.device).multi_processor_count)
     y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
-    inputs = [None if t is None else t.contiguous() for t in (x, weight, bias, residual, gain)]
+    inputs = [None if t is None else nvrtc.aligned(t) for t in (x, weight, bias, residual, gain)]
     pointers = [0 if t is None else t.data_ptr() for t in inputs]
-    kernel.launch((blocks, 1, 1), *pointers, y.data_ptr(), k, 0.0 if eps is None else eps, threshold or 0.0)
-    return y
+    launched = kernel.launch((-(-shape.columns // c.tile), 1, 1), *pointers, y.data_ptr(), k, 0.0 if eps is None else eps,
+                             threshold or 0.0)
+    return y if launched else None
 
 
 def constants(shape: Shape, c: Config) -> dict[str, int]:
@@ -101,10 +135,8 @@ def constants(shape: Shape, c: Config) -> dict[str, int]:
 
 
 @cache
-def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[nvrtc.Kernel, int]:
-    properties = nvrtc.properties(device)
-    c = using or config(shape, properties.multi_processor_count)
-    cubin = nvrtc.compile(_SOURCE, constants(shape, c), (properties.major, properties.minor))
+def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[nvrtc.Kernel | None, str]:
+    """The kernel, or None and why it could not be built."""
+    c = using or config(shape, nvrtc.properties(device).multi_processor_count)
     signature = (*[POINTER] * 6, INT, FLOAT, FLOAT)
-    kernel = nvrtc.Kernel(cubin, "sparse_linear", signature, threads=c.threads, shared=shared_bytes(shape, c))
-    return kernel, -(-shape.columns // c.tile)
+    return nvrtc.build(_SOURCE, constants(shape, c), device, signature, threads=c.threads, shared=shared_bytes(shape, c))

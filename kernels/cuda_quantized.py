@@ -100,8 +100,11 @@ def refuses(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor | None, n
 def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None = None,
                      adapter_scales: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
                      eps: float | None = None, gate: str = "", early: bool = False, gain: Tensor | None = None,
-                     threshold: float | None = None, *, using: Config | None = None) -> Tensor:
-    """Launch on the tensors' device, which must be the current one, with arguments that ``serves`` has passed."""
+                     threshold: float | None = None, *, using: Config | None = None) -> Tensor | None:
+    """Launch on the tensors' device, which must be the current one, with arguments that ``refuses`` has passed.
+
+    None where the kernel cannot be built or launched here, after one warning.
+    """
     bits = 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
     drops = bool(threshold)  # 0 drops nothing
@@ -109,20 +112,21 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
     shape = Shape(x.shape[-1], columns, bits, columns // scales.shape[1], rows, k == x.shape[-1] and not drops,
                   x.dtype == torch.float16, gate, eps is not None, bias is not None, residual is not None and not rows,
                   early and rows > 0, gain is not None, drops)
-    kernel, blocks = _kernel(shape, x.device, using)
+    c = using or config(shape, nvrtc.properties(x.device).multi_processor_count)
+    kernel = _kernel(shape, x.device, c)[0]
+    if kernel is None:
+        return None
     y = x.new_empty((*x.shape[:-1], columns // (2 if gate else 1)))
-    inputs = [None if t is None else t.contiguous()
+    inputs = [None if t is None else nvrtc.aligned(t)
               for t in (x, weight, scales, adapter, adapter_scales, bias, residual, gain)]
     pointers = [0 if t is None else t.data_ptr() for t in inputs]
-    kernel.launch((blocks, 1, 1), *pointers, y.data_ptr(), k, 0.0 if eps is None else eps, threshold or 0.0)
-    return y
+    launched = kernel.launch((-(-columns // c.tile) * c.split, 1, 1), *pointers, y.data_ptr(), k,
+                             0.0 if eps is None else eps, threshold or 0.0)
+    return y if launched else None
 
 
 @cache
-def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[nvrtc.Kernel, int]:
-    properties = nvrtc.properties(device)
-    c = using or config(shape, properties.multi_processor_count)
-    cubin = nvrtc.compile(_SOURCE, constants(shape, c), (properties.major, properties.minor))
+def _kernel(shape: Shape, device: torch.device, c: Config) -> tuple[nvrtc.Kernel | None, str]:
+    """The kernel, or None and why it could not be built."""
     signature = (*[POINTER] * 9, INT, FLOAT, FLOAT)
-    kernel = nvrtc.Kernel(cubin, "quantized_linear", signature, threads=c.threads, shared=shared_bytes(shape, c))
-    return kernel, -(-shape.columns // c.tile) * c.split
+    return nvrtc.build(_SOURCE, constants(shape, c), device, signature, threads=c.threads, shared=shared_bytes(shape, c))

@@ -74,8 +74,10 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
     query[i / DIM][i % DIM] =
         rope(q + ((long long)head * GROUP + i / DIM) * DIM, cosine, sine, i % DIM) * scale * LOG2E;
   const long long base = (long long)head * length * DIM;
-  const int now = WRITE ? (int)*position : -1;
-  if (WRITE)
+  // Nothing is written outside the cache: where the position lies there, the result is NaN, for all to see.
+  const bool inside = !WRITE || (u64)*position < (u64)length;
+  const int now = WRITE && inside ? (int)*position : -1;
+  if (WRITE && inside)
     for (int i = t; i < DIM; i += THREADS) {
       const u16 key = narrow(rope(k + (long long)head * DIM, cosine, sine, i)), value = v[(long long)head * DIM + i];
       fresh[0][i] = key, fresh[1][i] = value;
@@ -193,7 +195,8 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
         const float faded = exp2f(high_of[r] - highest);
         total += faded * peer(&block_mass[g], r), value += faded * peer(&block_mixed[g][c], r);
       }
-    y[((long long)head * GROUP + g) * DIM + c] = narrow(total > 0.f ? value / total : total);
+    const float mean = total > 0.f ? value / total : total;
+    y[((long long)head * GROUP + g) * DIM + c] = narrow(inside ? mean : __int_as_float(0x7fffffff));
   }
   cluster_barrier();  // no block ends while another still reads its shared memory
 }

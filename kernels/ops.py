@@ -81,7 +81,7 @@ def _(values, indices, weight):
     reference.check_gemv(values, indices, weight)
     from larosa_fx.kernels import triton_gemv
 
-    if not triton_gemv.serves(values):
+    if not triton_gemv.serves(values, weight.shape[1]):
         return None
     with torch.cuda.device(values.device):
         return triton_gemv.sparse_gemv(values, indices, weight)
@@ -116,7 +116,7 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
         return None
     from larosa_fx.kernels import triton_gemv
 
-    if not triton_gemv.serves(x):
+    if not triton_gemv.serves(x, weight.shape[1]):
         return None
 
     def product(z, scale, weight):
@@ -189,16 +189,18 @@ decode_attention = _op(reference.decode_attention, mutates_args=("keys", "values
 
 @_kernel("decode_attention", "cpu")
 def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin=None):
-    if not values.is_contiguous() or not cpu.attends(q, keys, mask):
+    reference.check_attention(q, keys, values, mask, k, v, position, cos, sin)
+    if not cpu.attends(q, keys, mask, values):
         return None
     return cpu.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
 
 
 @_kernel("decode_attention", "cuda")
 def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin=None):
+    reference.check_attention(q, keys, values, mask, k, v, position, cos, sin)
     from larosa_fx.kernels import cuda_attention
 
-    if not values.is_contiguous() or not cuda_attention.serves(q, keys, mask):
+    if not cuda_attention.serves(q, keys, mask, values):
         return None
     with torch.cuda.device(q.device):
         return cuda_attention.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
@@ -206,6 +208,7 @@ def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin
 
 @torch.library.register_fake("larosa::decode_attention")
 def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin=None):
+    reference.check_attention(q, keys, values, mask, k, v, position, cos, sin)
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -213,11 +216,14 @@ def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin
 
 
 def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
-    """Whether ``decode_attention`` is one launch for these, which may be fake tensors; elsewhere torch's own is as good."""
+    """Whether ``decode_attention`` is one launch for these, which may be fake tensors; elsewhere torch's own is as good.
+
+    The values must be like keys: the op takes no others.
+    """
     if q.device.type == "cuda":
         from larosa_fx.kernels import cuda_attention
 
-        return cuda_attention.serves(q, keys, mask)
+        return not cuda_attention.refusal(q, keys, mask)
     return cpu.attends(q, keys, mask)
 
 

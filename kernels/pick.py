@@ -85,8 +85,7 @@ def _names(dtypes: Collection[torch.dtype]) -> str:
 def _nvrtc(site: Site) -> str:
     from larosa_fx.kernels import cuda_linear
 
-    served = cuda_linear.serves(site.example, site.columns, site.adapter_rows, site.normed, site.gate)
-    return "" if served else "it does not take these sizes, these parts, or this device"
+    return cuda_linear.refusal(site.example, site.columns, site.adapter_rows, site.normed, site.gate)
 
 
 def _triton(site: Site) -> str:
@@ -97,7 +96,7 @@ def _triton(site: Site) -> str:
     if site.adapter_rows or site.normed or site.gate:
         return "it computes the product alone"
     selects = site.threshold is not None or triton_topk.serves(site.example)
-    return "" if selects and triton_gemv.serves(site.example) else "it does not take so many channels"
+    return "" if selects and triton_gemv.serves(site.example, site.columns) else "it does not take so many channels"
 
 
 def _native(site: Site) -> str:

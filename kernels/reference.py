@@ -34,6 +34,9 @@ GATE_CODES = {"": 0, **{gate: i for i, gate in enumerate(GATES, 1)}}
 # Above this many rows one dense product over all channels is cheaper than gathering each row's weights.
 GATHER_ROWS = 8
 
+# An int32 numbers no more channels.
+MAX_CHANNELS = 2**31 - 1
+
 # Weight rows gathered (and widened to the accumulation type) at a time; bounds the temporary copy.
 _CHUNK = 1024
 
@@ -46,6 +49,8 @@ def check_select(x: Tensor, k: int) -> None:
         raise ValueError("topk_select: x must have at least one dimension, got a scalar")
     if not 1 <= k <= x.shape[-1]:
         raise ValueError(f"topk_select: k must be in 1..K, got k={k} for K={x.shape[-1]} channels")
+    if x.shape[-1] > MAX_CHANNELS:
+        raise ValueError(f"topk_select: indices are int32, so a row has at most {MAX_CHANNELS} channels, got {x.shape[-1]}")
 
 
 def check_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> None:
@@ -70,6 +75,11 @@ def check_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> None:
             "sparse_gemv: all tensors must be on one device, "
             f"got values on {values.device}, indices on {indices.device}, weight on {weight.device}"
         )
+
+
+def index_error(weight: Tensor) -> IndexError:
+    """What ``sparse_gemv`` raises on a CPU for an index that names no row of weight."""
+    return IndexError(f"sparse_gemv: indices must lie in 0..{weight.shape[0] - 1}, the rows of weight")
 
 
 def check_linear(
@@ -187,16 +197,66 @@ def check_dense(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"dense_gemv: all tensors must be on one device, got {x.device} and {weight.device}")
 
 
-def over_cache(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
+def check_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, k: Tensor | None = None, v: Tensor | None = None,
+    position: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+) -> None:
+    """Raise TypeError or ValueError unless ``decode_attention`` is defined for these types, shapes and devices.
+
+    What ``position`` holds is not looked at: on a GPU that would wait for the answer.
+    """
+    if q.dtype not in BITS:
+        raise TypeError(f"decode_attention: q must be one of {', '.join(map(str, BITS))}, got {q.dtype}")
+    if q.dim() != 4 or q.shape[2] != 1 or keys.dim() != 4:
+        raise ValueError("decode_attention: q must be [B, H, 1, d] and keys [B, Hkv, S, d], "
+                         f"got {tuple(q.shape)} and {tuple(keys.shape)}")
+    (batch, heads, _, dim), (_, shared, length, _) = q.shape, keys.shape
+    if shared < 1 or heads % shared:
+        raise ValueError(f"decode_attention: q's heads must be a multiple of the keys', got {heads} and {shared}")
+    cache, written, turned = (batch, shared, length, dim), (batch, shared, 1, dim), (1, 1, 1, dim)
+    for name, tensor, shape in (("keys", keys, cache), ("values", values, cache), ("k", k, written), ("v", v, written),
+                                ("cos", cos, turned), ("sin", sin, turned)):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"decode_attention: {name} must be {shape} beside q {tuple(q.shape)} and keys "
+                             f"{tuple(keys.shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"decode_attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"decode_attention: mask must be torch.bool, got {mask.dtype}")
+    if mask is not None and mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)):
+        raise ValueError(f"decode_attention: mask must be [{batch} or 1, 1, 1, {length}], got {tuple(mask.shape)}")
+    if len({t is None for t in (k, v, position)}) > 1:
+        raise ValueError("decode_attention: k, v and position come together: the cache's new row and where it goes")
+    if position is not None and position.dtype != torch.int64:
+        raise TypeError(f"decode_attention: position must be torch.int64, got {position.dtype}")
+    if position is not None and position.shape not in ((1,), ()):
+        raise ValueError(f"decode_attention: position must be [1], got {tuple(position.shape)}")
+    if (cos is None) != (sin is None) or (cos is not None and k is None):
+        raise ValueError("decode_attention: cos and sin come together, and with k: both turn")
+    if cos is not None and dim % 2:
+        raise ValueError(f"decode_attention: a head that is turned in halves has an even number of channels, got {dim}")
+    for tensor in (keys, values, mask, k, v, position, cos, sin):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"decode_attention: all tensors must be on one device, got {q.device} and {tensor.device}")
+
+
+def over_cache(q: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor | None = None) -> bool:
     """Whether these, real or fake, are what attention kernels are made for: one query token a sequence, whole groups of
-    heads, a contiguous cache in q's dtype, and a mask of its positions. Sequences and positions may be of any number that
-    is known at the call."""
-    (batch, heads, tokens, size), (_, shared, length, _) = q.shape, keys.shape
-    if not all(isinstance(n, int) for n in (tokens, heads, shared, size)) or tokens != 1 or heads % shared:
+    heads, a contiguous cache in q's dtype, keys and values alike, and a mask of its positions. Sequences and positions may
+    be of any number that is known at the call.
+
+    values: None stands for some that are like keys.
+    """
+    values = keys if values is None else values
+    if q.dim() != 4 or keys.dim() != 4 or not all(isinstance(n, int) for n in (*q.shape[1:], keys.shape[1])):
         return False
-    if keys.dtype != q.dtype or not keys.is_contiguous():
+    try:
+        check_attention(q, keys, values, mask)
+    except (TypeError, ValueError):
         return False
-    return mask is None or (mask.dtype == torch.bool and mask.shape[0] in (1, batch) and mask.shape[1:] == (1, 1, length))
+    return keys.is_contiguous() and values.is_contiguous()
 
 
 def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -236,8 +296,8 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         values: [..., k], bfloat16, float16, float32 or float64.
-        indices: [..., k] int32, the channel of each value. They must differ within a row, as ``topk_select`` makes
-            them, and lie in 0..K-1, which a GPU does not check: it would have to wait for the answer.
+        indices: [..., k] int32, the channel of each value, in 0..K-1. They must differ within a row, as ``topk_select``
+            makes them.
         weight: [K, N] in values' dtype, contiguous: the transpose of ``nn.Linear``'s layout.
 
     Returns:
@@ -249,8 +309,15 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     Raises:
         TypeError: a dtype is not as above.
         ValueError: a shape is not as above, weight is not contiguous, or the tensors are on several devices.
+        IndexError: an index is not in 0..K-1, on a CPU. Elsewhere that would have to wait for the device: the row's result
+            is NaN instead, and nothing outside weight is read.
     """
     check_gemv(values, indices, weight)
+    outside = (indices < 0) | (indices >= weight.shape[0])
+    if not values.is_cpu:
+        values, indices = values.masked_fill(outside, torch.nan), indices.masked_fill(outside, 0)
+    elif outside.any():
+        raise index_error(weight)
     return _gemv(values, indices, weight).to(values.dtype)
 
 
@@ -352,13 +419,20 @@ def dequantized(weight: Tensor, scales: Tensor) -> Tensor:
 def _selected(k: int, threshold: float | None) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
     """The product of ``linear_around`` over the k largest channels, or over those that reach the threshold."""
     def product(z: Tensor, scale: Tensor | None, weight: Tensor) -> Tensor:
-        if threshold is None:
-            return _gemv(*topk_select(z, k), weight)
-        # Dense: how many channels a row keeps is not known without waiting for the device.
+        # One product of many rows rounds to z's dtype before the norm's scalar is applied, and float16 has no room for
+        # what a row with massive activations makes there. So the row takes the power of two in the scalar along, which
+        # changes no digit, and the sum gives it back in float32.
         wide = _wide(z.dtype)
+        many = z.shape[:-1].numel() > GATHER_ROWS
+        power = _power_of_two(scale) if many and scale is not None else torch.ones((), dtype=wide, device=z.device)
+        if threshold is None:
+            values, indices = topk_select(z, k)
+            return _gemv((values * power).to(z.dtype), indices, weight).to(wide) / power
+        # Dense: how many channels a row keeps is not known without waiting for the device.
         size = z.to(wide).abs() * (1 if scale is None else scale)
-        few = wide if z.shape[:-1].numel() <= GATHER_ROWS else z.dtype
-        return z.masked_fill(size < threshold, 0).to(few) @ weight.to(few)
+        kept = z.masked_fill(size < threshold, 0) * power
+        few = z.dtype if many else wide
+        return (kept.to(few) @ weight.to(few)).to(wide) / power
 
     return product
 
@@ -413,6 +487,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _power_of_two(scale: Tensor) -> Tensor:
+    """The largest power of two that is not above scale, [..., 1]; not so large or small that it or its inverse is Inf."""
+    return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent.clamp(-100, 100) - 1)
+
+
 def _gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """``sparse_gemv`` before its rounding, except for many rows, which one dense product rounds itself."""
     k, (channels, columns) = values.shape[-1], weight.shape
@@ -452,10 +531,17 @@ def decode_attention(
         k, v: [B, Hkv, 1, d], written to the cache at ``position``, [1] int64, before the cache is read; None where that is
             done already.
         cos, sin: [1, 1, 1, d], the rotary embedding of q and k in halves (GPT-NeoX's order); None where that is done.
+        All but mask and position are in q's dtype, and all on its device.
 
     Returns:
         [B, H, 1, d] in q's dtype, softmax and sums in float32.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device is not as above.
+        IndexError: ``position`` lies outside the cache, on a CPU. A GPU does not wait to look: its kernel writes nothing
+            then and makes the result NaN; torch's own, where there is no kernel, asserts on the device.
     """
+    check_attention(q, keys, values, mask, k, v, position, cos, sin)
     if cos is not None:
         q, k = (x * cos + torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1) * sin for x in (q, k))
     if k is not None:

@@ -19,6 +19,7 @@ from larosa_fx.kernels.reference import GATHER_ROWS
 
 _REDUCE_BLOCK = 128
 _BLOCK_N = 64
+_MAX_TILES = 65535  # in the second dimension of a grid
 
 
 class Config(NamedTuple):
@@ -77,13 +78,17 @@ def _gather_kernel(
     out,
     k,
     N,
+    K,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN_N: tl.constexpr,
 ):
-    """out[row, part, tile] = the sum over this part's blocks of the list. Rows run fastest: they share weights."""
+    """out[row, part, tile] = the sum over this part's blocks of the list. Rows run fastest: they share weights.
+
+    An index that names no row of the weight reads nothing and makes the row's result NaN.
+    """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(2)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -95,7 +100,9 @@ def _gather_kernel(
         listed = entry < k
         channel = tl.load(indices + entry, mask=listed, other=0)
         v = tl.load(values + entry, mask=listed, other=0.0).to(tl.float32)
-        acc += _scaled_rows(weight, channel, v, listed, cols, N, EVEN_N)
+        inside = (channel >= 0) & (channel < K)
+        v = tl.where(inside, v, float("nan"))
+        acc += _scaled_rows(weight, channel, v, listed & inside, cols, N, EVEN_N)
     total = tl.sum(acc, 0)
     tl.store(out + (row * SPLIT + part) * N + cols, total.to(out.dtype.element_ty), mask=cols < N)
 
@@ -137,7 +144,7 @@ def _threshold_kernel(
 def _reduce_kernel(parts, y, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.arange(0, SPLIT)[:, None] * N + cols[None, :]
+    at = tl.arange(0, SPLIT).to(tl.int64)[:, None] * N + cols[None, :]
     part = tl.load(parts + row * SPLIT * N + at, mask=(cols < N)[None, :], other=0.0)
     tl.store(y + row * N + cols, tl.sum(part, 0).to(y.dtype.element_ty), mask=cols < N)
 
@@ -148,9 +155,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def serves(values: Tensor) -> bool:
-    """Whether the kernels take this dtype, not float64 since they accumulate in float32, and are best for so many rows."""
-    few = values.shape[:-1].numel() <= GATHER_ROWS
+def serves(values: Tensor, columns: int = 1) -> bool:
+    """Whether the kernels take this dtype, not float64 since they accumulate in float32, and are best for so many rows.
+
+    columns: of the weight, as many as a grid has tiles for.
+    """
+    few = values.shape[:-1].numel() <= GATHER_ROWS and columns <= _MAX_TILES * _BLOCK_N
     return few and values.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -159,7 +169,7 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor, *, using: Confi
     y = values.new_empty((*values.shape[:-1], weight.shape[1]))
     k, rows = values.shape[-1], values.shape[:-1].numel()
     c = using or config(rows, k, weight.shape[1], _multiprocessors(y.device))
-    return _launch(_gather_kernel, c, (values.contiguous(), indices.contiguous(), weight), y, k)
+    return _launch(_gather_kernel, c, (values.contiguous(), indices.contiguous(), weight), y, k, weight.shape[0])
 
 
 def threshold_gemv(
@@ -186,7 +196,7 @@ def threshold_gemv(
 
 
 def _launch(kernel: triton.JITFunction, c: Config, inputs: tuple, y: Tensor, k: int, *limit: float) -> Tensor:
-    """Fill y [..., N], every row of it from k list entries or channels."""
+    """Fill y [..., N], every row of it from k list entries or channels. limit: the rows of weight, or the threshold."""
     if y.numel() == 0:
         return y
     rows, columns = y.shape[:-1].numel(), y.shape[-1]

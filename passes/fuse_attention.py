@@ -65,6 +65,9 @@ def _step(node: fx.Node, attends: Attends, memory: effects.Memory, result: PassR
     if keys is None or values is None or not attends(g.value(q), g.value(keys), mask and g.value(mask)):
         result.skip(node, "not one token over a static cache, or the device has no kernel for it")
         return None
+    if g.shape(values) != g.shape(keys) or g.dtype(values) != g.dtype(keys):
+        result.skip(node, "the cache's values are not of the shape and dtype of its keys")
+        return None
     updates = _updates(node, keys, values, memory)
     k, v, position = (updates[0].args[3], updates[1].args[3], updates[0].args[2]) if updates else (None, None, None)
     cos = sin = None

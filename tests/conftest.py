@@ -18,6 +18,11 @@ def seed(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("LAROSA_MODEL_SEED", "0")))
 
 
+def pytest_addoption(parser):
+    # Here, because pytest asks the folders below this one too late.
+    parser.addoption("--all-kernels", action="store_true", help="every case of tests/kernels, not about one in eight")
+
+
 @pytest.fixture
 def fresh_dynamo():
     """No compiled code of other tests, and no gradients."""

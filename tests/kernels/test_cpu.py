@@ -1,10 +1,13 @@
 """The C++ kernels of the CPU: results on every path the compiler may build, threads, the cache, and life without one."""
 
+import errno
 import functools
 import os
 import platform
+import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from larosa_fx.kernels import cpu, reference
+from larosa_fx.kernels import cache, cpu, reference
 
 _CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or "g++"]
 needs_compiler = pytest.mark.skipif(not shutil.which(_CXX[0]), reason=f"needs a C++ compiler, {_CXX[0]} is not there")
@@ -471,17 +474,162 @@ def test_cache(tmp_path, counting_compiler):
     assert (library.stat().st_ino, library.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert len(notes.read_text().split()) == built
 
-    # A damaged library is built again.
-    library.write_text("not a library")
-    assert _output(_start(_USE, cache, CXX=str(compiler))) == "served True\n"
-    assert len(notes.read_text().split()) == built + 1
-    assert library.stat().st_size > 1000
+    # A damaged library is built again: to load a part of one ends the process.
+    whole = library.read_bytes()
+    for n, content in enumerate((b"not a library", whole[: len(whole) // 2], whole[:-4096] + bytes(4096)), 1):
+        library.write_bytes(content)
+        assert _output(_start(_USE, cache, CXX=str(compiler))) == "served True\n"
+        assert len(notes.read_text().split()) == built + n
+        assert library.read_bytes() == whole
+    assert [path.name for path in (cache / "larosa_fx").iterdir()] == [library.name]
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch):
+    """f() -> the library, as this process would load it at first use from a cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def load():
+        monkeypatch.setattr(cpu, "_library", cpu._UNTRIED)
+        return cpu._load()
+
+    return load
+
+
+@pytest.fixture
+def shared_library():
+    """f(path, code): a library built from C++ code."""
+    def build(path, code):
+        source = path.with_suffix(".cpp")
+        source.write_text(code)
+        subprocess.run([*_CXX, "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+        return path.read_bytes()
+
+    return build
+
+
+@needs_compiler
+def test_cached_library_without_the_kernels_is_built_again(in_process, shared_library, tmp_path, caplog):
+    assert in_process() is not None
+    (library,) = (tmp_path / "cache" / "larosa_fx").iterdir()
+    name, key, _ = library.name.split("-")
+    library.unlink()
+    other = shared_library(tmp_path / "other.so", 'extern "C" void nothing() {}')
+    forged = cache.store(library.parent, name, key, ".so", other)
+    assert forged.name != library.name
+    assert in_process().larosa_select and library.exists() and not caplog.records
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owners here")
+def test_what_others_may_have_written_is_not_loaded(in_process, tmp_path, monkeypatch, caplog):
+    before = os.umask(0o002)
+    try:
+        assert in_process() is not None
+    finally:
+        os.umask(before)
+    folder = tmp_path / "cache" / "larosa_fx"
+    (library,) = folder.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    assert not library.stat().st_mode & 0o077
+    whole, built = library.read_bytes(), []
+    monkeypatch.setattr(cpu, "_compile", lambda *_: built.append(whole) or whole)
+    for mode, times in ((0o600, 0), (0o620, 1), (0o602, 2)):
+        library.chmod(mode)
+        assert in_process() is not None
+        assert len(built) == times and not library.stat().st_mode & 0o022
+    folder.chmod(0o777)
+    assert in_process() is not None and stat.S_IMODE(folder.stat().st_mode) == 0o755 and not caplog.records
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owners here")
+def test_another_users_cache_is_not_used(in_process, tmp_path, monkeypatch, caplog):
+    assert in_process() is not None
+    (library,) = (tmp_path / "cache" / "larosa_fx").iterdir()
+    before = library.stat()
+    opened = []
+    monkeypatch.setattr(cpu, "_open", lambda path, real=cpu._open: opened.append(path) or real(path))
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    assert in_process() is not None
+    assert library not in opened and library.stat() == before
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "belongs to another user" in caplog.text
+
+
+@needs_compiler
+def test_cache_from_where_nothing_can_be_run(in_process, tmp_path, monkeypatch, caplog):
+    """A folder that is mounted noexec: what lies there whole is used from another place, not compiled again."""
+    assert in_process() is not None
+    real_open, folder, compiled = cpu._open, tmp_path / "cache", []
+
+    def refusing(path):
+        if folder in path.parents:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return real_open(path)
+
+    monkeypatch.setattr(cpu, "_open", refusing)
+    monkeypatch.setattr(cpu, "_compile", lambda *args: compiled.append(args))
+    assert in_process() is not None and not compiled
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "failed to map segment" in caplog.text
+
+
+@needs_compiler
+def test_a_cache_and_a_temporary_folder_that_are_full(in_process, tmp_path, monkeypatch, caplog):
+    real, tried, usable = cpu._compile, [], tmp_path / "usable"
+    usable.mkdir()
+
+    def full(command, folder):
+        tried.append(folder)
+        if usable not in folder.parents:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(command, folder)
+
+    monkeypatch.setattr(cpu, "_compile", full)
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr(cache, "temporary", lambda: [tmp_path / "full", usable])
+    assert in_process() is not None and len(tried) == 3
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "No space left" in caplog.text
+    assert not list(usable.iterdir())
+
+
+@needs_compiler
+def test_without_a_home(in_process, monkeypatch, caplog):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert in_process() is not None
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "home directory" in caplog.text
+
+
+@needs_compiler
+def test_a_compiler_that_speaks_another_encoding(in_process, tmp_path, monkeypatch, caplog):
+    script = tmp_path / "c++"
+    greeting = b'#!/bin/sh\necho "g++ (Compilateur g\xe9n\xe9rique)"\nexec '
+    script.write_bytes(greeting + shlex.join(_CXX).encode() + b' "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    assert in_process() is not None and not caplog.records
+    script.write_bytes(b'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "pas de m\xe9moire" >&2\nexit 1\n')
+    assert in_process() is None
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "pas de m\ufffdmoire" in caplog.text
+
+
+@needs_compiler
+def test_the_cache_knows_every_source(monkeypatch, tmp_path):
+    """A change of any file that is compiled makes another key."""
+    included = set(re.findall(r'#include "(.*)"', "".join(path.read_text() for path in cpu._sources())))
+    assert included == {path.name for path in cpu._sources()[1:]}
 
 
 @needs_compiler
 def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    assert _output(_start(_USE, tmp_path / "file" / "cache", TMPDIR=str(tmp_path))) == "served True\n"
+    warning, served = _output(_start(_USE, tmp_path / "file" / "cache", TMPDIR=str(tmp_path))).splitlines()
+    assert served == "served True" and "XDG_CACHE_HOME" in warning and "Not a directory" in warning
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -1,12 +1,15 @@
 """What only CUDA C++ kernels can get wrong: their build, launches that overlap, the shapes they decline."""
 
 import itertools
-from pathlib import Path
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from larosa_fx.kernels import cuda_attention, cuda_linear, nvrtc, reference
+from larosa_fx.kernels import cuda_attention, cuda_linear, nvrtc, ops, reference
 
 linear = torch.ops.larosa.sparse_linear.default
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -58,12 +61,165 @@ def test_configs_are_valid():
         assert blocks <= sms and blocks * c.tile >= shape.columns
 
 
-@needs_gpu
-def test_compile_errors_show_the_log(tmp_path):
-    source = Path(tmp_path, "broken.cu")
-    source.write_text("extern \"C\" __global__ void f() { undeclared(); }")
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "larosa_fx"
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "little.cu"
+    path.write_text('extern "C" __global__ void little(int* y) { *y = X; }')
+    return path
+
+
+@pytest.fixture
+def compilations(compiler, monkeypatch):
+    """How often NVRTC has compiled."""
+    from cuda.bindings import nvrtc as bindings
+
+    real, seen = bindings.nvrtcCompileProgram, []
+    monkeypatch.setattr(bindings, "nvrtcCompileProgram", lambda *args: seen.append(args) or real(*args))
+    return seen
+
+
+def test_cubins_are_kept(compilations, own_cache, source):
+    first = nvrtc.compile(source, {"X": 1}, (9, 0))
+    assert nvrtc.compile(source, {"X": 1}, (9, 0)) == first and len(compilations) == 1
+    (kept,) = own_cache.iterdir()
+    assert kept.read_bytes() == first and not kept.stat().st_mode & 0o077
+    kept.write_bytes(first[:100])  # cut short
+    assert nvrtc.compile(source, {"X": 1}, (9, 0)) == first and len(compilations) == 2
+    for i, (constants, capability) in enumerate([({"X": 2}, (9, 0)), ({"X": 1}, (8, 0))], 3):
+        assert nvrtc.compile(source, constants, capability) != first and len(compilations) == i
+    source.with_name("more.cuh").write_text("// what a source includes counts, too")
+    nvrtc.compile(source, {"X": 1}, (9, 0))
+    assert len(compilations) == 5
+
+
+def test_cubins_without_a_cache(compilations, tmp_path, monkeypatch, source):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert nvrtc.compile(source, {"X": 1}, (9, 0)) and nvrtc.compile(source, {"X": 1}, (9, 0)) and len(compilations) == 2
+
+
+def test_compile_errors_show_the_log(compiler, own_cache, source):
+    source.write_text("extern \"C\" __global__ void little() { undeclared(); }")
     with pytest.raises(nvrtc.CompileError, match="undeclared"):
-        nvrtc.compile(source, {"X": 1}, torch.cuda.get_device_capability())
+        nvrtc.compile(source, {"X": 1}, (9, 0))
+    assert not list(own_cache.iterdir())
+
+
+class Driver:
+    """The CUDA driver as far as a kernel uses it; notes each launch's grid, stream and number of attributes."""
+
+    class CUresult:
+        CUDA_SUCCESS = 0
+
+    class CUfunction_attribute:
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+    class CUlaunchAttributeID:
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+    class CUlaunchConfig:
+        pass
+
+    class CUlaunchAttribute:
+        def __init__(self):
+            self.value = SimpleNamespace()
+
+    def __init__(self, error=0):
+        self.error, self.launches = error, []
+
+    def cuModuleLoadData(self, cubin):
+        return 0, cubin
+
+    def cuModuleGetFunction(self, module, name):
+        return 0, name
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        return (0,)
+
+    def cuLaunchKernelEx(self, config, function, arguments, extra):
+        time.sleep(0.001)  # others come in between
+        stream = config.hStream
+        self.launches.append(((config.gridDimX, config.gridDimY, config.gridDimZ), stream, config.numAttrs))
+        return (SimpleNamespace(name="CUDA_ERROR_NOT_SUPPORTED") if self.error else 0,)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """f(driver, dependent) -> a kernel that the driver launches on streams numbered like the threads."""
+    import cuda.bindings
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=threading.get_ident()))
+
+    def make(driver, dependent=True):
+        monkeypatch.setattr(cuda.bindings, "driver", driver, raising=False)
+        return nvrtc.Kernel(b"", "little", (nvrtc.INT,), threads=32, shared=0, dependent=dependent)
+
+    return make
+
+
+def test_threads_do_not_share_a_launch(compiler, kernel):
+    driver = Driver()
+    launched = kernel(driver)
+    expected = set()
+
+    def work(size):
+        expected.add(((size, 1, 1), threading.get_ident()))
+        for _ in range(20):
+            assert launched.launch((size, 1, 1), 5)
+
+    workers = [threading.Thread(target=work, args=(size,)) for size in (3, 7, 11)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(driver.launches) == 60 and {launch[:2] for launch in driver.launches} == expected
+
+
+def test_launches_overlap_only_where_the_gpu_can(compiler, kernel):
+    driver = Driver()
+    for dependent in (True, False):
+        for overlap in (True, False):
+            kernel(driver, dependent).launch((1, 1, 1), 5, overlap=overlap)
+    assert [launch[2] for launch in driver.launches] == [1, 0, 0, 0]
+
+
+def test_a_launch_that_fails_is_warned_of_once(compiler, kernel, caplog):
+    driver = Driver(error=1)
+    refused = kernel(driver)
+    assert not refused.launch((1, 1, 1), 5) and not refused.launch((1, 1, 1), 5)
+    assert len(driver.launches) == 1
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "CUDA_ERROR_NOT_SUPPORTED" in caplog.text
+
+
+def test_a_kernel_that_does_not_compile_is_declined(compiler, own_cache, source, monkeypatch, caplog):
+    """With the reason, and one warning for all the shapes of a source."""
+    monkeypatch.setattr(nvrtc, "properties", lambda device: SimpleNamespace(major=9, minor=0, multi_processor_count=132,
+                                                                            shared_memory_per_block_optin=227 << 10))
+    monkeypatch.setattr(nvrtc, "available", lambda: True)
+    monkeypatch.setattr(nvrtc, "_warned", set())
+    monkeypatch.setattr(cuda_linear, "_SOURCE", source)
+    monkeypatch.setattr(cuda_attention, "_SOURCE", source)
+    source.write_text("undeclared")
+    cuda_linear._kernel.cache_clear()
+    cuda_attention._kernel.cache_clear()
+    with FakeTensorMode():
+        x, q = (torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in ((1, 4096), (1, 8, 1, 128)))
+        keys = torch.empty(1, 2, 64, 128, device="cuda", dtype=torch.bfloat16)
+        for columns in (4096, 512):
+            assert cuda_linear.serves(x, columns, 0, True, "")
+            assert "does not build" in cuda_linear.refusal(x, columns, 0, True, "")
+            assert not ops.fuses(x, columns, 0, True, "")
+        assert cuda_attention.serves(q, keys, None) and "little.cu" in cuda_attention.refusal(q, keys, None)
+        assert not ops.attends(q, keys, None)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "undeclared" in caplog.text
+    cuda_linear._kernel.cache_clear()
+    cuda_attention._kernel.cache_clear()
 
 
 @needs_gpu

@@ -76,7 +76,7 @@ def test_no_kernel_is_picked_for_more_than_it_takes():
     assert all(kernel.pays <= kernel.takes for kernel in TABLE)
     assert crossover("cpu") == cpu.MAX_ROWS and crossover("cuda") == 1 and crossover("mps") == 0
     launchers = {"NVRTC sparse_linear": lambda n: cuda_linear.serves(torch.empty(n, 1, 32), 64, 0, False, ""),
-                 "Triton gather": lambda n: triton_gemv.serves(torch.empty(n, 1, 32)),
+                 "Triton gather": lambda n: triton_gemv.serves(torch.empty(n, 1, 32), 64),
                  "C++ sparse_linear": lambda n: cpu.serves(torch.empty(n, 1, 32), 0, "")}
     for kernel in TABLE:
         assert not launchers[kernel.name](kernel.takes + 1)

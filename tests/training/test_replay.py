@@ -35,6 +35,43 @@ def test_new_inputs_give_new_results():
 
 
 @needs_gpu
+def test_another_dtype_is_another_graph():
+    """To copy it into the first one's inputs would round it, or widen the result, without a word."""
+    run = Replayed(squares)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        x, y = torch.randn(2, 50, device="cuda", dtype=dtype)
+        got, expected = run(x, y), squares(x, y)
+        equal(got, expected)
+        assert got[0].dtype == expected[0].dtype
+    assert len(run._graphs) == 3
+
+
+def test_inputs_of_a_kind(monkeypatch):
+    """Without a GPU: which inputs share a graph."""
+    class Input:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+        def __init__(self, shape, dtype):
+            self.shape, self.dtype = torch.Size(shape), dtype
+
+        def copy_(self, other):
+            assert (self.shape, self.dtype, self.device) == (other.shape, other.dtype, other.device)
+
+    class Graph:
+        def replay(self):
+            pass
+
+    run = Replayed(squares)
+    monkeypatch.setattr(run, "_capture", lambda inputs: (Graph(), list(inputs), "result"))
+    generator = type("Generator", (), {"clone_state": lambda self: None})()
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        for shape in ((5,), (7,), (5,)):
+            assert run(Input(shape, dtype)) == "result"
+    assert len(run._graphs) == 4
+
+
+@needs_gpu
 def test_gradients_are_replayed():
     weight = torch.randn(8, 8, device="cuda", requires_grad=True)
 

@@ -1,0 +1,61 @@
+// Vectors of whatever width the compiler was told of, by the extension that g++ and clang++ share.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int VB = 64;
+#elif defined(__AVX__)
+constexpr int VB = 32;
+#else
+constexpr int VB = 16;
+#endif
+constexpr int LANES = VB / 4;
+typedef float vf __attribute__((vector_size(VB)));
+typedef int32_t vi __attribute__((vector_size(VB)));
+typedef uint32_t vu __attribute__((vector_size(VB)));
+typedef uint16_t vs __attribute__((vector_size(VB)));
+
+// memcpy instead of a pointer cast: rows of an odd N start anywhere. It compiles to one unaligned move.
+template <class V>
+INLINE V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+INLINE void store(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+// The sum of a vector's elements, by halves: one after the other they would wait for each other.
+INLINE float total(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  for (int width = LANES / 2; width; width /= 2)
+    for (int l = 0; l < width; l++) v[l] += v[l + width];
+  return v[0];
+#endif
+}
+
+INLINE float bits_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+INLINE uint32_t float_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
