@@ -74,11 +74,9 @@ def constants(shape: Shape, c: Config) -> dict[str, int]:
                for flag in ("full", "half", "norm", "bias", "residual", "early", "gain", "threshold")}}
 
 
-def refuses(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor | None, norm: bool, gate: str) -> str:
-    """Why the kernel does not take these, checked or fake tensors; "" where it does."""
-    bits = 4 if weight.dtype == torch.uint8 else 8
-    columns = weight.shape[1] * 8 // bits
-    group, rows = columns // scales.shape[1], 0 if adapter is None else adapter.shape[0]
+def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str) -> str:
+    """Why the kernel does not take x, [..., K], which may be a fake tensor, a weight of so many columns and an adapter of so
+    many ``rows``; "" where it does."""
     channels = x.shape[-1]
     if x.device.type != "cuda" or not nvrtc.available() or nvrtc.properties(x.device).major < 9:
         return "clusters of thread blocks are there from compute capability 9"

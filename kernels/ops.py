@@ -142,7 +142,10 @@ def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residu
     reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
     from larosa_fx.kernels import cuda_quantized
 
-    if cuda_quantized.refuses(x, weight, scales, adapter, eps is not None, gate):
+    bits = 4 if weight.dtype == torch.uint8 else 8
+    columns = weight.shape[1] * 8 // bits
+    if cuda_quantized.refuses(x, bits, columns, columns // scales.shape[1], 0 if adapter is None else len(adapter),
+                              eps is not None, gate):
         return None
     with torch.cuda.device(x.device):
         return cuda_quantized.quantized_linear(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from larosa_fx.kernels import cpu, reference
+from larosa_fx.kernels.quantization import BITS
 
 
 class Site(Protocol):
@@ -21,11 +22,13 @@ class Site(Protocol):
 
     example: x, [..., K], which may be a fake tensor. rows: of x; where they are symbolic, to compare them is to guard on
     them, so the answer holds for the graph, and other numbers compile anew. columns: N of the weight, [K, N]. format: the
-    name of the weight's format. adapter_rows: of a residual adapter behind the weight's own. normed: an RMSNorm in front.
+    name of the weight's format. group: columns that share a scale in it. adapter_rows: of a residual adapter behind the
+    weight's own. normed: an RMSNorm in front.
     gate: the activation between the two halves, or "". threshold: None for Top-K.
     """
 
     example: Tensor
+    group: int
     rows: int | torch.SymInt
     columns: int
     format: str
@@ -88,6 +91,13 @@ def _nvrtc(site: Site) -> str:
     return cuda_linear.refusal(site.example, site.columns, site.adapter_rows, site.normed, site.gate)
 
 
+def _quantized(site: Site) -> str:
+    from larosa_fx.kernels import cuda_quantized
+
+    return cuda_quantized.refuses(site.example, BITS[site.format], site.columns, site.group, site.adapter_rows, site.normed,
+                                  site.gate)
+
+
 def _triton(site: Site) -> str:
     try:
         from larosa_fx.kernels import triton_gemv, triton_topk
@@ -110,6 +120,7 @@ _HALF = (torch.bfloat16, torch.float16)
 #: On an H200 a step of Llama-3-8B takes, sparse and dense, 6.5 and 6.2 ms at two rows, 9.0 and 6.8 at four: one row pays.
 TABLE = (
     Kernel("NVRTC sparse_linear", "cuda", True, ("dense",), _HALF, takes=1, pays=1, declines=_nvrtc),
+    Kernel("NVRTC quantized_linear", "cuda", True, tuple(BITS), _HALF, takes=1, pays=1, declines=_quantized),
     Kernel("Triton gather", "cuda", False, ("dense",), (*_HALF, torch.float32), takes=reference.GATHER_ROWS, pays=1,
            declines=_triton),
     Kernel("C++ sparse_linear", "cpu", True, ("dense",), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=cpu.MAX_ROWS,

@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--plan", metavar="PLAN", help="a plan; stand-in rotations where not given")
     inspect.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity without a plan")
     inspect.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
-    inspect.add_argument("--dump-dir", metavar="DIR", help="write the graph behind every pass, as numbered Python files that run")
+    inspect.add_argument("--dump-dir", metavar="DIR", help="write the graph behind every pass, as Python files that run")
     inspect.add_argument("--html", metavar="FILE", help="draw one layer before and after: sites, rotations, adapters")
     inspect.add_argument("--layer", type=int, default=0, help="the layer that is drawn")
     inspect.add_argument("--json", action="store_true", help='print {"structure": [...], "report": {...}}')

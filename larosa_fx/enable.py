@@ -16,7 +16,8 @@ from larosa_fx.plan.plan import Plan
 def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None, *, sparsity: float | None = None,
            selection: str | None = None, mode: str | None = "auto", weights: str = "replace",
            max_cache_len: int | None = None, sparse_rows: int | None = None, rotate_cache: bool | None = None,
-           strict: bool = False, dump_dir: str | None = None, compiler: str = "inductor") -> torch.nn.Module:
+           strict: bool = False, dump_dir: str | None = None, compiler: str = "inductor", quantize: str = "none"
+           ) -> torch.nn.Module:
     """Make ``model.generate`` decode sparsely, with all that it takes: pipelines, chats, streamers, servers. Returns model.
 
     plan: a Plan, its path, or None for the one that ``calibrate`` or ``train`` attached to the model.
@@ -29,7 +30,7 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
         reads all weights, once, which is faster there.
     rotate_cache: None lets a plan's head maps be folded into what fills the cache wherever ``weights`` is "replace".
     strict: raise LarosaError where a call would otherwise be left to transformers' own loop, or decode densely.
-    dump_dir, compiler: as in Options.
+    dump_dir, compiler, quantize: as in Options.
 
     What a call asks for that sparse steps cannot give (beams, assisted decoding, another cache, use_cache=False) goes to
     transformers' own loop, with one warning that says why. A model may be enabled again, with another plan or options.
@@ -40,7 +41,8 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
 
     settings = Settings.of(model, sparsity=sparsity, selection=selection, mode=mode, weights=weights,
                            max_cache_len=max_cache_len, sparse_rows=sparse_rows, rotate_cache=rotate_cache, strict=strict,
-                           dump_dir=None if dump_dir is None else os.fspath(dump_dir), compiler=compiler)
+                           dump_dir=None if dump_dir is None else os.fspath(dump_dir), compiler=compiler,
+                           quantize=quantize)
     engine = engine_of(model, plan, settings)
     model.generate = Method(model, "generate", engine)
     if weights == "replace":

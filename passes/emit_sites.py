@@ -61,10 +61,10 @@ def _gemv(graph: fx.Graph, sparse: SparseSite) -> fx.Node:
     """Selection and product as ops of their own."""
     with graph.inserting_before(sparse.product):
         if sparse.threshold is not None:  # a list of unknown length has no place in a graph: one op selects and multiplies
-            return graph.call_function(torch.ops.larosa.sparse_linear.default, (sparse.x, sparse.channels, sparse.matrix),
+            return graph.call_function(torch.ops.larosa.sparse_linear.default, (sparse.x, sparse.channels, *sparse.stored),
                                        {"threshold": sparse.threshold})
         values, indices = _select(graph, sparse)
-        return graph.call_function(torch.ops.larosa.sparse_gemv.default, (values, indices, sparse.matrix))
+        return graph.call_function(torch.ops.larosa.sparse_gemv.default, (values, indices, *sparse.stored))
 
 
 def _masked(graph: fx.Graph, sparse: SparseSite) -> fx.Node:

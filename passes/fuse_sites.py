@@ -86,7 +86,8 @@ def _residual(f: SparseSite) -> SparseSite | None:
     if not isinstance(other, fx.Node) or ex.is_weight(other) or g.dtype(add) != g.dtype(f.x):
         return None
     if f.beside is not None and other is f.beside.product:
-        return replace(f, output=add, matrix=f.beside.packed, residual=f.beside.residual, adapter=f.beside)
+        stored = f.beside.stored if f.weight.packs else f.stored
+        return replace(f, output=add, stored=stored, residual=f.beside.residual, adapter=f.beside)
     return replace(f, output=add, residual=other) if g.shape(other) == g.shape(add) else None
 
 

@@ -1,20 +1,24 @@
 """The head, and what else is left of ``F.linear`` in a step of one token, becomes a product at the memory's bandwidth.
 
 Not part of the method: once the sites read half of their bytes, a large vocabulary is a third of a small model's time on a
-CPU, whose libraries are made for products of many rows.
+CPU, whose libraries are made for products of many rows. With quantised weights the head takes 8 bits where the device has a
+kernel for them.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
+from larosa_fx.ir import effects, layers
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
-from larosa_fx.ir import layers
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
+from larosa_fx.ir.site import SparseSite, format_of
+from larosa_fx.kernels.pick import crossover
 
 _GEMV = torch.ops.larosa.dense_gemv.default
 _SMALL = 2**18  # elements: with fewer, a call costs what it saves
@@ -27,6 +31,10 @@ def run(ctx: Context) -> PassResult:
         channels, columns = layers.linear_size(linear)
         if not ex.is_weight(linear.args[1]) or channels * columns < _SMALL:
             continue
+        if ctx.quantize != "none" and crossover(ctx.structure.device.type, "int8"):
+            _quantize(ctx, linear)
+            result.count("linears in 8 bits")
+            continue
         example = g.value(linear.args[0])
         if example is None or not ctx.device.multiplies(example, example.new_empty(columns, channels)):
             result.skip(linear, "many tokens, or the device's own product is as good")
@@ -34,3 +42,21 @@ def run(ctx: Context) -> PassResult:
         layers.replace_linear(graph, linear, lambda *args: graph.call_function(_GEMV, args))
         result.count("linears")
     return result
+
+
+def _quantize(ctx: Context, linear: fx.Node) -> None:
+    """The linear over 8-bit weights: all channels by the kernel of a sparse site where there is one row."""
+    graph, (channels, columns) = ctx.graph, layers.linear_size(linear)
+    weight = format_of("int8", ctx.structure.dtype, columns)
+    bias = layers.bias_of(linear)
+    with graph.inserting_before(linear):
+        stored, matrix = weight.emit(graph, ex.weight_call(graph, torch.t, linear.args[1]))
+    product, output = layers.replace_linear(graph, linear, lambda x, _: graph.call_function(torch.matmul, (x, matrix)))
+    site = SparseSite.of("head", product, output, bias, channels, columns, None, weight, stored)
+    if site.rows == 1 and ctx.device.pick(site, ctx.structure.device).whole:
+        with graph.inserting_before(output):
+            op, arguments = weight.call(site, None)
+            fused = graph.call_function(op, arguments)
+        fused.meta = dict(output.meta)
+        output.replace_all_uses_with(fused)
+        effects.remove_dead_code(graph)

@@ -11,13 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import fx
 
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import layers
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.site import SparseSite
+from larosa_fx.ir.site import SparseSite, format_of
 
 _PREFILL = "several tokens a sequence: prefill stays dense"
 
@@ -33,19 +32,19 @@ def run(ctx: Context) -> PassResult:
         (linear,) = site.linears
         site.weight, site.writes = ex.formula(linear.args[1]), structure.residual_edge(site)
         bias = layers.bias_of(linear)
-        product, output = layers.replace_linear(ctx.graph, linear, lambda x, weight: _dense(ctx.graph, x, weight))
+        weight = format_of(ctx.quantize, structure.dtype, site.out_features)
+        with ctx.graph.inserting_before(linear):
+            stored, matrix = weight.emit(ctx.graph, ex.weight_call(ctx.graph, torch.t, linear.args[1]))  # [K, N]
+        product, output = layers.replace_linear(
+            ctx.graph, linear, lambda x, _, matrix=matrix: ctx.graph.call_function(torch.matmul, (x, matrix)))
         k = plan.k[site.name]
         threshold = None if plan.thresholds is None or k == site.in_features else plan.thresholds[site.name]
-        bare = SparseSite.of(site.name, product, output, bias, k, site.out_features, threshold)
+        bare = SparseSite.of(site.name, product, output, bias, k, site.out_features, threshold, weight, stored)
         site.sparse, site.linears = _decide(ctx, bare), [output]
         result.count(site.sparse.form)
         if site.sparse.form == "dense":
             result.skip(site.name, site.sparse.reason)
     return result
-
-
-def _dense(graph: fx.Graph, x: fx.Node, weight: fx.Node) -> fx.Node:
-    return graph.call_function(torch.matmul, (x, ex.weight_call(graph, torch.t, weight)))  # [K, N]
 
 
 def _decide(ctx: Context, bare: SparseSite) -> SparseSite:

@@ -1,6 +1,7 @@
 """A residual adapter becomes more rows of the weight that writes beside it: r A + y W = [r, y] . [A; W].
 
 Graphs read their part of the packed tensor as a view, or all of it at once (``fuse_sites``): prefill and decode share it.
+Where weights are quantised an adapter keeps tensors of its own, in 8 bits.
 """
 
 from __future__ import annotations
@@ -31,14 +32,21 @@ def run(ctx: Context) -> PassResult:
             continue
         residual, adapter = adapted.args
         width = g.shape(residual)[-1]
+        if not sparse.weight.packs:
+            with graph.inserting_before(adapted):
+                stored, matrix = sparse.weight.adapter().emit(graph, adapter)
+            adapted.update_arg(1, matrix)
+            site.sparse = replace(sparse, beside=Adapter(stored, adapted, residual, width))
+            result.count("adapters")
+            continue
         with graph.inserting_after(leaves[-1]):
-            packed = graph.call_function(torch.cat, ([sparse.matrix, adapter], 0))
+            packed = graph.call_function(torch.cat, ([*sparse.stored, adapter], 0))
         ex.hoist_weights(graph, packed)
         with graph.inserting_after(packed):
             matrix = graph.call_function(torch.narrow, (packed, 0, 0, sparse.channels))
             adapted.update_arg(1, graph.call_function(torch.narrow, (packed, 0, sparse.channels, width)))
         sparse.product.update_arg(1, matrix)
-        site.sparse = replace(sparse, matrix=matrix, beside=Adapter(packed, adapted, residual, width))
+        site.sparse = replace(sparse, stored=(matrix,), beside=Adapter((packed,), adapted, residual, width))
         result.count("adapters")
     effects.remove_dead_code(graph)
     return result

@@ -132,6 +132,7 @@ class FoldStore:
         self._fingerprints: weakref.WeakValueDictionary[tuple[int, ...], Fingerprint] = weakref.WeakValueDictionary()
         self._revisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._replaced: dict[int, weakref.ref] = {}
+        self._blanks: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -205,11 +206,18 @@ class FoldStore:
     def replace(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Give up the parameters' own memory: each then lies in memory of the tensor it was folded into.
 
+        Where that is smaller, in 8 or 4 bits, all lie in one blank tensor as large as the largest of them.
+
         Sizes, strides and dtype stay, because Dynamo guards on them. What owns the parameters must not be used any more
         (``forbid_use``). Returns those that did: something was folded from them, and they had not done so before.
         """
-        hosts = {id(p): entry.tensor for key, entry in self._entries.items() for p in parameters
-                 if id(p) in key[-1] and entry.tensor.numel() >= p.numel() and entry.tensor.dtype == p.dtype}
+        hosts: dict[int, torch.Tensor] = {}
+        for p in parameters:
+            made = [entry.tensor for key, entry in self._entries.items() if id(p) in key[-1]]
+            if made:
+                hosts[id(p)] = next((t for t in made if t.numel() >= p.numel() and t.dtype == p.dtype), None)
+                if hosts[id(p)] is None:
+                    hosts[id(p)] = self._blank(p)
         done = [p for p in parameters if id(p) in hosts and not self.is_replaced(p)]
         for p in done:
             p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
@@ -219,6 +227,13 @@ class FoldStore:
         for key, entry in self._entries.items():
             entry.marks = [marks.get(i, old) for i, old in zip(key[-1], entry.marks, strict=True)]
         return done
+
+    def _blank(self, p: torch.Tensor) -> torch.Tensor:
+        """Memory that nobody reads, for a parameter of p's size, dtype and device; common to all that came before it."""
+        key = (p.dtype, p.device)
+        if key not in self._blanks or self._blanks[key].numel() < p.numel():
+            self._blanks[key] = torch.empty(p.numel(), dtype=p.dtype, device=p.device)
+        return self._blanks[key]
 
     def _forget(self, key: int, _: weakref.ref) -> None:
         self._replaced.pop(key, None)
@@ -357,8 +372,9 @@ class Binding:
     def specs(self, args: Sequence[object]) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:
         """Shape, dtype and device of each folded tensor, without folding."""
         meta = torch.device("meta")
-        return [(tuple(recipe.evaluate([args[i].to(meta) for i in recipe.sources], self.rotations, dtype=self.dtype,
-                                       device=meta).shape), self.dtype, self.device) for recipe in self.recipes()]
+        folded = [recipe.evaluate([args[i].to(meta) for i in recipe.sources], self.rotations, dtype=self.dtype, device=meta)
+                  for recipe in self.recipes()]
+        return [(tuple(tensor.shape), tensor.dtype, self.device) for tensor in folded]
 
     def fold(self, args: Sequence[object], *, replace: bool = False) -> list[Folded]:
         """The folded tensors for these parameters, in the order of the recipes.

@@ -11,12 +11,14 @@ from larosa_fx.compiler import pipeline
 from larosa_fx.ir import compat
 from larosa_fx.ir.checks import check_choice, check_directory, check_path, check_sparsity
 from larosa_fx.ir.structure import SELECTIONS
+from larosa_fx.kernels.quantization import BITS
 
 CHOICES = {
     "selection": (None, *SELECTIONS),
     "sparsify": ("decode", "all"),
     "weights": ("copy", "replace"),
     "compiler": ("inductor", "eager"),
+    "quantize": ("none", *BITS),
 }
 
 
@@ -40,6 +42,8 @@ class Options:
         ``larosa_fx.compiler.pipeline``.
     rows: the most rows (sequences) of a step that are multiplied sparsely; None takes the device's measured crossover,
         beyond which one dense product is faster (``larosa_fx.kernels.pick``).
+    quantize: "none", or "int8" or "int4": folded weights are stored so, adapters and head in 8 bits
+        (``larosa_fx.kernels.quantization``). The model then is another one, by its rounding, at sparsity 0 too.
     compiler: "inductor", or "eager" to run the rewritten graph as it stands (quick to build, for debugging and accuracy).
     """
 
@@ -55,6 +59,7 @@ class Options:
     selection: str | None = None
     disable: str = ""
     rows: int | None = None
+    quantize: str = "none"
 
     @classmethod
     def parse(cls, options: Mapping[str, object] | None, mode: str | None = None) -> Options:

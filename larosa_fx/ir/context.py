@@ -44,9 +44,9 @@ class Context:
     """One graph on its way through the passes, with all that they read and leave for each other.
 
     gm: rewritten in place. structure: what ``match`` finds. treatment: "fold", "online" or "unrotated", how the plan's
-    rotations are carried out here. sparsify, rotate_cache: see ``larosa_fx.compiler.options``. observe: what calibration's
-    taps call with (site name, activation). inputs: what ``fold_weights`` leaves: for each placeholder of the rewritten graph
-    the position of an original input, or a recipe.
+    rotations are carried out here. sparsify, rotate_cache, quantize: see ``larosa_fx.compiler.options``. observe: what
+    calibration's taps call with (site name, activation). inputs: what ``fold_weights`` leaves: for each placeholder of the
+    rewritten graph the position of an original input, or a recipe.
     """
 
     gm: fx.GraphModule
@@ -55,6 +55,7 @@ class Context:
     treatment: str = "unrotated"
     sparsify: str = "decode"
     rotate_cache: bool = False
+    quantize: str = "none"
     device: Device = field(default_factory=Device)
     report: Report = field(default_factory=Report)
     observe: Callable[[str, object], None] | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from larosa_fx.ir import graph as g
+from larosa_fx.kernels.quantization import quantize
 
 ROTATION = "larosa_rotation"  # meta key of get_attr nodes that hold a rotation, or another matrix of a plan: its name
 
@@ -44,6 +45,11 @@ def centred(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x - x.mean(dim, keepdim=True)
 
 
+def stored(w: torch.Tensor, bits: int, group: int, dtype: torch.dtype, part: int) -> torch.Tensor:
+    """Part 0 or 1 of w, [K, N], in 8 or 4 bits: what is stored, or its scales in ``dtype``."""
+    return quantize(w, bits, group, dtype)[part]
+
+
 #: Functions allowed in a weight expression: linear algebra on parameters and rotations, folded in fp64.
 WEIGHT_FUNCTIONS: dict[object, Callable] = {
     torch.matmul: torch.matmul,
@@ -61,6 +67,7 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
     map_blocks: map_blocks,
     pick_blocks: pick_blocks,
     scale_channels: scale_channels,
+    stored: stored,
     "float": lambda x, *_: x,  # casts that lose nothing (see is_weight) are the identity in fp64
     "to": lambda x, *_: x,
 }

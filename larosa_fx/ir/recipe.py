@@ -39,7 +39,7 @@ class Recipe:
 
     def evaluate(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], *, dtype: torch.dtype,
                  device: torch.device) -> torch.Tensor:
-        """The expression's value: computed in fp64 on ``device``, cast once to ``dtype``, contiguous.
+        """The expression's value: computed in fp64 on ``device``, cast once to ``dtype``, contiguous. Integers stay.
 
         ``parameters`` are the sources in their numbered order. Meta parameters give the value's shape. FoldError where a
         finite value is beyond the dtype's range.
@@ -60,6 +60,8 @@ class Recipe:
 
         with torch.no_grad():
             exact = value(self.expression)
+            if not exact.is_floating_point():
+                return exact.contiguous()
             folded = exact.to(dtype).contiguous()
             if not folded.is_meta and not folded.isfinite().all() and exact.isfinite().all():
                 raise FoldError(f"{exact.abs().max().item():.3g} is beyond the range of {dtype}")

@@ -12,17 +12,29 @@ from typing import Protocol
 import torch
 from torch import fx
 
+from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
+from larosa_fx.kernels.quantization import BITS, quantize
 
 
 class WeightFormat(Protocol):
     """How a folded weight, [K, N], lies in memory. A row, and all that it takes to read it, belongs to one channel.
 
     name: as ``kernels.pick`` has it. alignment: bytes that a row's length is a multiple of where a kernel asks for it.
+    group: columns that share a scale, 0 without scales. packs: whether a residual adapter lies behind the weight's own rows;
+    otherwise it has tensors of its own.
     """
 
     name: str
     alignment: int
+    group: int
+    packs: bool
+
+    def emit(self, graph: fx.Graph, exact: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node]:
+        """(the nodes of the tensors that stand for ``exact``, [K, N], and the matrix that a product of many rows reads)."""
+
+    def adapter(self) -> WeightFormat:
+        """The format of an adapter that is not packed."""
 
     def fold(self, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors that stand for ``exact``, [K, N] in fp64."""
@@ -41,6 +53,14 @@ class DenseFormat:
     dtype: torch.dtype
     name: str = "dense"
     alignment: int = 16
+    group: int = 0
+    packs: bool = True
+
+    def emit(self, graph: fx.Graph, exact: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node]:
+        return (exact,), exact
+
+    def adapter(self) -> WeightFormat:
+        return self
 
     def fold(self, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (exact.to(self.dtype).contiguous(),)
@@ -50,16 +70,60 @@ class DenseFormat:
 
     def call(self, site: SparseSite, gain: fx.Node | None) -> tuple[object, tuple]:
         return torch.ops.larosa.sparse_linear.default, (
-            site.x, site.k if site.threshold is None else site.channels, site.matrix, site.bias, site.residual, site.eps,
+            site.x, site.k if site.threshold is None else site.channels, *site.stored, site.bias, site.residual, site.eps,
             site.gate, site.early, gain, site.threshold)
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A residual adapter, [D, N], that lies behind a site's own rows: ``packed`` is [K + D, N], ``product`` what multiplies
-    the residual by its part of it."""
+class QuantizedFormat:
+    """8 or 4 bits with scales of each row's groups of columns (``kernels.quantization``); adapters take 8."""
 
-    packed: fx.Node
+    bits: int
+    group: int
+    dtype: torch.dtype  # of the scales, and of what is computed
+    alignment: int = 16
+    packs: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}"
+
+    def fold(self, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return quantize(exact, self.bits, self.group, self.dtype)
+
+    def emit(self, graph: fx.Graph, exact: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node]:
+        parts = tuple(ex.weight_call(graph, ex.stored, exact, self.bits, self.group, self.dtype, i) for i in (0, 1))
+        return parts, graph.call_function(torch.ops.larosa.dequantized.default, parts)
+
+    def adapter(self) -> WeightFormat:
+        return QuantizedFormat(8, self.group, self.dtype)
+
+    def row_bytes(self, columns: int) -> int:
+        scales = columns // self.group * (2 if self.bits == 4 else 1)
+        return columns * self.bits // 8 + scales * self.dtype.itemsize
+
+    def call(self, site: SparseSite, gain: fx.Node | None) -> tuple[object, tuple]:
+        adapter = site.adapter.stored if site.adapter else (None, None)
+        return torch.ops.larosa.quantized_linear.default, (
+            site.x, site.k if site.threshold is None else site.channels, *site.stored, *adapter, site.bias, site.residual,
+            site.eps, site.gate, site.early, gain, site.threshold)
+
+
+GROUPS = (128, 64, 32)  # columns that may share a scale
+
+
+def format_of(quantize: str, dtype: torch.dtype, columns: int) -> WeightFormat:
+    """The format that option ``quantize`` asks for a weight of N columns; its own dtype where no group divides them."""
+    group = next((size for size in GROUPS if columns % size == 0), None)
+    return DenseFormat(dtype) if quantize == "none" or group is None else QuantizedFormat(BITS[quantize], group, dtype)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A residual adapter, [D, N], beside a site. ``stored``: its tensors; of a format that packs, [K + D, N], the site's
+    own rows in front. ``product``: what multiplies the residual by it."""
+
+    stored: tuple[fx.Node, ...]
     product: fx.Node
     residual: fx.Node
     rows: int
@@ -70,10 +134,10 @@ class SparseSite:
     """One site with the product behind it.
 
     output: the node whose place the site takes: the product, or what of its surroundings it computes as well.
-    product: ``x @ weight``, weight the folded [K, N]; x and matrix are what the site's op will read.
+    product: ``x @ weight``, weight the folded [K, N]; x and stored, the weight's tensors, are what the site's op will read.
     k: channels kept, on average where ``threshold`` decides. rows: vectors of x, symbolic where
     shapes are dynamic: ``kernels.pick`` guards on them.
-    beside: the adapter packed with the weight. adapter: the same, once the site computes it. eps: of the norm, None without.
+    beside: the adapter whose output is added. adapter: the same, once the site computes it. eps: of the norm, None without.
     early: what made x has read the residual, so that an adapter may be applied before x is there. shard: None, all of it.
     form: "sparse GEMV", "masked matmul" or "dense". kernel: which runs it, "" for torch's own product. whole: that kernel
     computes all of the site in one launch. reason: why the site is not sparse. unserved: it would be, had it a kernel.
@@ -83,7 +147,7 @@ class SparseSite:
     output: fx.Node
     product: fx.Node
     x: fx.Node
-    matrix: fx.Node
+    stored: tuple[fx.Node, ...]
     k: int
     channels: int
     columns: int
@@ -107,12 +171,11 @@ class SparseSite:
 
     @classmethod
     def of(cls, name: str, product: fx.Node, output: fx.Node, bias: fx.Node | None, k: int, columns: int,
-           threshold: float | None) -> SparseSite:
+           threshold: float | None, weight: WeightFormat, stored: tuple[fx.Node, ...]) -> SparseSite:
         """A bare site of ``product``, x @ [K, N], and of ``output``, with its bias."""
-        x, matrix = product.args
+        x = product.args[0]
         rows, channels = g.value(x).shape[:-1].numel(), g.shape(x)[-1]
-        return cls(name, output, product, x, matrix, k, channels, columns, rows, DenseFormat(g.dtype(x)), threshold,
-                   bias=bias)
+        return cls(name, output, product, x, stored, k, channels, columns, rows, weight, threshold, bias=bias)
 
     # What kernels.pick looks at.
 
@@ -123,6 +186,10 @@ class SparseSite:
     @property
     def format(self) -> str:
         return self.weight.name
+
+    @property
+    def group(self) -> int:
+        return self.weight.group
 
     @property
     def adapter_rows(self) -> int:

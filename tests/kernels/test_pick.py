@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from larosa_fx.kernels import cpu, cuda_linear, pick, triton_gemv
+from larosa_fx.kernels import cpu, cuda_linear, cuda_quantized, pick, triton_gemv
 from larosa_fx.kernels.pick import TABLE, crossover
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -77,6 +77,8 @@ def test_no_kernel_is_picked_for_more_than_it_takes():
     assert crossover("cpu") == cpu.MAX_ROWS and crossover("cuda") == 1 and crossover("mps") == 0
     launchers = {"NVRTC sparse_linear": lambda n: cuda_linear.serves(torch.empty(n, 1, 32), 64, 0, False, ""),
                  "Triton gather": lambda n: triton_gemv.serves(torch.empty(n, 1, 32), 64),
+                 "NVRTC quantized_linear": lambda n: not cuda_quantized.refuses(
+                     torch.empty(n, 1, 32), 8, 64, 32, 0, False, ""),
                  "C++ sparse_linear": lambda n: cpu.serves(torch.empty(n, 1, 32), 0, "")}
     for kernel in TABLE:
         assert not launchers[kernel.name](kernel.takes + 1)
