@@ -98,8 +98,6 @@ def disabled(names: str) -> frozenset[str]:
     Disabling ``fold_rotations`` applies rotations online, all of them. ValueError for a name that is none, with the closest,
     and for a pass without which the result would be wrong, with the reason.
     """
-    if not isinstance(names, str):
-        raise ValueError(f"option 'disable' takes names of passes with commas between them, not {type(names).__name__}")
     passes = {p.name: p for p in (*CAPTURE, *COMPILE)}
     chosen = frozenset(filter(None, (name.strip() for name in names.split(","))))
     for name in sorted(chosen):

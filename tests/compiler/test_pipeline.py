@@ -34,7 +34,7 @@ def test_every_pass_is_listed_once_and_takes_a_context():
     ("insert_taps", "there is no pass 'insert_taps'"),
     ("fold_gain", "fold_gain cannot be left out: .*half rotated; disable fold_rotations"),
     ("fuse_sites, lower_topk", "lower_topk cannot be left out: .*sparsity=0.0"),
-    (True, "names of passes with commas between them, not bool"),
+    (True, "option 'disable' is True; give names of passes"),
 ])
 def test_bad_names(names, message):
     with pytest.raises(ValueError, match=message):
