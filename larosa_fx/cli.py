@@ -232,6 +232,7 @@ def _eval(args: argparse.Namespace) -> None:
     plan.thresholds_at(None, args.selection)  # which it may not have: better known before a model is loaded
     text, origin = _text(args, "held out")
     model, tokenizer = _load(args)
+    plan.attach(model)  # says so where it is another model's
     rows = sweep(model, args.plan, windows(encode(tokenizer, text), args.window, args.windows), args.sparsity,
                  selection=args.selection, compiler=args.compiler, progress=not args.json)
     if args.json:
@@ -253,12 +254,12 @@ def _inspect(args: argparse.Namespace) -> None:
         check_output("the drawing", args.html)
     if args.dump_dir is not None:
         make_directory("the dumps of graphs", args.dump_dir)
-    if args.plan is not None:
-        Plan.load(args.plan)
+    plan = None if args.plan is None else Plan.load(args.plan)
     model, _ = _load(args)
     ids = torch.arange(2, 10, device=args.device)[None]
     options = {"sparsity": args.sparsity, "dump_dir": args.dump_dir, "compiler": "eager"}
-    if args.plan is not None:
+    if plan is not None:
+        plan.attach(model)  # says so where it is another model's
         options["plan"] = args.plan
     else:  # the structure does not depend on the values of rotations
         calibrate(model, [ids], rotation=args.rotation, basis="hadamard", progress=False)

@@ -97,8 +97,9 @@ def test_inspect_draws_a_layer(directory, capsys):
     page = (directory / "layer.html").read_text(encoding="utf-8")
     svg = [ElementTree.fromstring(part.partition("</svg>")[0].join(("<svg", "</svg>"))) for part in page.split("<svg")[-2:]]
     before, after = (["".join(text.itertext()) for text in drawing.iter("text")] for drawing in svg)
-    assert "h1: 32 channels" in before and any(text.startswith("h1: Top-") for text in after)
-    assert "adapter" in after and "adapter" not in before  # from layer 0's basis to layer 1's
+    assert "h1 (qkv): 32 channels" in before and any(text.startswith("h1 (qkv): Top-") for text in after)
+    undrawn, drawn = (["".join(title.itertext()) for title in drawing.iter("title")] for drawing in svg)
+    assert not undrawn and "Q[layers.0]ᵀ Q[layers.1]" in drawn  # the adapter from layer 0's basis to layer 1's
     assert any("Q[layers.1]ᵀ down_proj" in text for text in after)
     assert any("q_proj diag(input_layernorm)) Q[layers.0]" in text for text in after)
 

@@ -96,10 +96,11 @@ def test_a_plan_that_is_damaged_or_gone_is_refused_at_the_next_call(tmp_path):
     sparse = run(x).logits
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(PlanError, match="its content is not that of its checksum"):
+    refused = (PlanError, RuntimeError)  # Dynamo wraps what is raised while it compiles anew
+    with pytest.raises(refused, match="its content is not that of its checksum"):
         run(x)
     path.unlink()
-    with pytest.raises(PlanError, match="there is no plan at"):
+    with pytest.raises(refused, match="there is no plan at"):
         run(x)
     path.write_bytes(content)
     assert torch.equal(run(x).logits, sparse)
