@@ -19,6 +19,7 @@ from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.site import SparseSite, format_of
 
 _PREFILL = "several tokens a sequence: prefill stays dense"
+_UNKNOWN = "nothing shows how many tokens of a sequence this graph computes: no attention, no lookup of tokens [B, T]"
 
 
 def run(ctx: Context) -> PassResult:
@@ -51,7 +52,8 @@ def _decide(ctx: Context, bare: SparseSite) -> SparseSite:
     if bare.k == bare.channels:
         return replace(bare, reason="k is the whole site: dense")
     if ctx.structure.tokens_per_sequence != 1:
-        return replace(bare, reason=_PREFILL) if ctx.sparsify == "decode" else replace(bare, form="masked matmul")
+        reason = _PREFILL if ctx.structure.tokens_per_sequence is not None else _UNKNOWN
+        return replace(bare, reason=reason) if ctx.sparsify == "decode" else replace(bare, form="masked matmul")
     choice = ctx.device.pick(bare, ctx.structure.device)
     if choice.kernel:
         return replace(bare, form="sparse GEMV", kernel=choice.kernel)

@@ -137,3 +137,106 @@ def test_a_counter_that_something_else_reads_stays():
         extra = gm.graph.call_method("float", (counter,))
     output.args = ((*output.args[0], extra),)
     assert defer_counters.run(Context(gm)).counts == {"counters": LAYERS - 1}
+
+
+def counters_of(step, tokens=1):
+    """(counts, reasons, graph's outputs and counter before and after) of deferring the counter of a small function."""
+    calls = []
+
+    def backend(gm, _):
+        calls.append(gm)
+        return gm
+
+    torch.compiler.reset()
+    expected = [torch.tensor(5)]
+    counter = torch.tensor(5)
+    wanted = step(expected[0])
+    torch.compile(step, backend=backend, fullgraph=True)(torch.tensor(5))
+    gm = g.clone(calls[0], [False])
+    result = defer_counters.run(Context(gm))
+    gm.graph.lint()
+    gm.recompile()
+    got = gm(counter)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(counter, expected[0])
+    return result
+
+
+def reads_after(counter):
+    counter.add_(1)
+    return (torch.arange(1) + counter).float(), counter.float()
+
+
+def reads_on_both_sides(counter):
+    before = (torch.arange(1) + counter).float()
+    counter.add_(1)
+    return before, (torch.arange(1) + counter).float()
+
+
+def returns_position(counter):
+    position = torch.arange(1) + counter
+    counter.add_(1)
+    return position, position.float()
+
+
+def returns_a_view_of_it(counter):
+    position = torch.arange(1) + counter
+    counter.add_(1)
+    return position.view(1, 1), position.float()
+
+
+def writes_to_position(counter):
+    position = torch.arange(1) + counter
+    counter.add_(1)
+    position.mul_(3)
+    return position.float(), position.double()
+
+
+def writes_twice(counter):
+    position = (torch.arange(1) + counter).float()
+    counter.add_(1)
+    counter.add_(2)
+    return position, position * 2
+
+
+def reads_a_view(counter):
+    view = counter.view(1)
+    position = (torch.arange(1) + counter).float()
+    counter.add_(1)
+    return position, view.float()
+
+
+@pytest.mark.parametrize("step", [reads_after, reads_on_both_sides, returns_position, returns_a_view_of_it,
+                                  writes_to_position, writes_twice, reads_a_view])
+def test_counters_that_cannot_move(step):
+    result = counters_of(step)
+    assert not result.counts and len(result.skipped) == 1
+
+
+def test_a_counter_that_can():
+    def step(counter):
+        position = torch.arange(1) + counter
+        counter.add_(1)
+        return position.float(), position * 2
+
+    assert counters_of(step).counts == {"counters": 1}
+
+
+def test_a_write_between_keeps_the_cache_update_where_it_is():
+    """Keys that something zeroes between their update and attention are read as they are then."""
+    gm = clone("llama")
+    copy = next(n for n in gm.graph.nodes if n.op == "call_method" and n.target == "index_copy_")
+    with gm.graph.inserting_after(copy):
+        gm.graph.call_method("mul_", (copy.args[0], 2.0))
+    assert fuse_attention.run(context(gm)).counts["cache updates"] == LAYERS - 1
+
+
+def test_attention_before_its_update_is_not_merged_with_it():
+    gm = clone("llama")
+    attention = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)[0]
+    for copy in [n for n in gm.graph.nodes if n.op == "call_method" and n.target == "index_copy_"][:2]:
+        copy.replace_all_uses_with(copy.args[0])
+        attention.append(copy)
+    result = fuse_attention.run(context(gm))
+    assert result.counts["attentions"] == LAYERS and result.counts["cache updates"] == LAYERS - 1
