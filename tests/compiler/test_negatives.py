@@ -146,3 +146,61 @@ def test_folded_weight_beyond_the_range_of_float16(saved):
     torch.compiler.reset()
     compiled(model, plan=saved(model, rotation="none"), strict=True)(ids(1, 9))  # the way out
     assert larosa_fx.last_report().treatment == "unrotated"
+
+
+class StandardNorm(nn.Module):
+    """A LayerNorm with the sample's standard deviation: none of the norms that are known."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x):
+        return self.a * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6) + self.b
+
+
+def with_unknown_norms():
+    model = llama()
+    for layer in model.model.layers:
+        layer.input_layernorm, layer.post_attention_layernorm = StandardNorm(32), StandardNorm(32)
+    model.model.norm = StandardNorm(32)
+    return model
+
+
+def test_no_known_norm_and_no_plan():
+    model, x = with_unknown_norms(), ids(1, 9)
+    with pytest.warns(UserWarning, match="no plan"):
+        assert error(compiled(model)(x).logits, model(x).logits) < 1e-6
+    assert larosa_fx.last_report().treatment == "dense"
+
+
+def test_no_known_norm(saved):
+    """Rotations need none to be applied at run time."""
+    model = with_unknown_norms()
+    path = saved(model)
+    assert len(check(model, path, "online", "without a norm").sites) == 8
+    with simulated(model, larosa_fx.Plan.load(path)):
+        expected = model(x := ids(1, 9)).logits
+    assert error(compiled(model, plan=path, sparsify="all")(x).logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "GPT2LMHeadModel", "Olmo2ForCausalLM"])
+def test_stream_that_is_an_input(family, saved):
+    model = tiny_model(family)
+    path = saved(model)
+    embeds = model.get_input_embeddings()(ids(1, 9))
+    assert error(compiled(model, plan=path, sparsity=0.0)(inputs_embeds=embeds, use_cache=False).logits,
+                 model(inputs_embeds=embeds, use_cache=False).logits) < 1e-5
+    assert larosa_fx.last_report().treatment == ("online" if family.startswith("Olmo") else "fold")
+
+
+def test_weight_that_the_graph_writes_to(saved):
+    model = llama()
+    path = saved(model)
+
+    def halve(_module, _args):
+        model.model.layers[1].mlp.up_proj.weight.mul_(0.5)
+
+    model.model.layers[0].register_forward_pre_hook(halve)
+    with pytest.warns(UserWarning, match="something writes in place"):
+        compiled(model, plan=path)(ids(1, 9))

@@ -172,3 +172,47 @@ def test_parallel_residual_shares_one_inner_site(branches_first):
     assert [(s.kind, len(s.linears)) for s in structure.sites] == [("h1", 4), ("h2", 1), ("h4", 1)]
     assert not structure.obstacles
     assert [len(v.writers) for v in structure.stream] == ([0, 2] if branches_first else [0, 1, 1])
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+class Rows(nn.Module):
+    """One layer of attention over a stream of [B, T, D] or [T, B, D], spelled out or torch's own; ids come as [B, T]."""
+
+    def __init__(self, sequence_first, spelled_out):
+        super().__init__()
+        self.sequence_first, self.spelled_out = sequence_first, spelled_out
+        self.embed, self.head = nn.Embedding(64, D), nn.Linear(D, 64)
+        self.norm, self.last = nn.RMSNorm(D, 1e-6), nn.RMSNorm(D, 1e-6)
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, tokens):
+        x = self.embed(tokens.t() if self.sequence_first else tokens)
+        h = self.norm(x)
+        q, k, v = ((f(h).transpose(0, 1) if self.sequence_first else f(h)) for f in (self.q, self.k, self.v))
+        y = torch.softmax(q @ k.mT, -1) @ v if self.spelled_out else F.scaled_dot_product_attention(q, k, v)
+        x = x + self.o(y.transpose(0, 1) if self.sequence_first else y)
+        return self.head(self.last(x))
+
+
+@pytest.mark.parametrize("batch, tokens", [(1, 5), (3, 1), (1, 1), (2, 5)])
+@pytest.mark.parametrize("spelled_out", [False, True])
+@pytest.mark.parametrize("sequence_first", [False, True])
+def test_tokens_of_a_sequence_in_any_layout(sequence_first, spelled_out, batch, tokens):
+    p = trace(randomize(Rows(sequence_first, spelled_out)), ids(batch, tokens))
+    assert [s.kind for s in p.structure.sites] == ["h1", "h2"]
+    assert p.structure.tokens_per_sequence == tokens
+
+
+class Sequential(Rows):
+    """No attention: what mixes positions is an operator that nobody knows."""
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = x + self.o(torch.ops.aten.cumsum.default(self.q(self.norm(x)), 1))
+        return self.head(self.last(x))
+
+
+def test_tokens_without_attention_are_those_looked_up():
+    assert trace(randomize(Sequential(False, False)), ids(2, 5)).structure.tokens_per_sequence == 5

@@ -32,7 +32,9 @@ def test_class(name, tmp_path, fresh_dynamo):
     assert (row.treatment, row.sites) == (treatment, sites) and reason in row.reason
     assert row.error_p0 <= 1e-5
     assert max(row.error_p50 or 0, row.error_threshold or 0) <= families.TOLERANCE
-    assert (row.error_threshold is None) == (treatment == "dense")
+    assert (row.error_threshold is None) == (row.error_decode_p50 is None) == (treatment == "dense")
+    assert max(row.error_decode_p0 or 0, row.error_decode_p50 or 0) <= families.TOLERANCE
+    assert families.Row.from_dict(row.to_dict()) == row
 
 
 def test_wrong_folds_show(tmp_path, fresh_dynamo, monkeypatch):
@@ -51,8 +53,25 @@ def test_command(tmp_path, capsys):
     assert "1 accelerated" in capsys.readouterr().out
     (row,) = json.loads(files[0].read_text())["rows"]
     assert row["class"] == "LlamaForCausalLM" and row["verdict"] == "accelerated" and row["error_p0"] < 1e-5
-    assert "| LlamaForCausalLM | fold" in files[1].read_text()
+    assert "|LlamaForCausalLM|fold|" in files[1].read_text()
     assert cli.main(["families", "--only", "NoSuchModel"]) == 2
+    assert cli.main(["families", "--only", "LlamaForCausalLM", "--resume"]) == 2
+    files[0].write_text(files[0].read_text().replace('"treatment": "fold"', '"treatment": "kept"'))
+    assert cli.main(["families", "--only", "LlamaForCausalLM", "--json", str(files[0]), "--resume"]) == 0
+    assert "kept" in capsys.readouterr().out
+
+
+def test_a_class_without_a_static_cache_says_so(tmp_path, fresh_dynamo):
+    row = families.check("MambaForCausalLM", str(tmp_path))
+    assert row.error_decode_p0 is row.error_decode_p50 is None and row.decode_reason
+
+
+def test_notes_are_told_once():
+    rows = [families.Row(name, "online", "accelerated", reason=f"at {node}, something; experts") for name, node in
+            (("A", "add_1"), ("B", "add_2"))]
+    text = families.markdown(rows, {"transformers": "5", "torch": "2"})
+    assert text.count("something") == text.count("experts") == 1
+    assert "|A|online|||||||||1 2|".replace("|||||||||", "|" * 8) in text
 
 
 def test_a_class_that_hangs_is_a_row():
