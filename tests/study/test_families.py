@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from larosa_fx import cli
-from larosa_fx.study import families
+from larosa_fx.method.calibrate import calibrate
+from larosa_fx.study import decoding, families
 
 ALL = "2xh1 2xh2 2xh3 2xh4"
 EXPECTED = {  # class: treatment, sites, part of the reason
@@ -61,16 +63,27 @@ def test_command(tmp_path, capsys):
     assert "kept" in capsys.readouterr().out
 
 
-def test_a_class_without_a_static_cache_says_so(tmp_path, fresh_dynamo):
-    row = families.check("MambaForCausalLM", str(tmp_path))
-    assert row.error_decode_p0 is row.error_decode_p50 is None and row.decode_reason
+def no_static_cache(*_, **__):
+    raise ValueError("no static cache")
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_class_that_compiles_no_step_says_so(refuses, tmp_path, fresh_dynamo, monkeypatch):
+    model = families.tiny_model("LlamaForCausalLM")
+    path = str(calibrate(model, [torch.randint(3, 100, (2, 8))], basis="random", progress=False).save(tmp_path / "p.larosa"))
+    if refuses:
+        monkeypatch.setattr(model, "generate", no_static_cache)
+    else:
+        monkeypatch.setattr(decoding, "compile_config", lambda **_: None)  # transformers leaves a CPU alone then
+    with pytest.raises(decoding.NoStaticCacheError, match="no static cache" if refuses else "compiles no step"):
+        decoding.errors(model, path, seed=0)
 
 
 def test_notes_are_told_once():
     rows = [families.Row(name, "online", "accelerated", reason=f"at {node}, something; experts") for name, node in
             (("A", "add_1"), ("B", "add_2"))]
     text = families.markdown(rows, {"transformers": "5", "torch": "2"})
-    assert text.count("something") == text.count("experts") == 1
+    assert text.count("1. something") == text.count("2. experts") == 1
     assert "|A|online|||||||||1 2|".replace("|||||||||", "|" * 8) in text
 
 
