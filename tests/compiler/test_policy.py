@@ -224,7 +224,7 @@ def test_gradients_of_whatever_is_trained_arrive(trained, said):
         assert any("gradients are enabled" in text for text in said())
         assert expected
         for name, gradient in expected.items():
-            torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+            assert error(model.get_parameter(name).grad, gradient) < 1e-4
         with pytest.raises(Exception, match=r"larosa \(strict\).*gradients"):
             torch.compile(model, backend="larosa", options={**options, "strict": True})(x)
     torch.compile(model, backend="larosa", options={**options, "strict": True})(x)  # without gradients it is sparse
