@@ -131,8 +131,9 @@ class _PromptLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
                ) -> tuple[torch.Tensor, torch.Tensor]:
         past, tokens = self.get_seq_length(), key_states.shape[2]
-        self.keys.narrow(2, past, tokens).copy_(key_states)
-        self.values.narrow(2, past, tokens).copy_(value_states)
+        positions = torch.arange(tokens, device=self.device) + past
+        self.keys.index_copy_(2, positions, key_states)  # as a static cache writes, whose writes the passes know
+        self.values.index_copy_(2, positions, value_states)
         self._filled = self.keys[:, :, :past + tokens]
         if not past:
             return key_states, value_states

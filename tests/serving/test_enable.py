@@ -125,36 +125,47 @@ def test_a_cache_too_short_is_named(pair):
         pair[0].generate(ids(1, 9, device=pair[0].device), past_key_values=cache, **SETTINGS)
 
 
-class Recorder(BaseStreamer, LogitsProcessor, StoppingCriteria):
-    """All that a call shows to others, and a wish to stop after ``most`` tokens."""
-
-    def __init__(self, most=99):
-        self.streamed, self.ended, self.ranked, self.asked, self.most = [], 0, [], [], most
+class Streamed(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], 0
 
     def put(self, value):
-        self.streamed += value.flatten().tolist()
+        self.tokens += value.flatten().tolist()
 
     def end(self):
         self.ended += 1
 
-    def __call__(self, input_ids, scores, **_):
-        seen = self.asked if scores is None else self.ranked
-        seen.append(input_ids.tolist())
-        if scores is not None:
-            return scores
-        return torch.full((len(input_ids),), len(self.asked) >= self.most, device=input_ids.device)
+
+class Ranked(LogitsProcessor):
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(input_ids.tolist())
+        return scores
+
+
+class Asked(StoppingCriteria):
+    """Stops after ``most`` tokens."""
+
+    def __init__(self, most):
+        self.seen, self.most = [], most
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(input_ids.tolist())
+        return torch.full((len(input_ids),), len(self.seen) >= self.most, device=input_ids.device)
 
 
 def test_streamers_processors_and_criteria_meet_each_token_once(pair):
     prompt = ids(1, 9, device=pair[0].device)
     seen = []
     for model in pair:
-        streamer, processor, criterion = Recorder(), Recorder(), Recorder(most=5)
+        streamer, processor, criterion = Streamed(), Ranked(), Asked(most=5)
         out = model.generate(prompt, streamer=streamer, logits_processor=[processor], stopping_criteria=[criterion],
                              **SETTINGS)
         assert out.shape[1] == 9 + 5
-        assert streamer.streamed == out[0].tolist()
-        seen.append((out.tolist(), streamer.ended, processor.ranked, criterion.asked))
+        assert streamer.tokens == out[0].tolist()
+        seen.append((out.tolist(), streamer.ended, processor.seen, criterion.seen))
     assert seen[0] == seen[1]
 
 
@@ -165,7 +176,8 @@ def test_nothing_is_compiled_for_other_lengths(pair):
         model.generate(ids(rows, 9, device=model.device), **SETTINGS)
     compiled = counters["stats"]["unique_graphs"]
     for rows, length, new in ((1, 2, 4), (1, 40, 4), (1, 33, 4), (3, 17, 4), (5, 6, 4), (1, 10, 1100), (2, 3, 4)):
-        model.generate(ids(rows, length, device=model.device), **{**SETTINGS, "max_new_tokens": new})
+        ends = {"eos_token_id": list(range(64))} if new > 1000 else {}  # at once: it is the cache that is to be long
+        model.generate(ids(rows, length, device=model.device), **{**SETTINGS, "max_new_tokens": new, **ends})
     assert counters["stats"]["unique_graphs"] == compiled
 
 
