@@ -146,7 +146,9 @@ def guard(node: fx.Node, holds: Callable[[object], bool], why: str) -> bool:
     name = source.name() if callable(source.name) else source.name
 
     def check(builder, guard) -> None:
-        value = eval(f"lambda L: {name}", {**builder.scope})  # Dynamo's own spelling of where the value is found
+        # Dynamo's own spelling of where the value is found. Its scope without the arguments of the call that was traced:
+        # a guard that held them would keep their model alive for as long as its code.
+        value = eval(f"lambda L: {name}", {k: v for k, v in builder.scope.items() if k != "L"})
 
         def still_holds(frame_locals) -> bool:
             try:
