@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -174,7 +175,8 @@ class SparseSite:
            threshold: float | None, weight: WeightFormat, stored: tuple[fx.Node, ...]) -> SparseSite:
         """A bare site of ``product``, x @ [K, N], and of ``output``, with its bias."""
         x = product.args[0]
-        rows, channels = g.value(x).shape[:-1].numel(), g.shape(x)[-1]
+        *leading, channels = g.shape(x)
+        rows = math.prod(leading)  # torch's own numel() would fix a symbol at the size that it has now
         return cls(name, output, product, x, stored, k, channels, columns, rows, weight, threshold, bias=bias)
 
     # What kernels.pick looks at.
