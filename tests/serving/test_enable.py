@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -271,3 +273,17 @@ def test_what_enable_refuses():
     plan = larosa_fx.calibrate(dense, batches(), progress=False)
     with pytest.raises(larosa_fx.PlanError, match="does not fit"):
         larosa_fx.enable(llama(7), plan)
+
+
+def test_a_model_that_nobody_holds_is_freed():
+    """Compiled code outlives models; what it guards on must not keep their weights."""
+    def used():
+        model = llama()
+        larosa_fx.calibrate(model, batches(), progress=False)
+        larosa_fx.enable(model, compiler="eager").generate(ids(1, 9), max_new_tokens=3, do_sample=False)
+        return weakref.ref(model), weakref.ref(model.lm_head.weight)
+
+    model, weight = used()
+    torch.compiler.reset()
+    gc.collect()
+    assert model() is None and weight() is None
