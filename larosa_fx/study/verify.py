@@ -38,6 +38,16 @@ def compare(logits: torch.Tensor, expected: torch.Tensor, ids: torch.Tensor) -> 
 
 
 @torch.no_grad()
+def why_not(model: torch.nn.Module, ids: torch.Tensor) -> str | None:
+    """torch's reason why the model cannot be run in its dtype, or None: grouped products of experts know no float64."""
+    try:
+        model(ids[:, :2], use_cache=False)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+@torch.no_grad()
 def at_zero(model: torch.nn.Module, plan: str, ids: torch.Tensor) -> Agreement:
     """The compiled model with folded rotations and adapters at sparsity 0 against the eager one."""
     return compare(_compiled(model, plan, 0.0)(ids, use_cache=False).logits, model(ids, use_cache=False).logits, ids)

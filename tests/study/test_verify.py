@@ -16,7 +16,7 @@ from tiny import ids, llama
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-FAMILIES = ["LlamaForCausalLM", "GemmaForCausalLM", "GPT2LMHeadModel", "CohereForCausalLM", "Qwen3MoeForCausalLM"]
+FAMILIES = ["LlamaForCausalLM", "GemmaForCausalLM", "GPT2LMHeadModel", "CohereForCausalLM"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -48,6 +48,14 @@ def test_norms_in_float64_are_the_models(saved, name):
     assert 0 < (got - expected).abs().max() < 1e-5 * expected.abs().max()
     assert dict(model.named_modules()) == modules
     assert torch.equal(model(x, use_cache=False).logits, expected)
+
+
+def test_why_a_model_cannot_be_run_in_float64():
+    """Experts' grouped products are torch's own; what cannot be run says so, what can be does not."""
+    assert verify.why_not(llama().double(), ids(1, 4)) is None
+    experts = tiny_model("Qwen3MoeForCausalLM").double()
+    experts.set_experts_implementation("grouped_mm")
+    assert "Double" in verify.why_not(experts, ids(1, 4))
 
 
 def test_norms_in_float64_take_a_float64_model(saved):
