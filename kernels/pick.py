@@ -144,7 +144,8 @@ def pick(site: Site, device: torch.device, rows: int | None = None, table: Seque
     most = max(kernel.most(rows) for kernel in fitting)
     if site.rows > most:
         why = f"one dense product is faster on {device.type}, as measured" if rows is None else "no kernel is asked for"
-        return Choice(reason=f"{site.rows} rows: above {most} {why}")
+        many = f"{site.rows}" if isinstance(site.rows, int) else "a dynamic number of"
+        return Choice(reason=f"{many} rows: above {most} {why}")
     refusals = []
     for kernel in fitting:
         refusal = kernel.refusal(site, kernel.most(rows))
