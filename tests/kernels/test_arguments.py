@@ -96,7 +96,7 @@ def copied(arguments, device="cpu"):
         if not isinstance(t, torch.Tensor) or t.is_meta:
             return t
         own = torch.empty_strided((t.untyped_storage().nbytes() // t.itemsize,), (1,), dtype=t.dtype, device=device)
-        whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage(), 0, own.shape, (1,))
+        whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage(), 0, own.shape, (1,))
         return own.copy_(whole).as_strided(t.shape, t.stride(), t.storage_offset())
 
     return {name: copy(t) for name, t in arguments.items()}
