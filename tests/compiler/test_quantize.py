@@ -1,0 +1,62 @@
+"""Option quantize: the compiled model computes with what is stored in 8 or 4 bits, and holds nothing else."""
+
+import copy
+
+import pytest
+import torch
+
+import larosa_fx
+from larosa_fx.kernels.quantization import BITS, dequantize, quantize
+from tiny import batches, error, ids, llama
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+def stored(model, bits):
+    """A copy whose layers' linears hold what is stored of their weights; each has a multiple of 128 outputs."""
+    model = copy.deepcopy(model)
+    for name, p in model.named_parameters():
+        if "layers" in name and p.ndim == 2:
+            p.data = dequantize(*quantize(p.data.T.contiguous(), bits, 128, p.dtype)).T.contiguous().to(p.dtype)
+    return model
+
+
+def compiled(model, **options):
+    torch.compiler.reset()
+    return torch.compile(model, backend="larosa", options={"compiler": "eager", "sparsify": "all", **options})
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_nothing_rotated_computes_with_what_is_stored(bits, fresh_dynamo):
+    model, x = llama(**WIDE), ids(1, 6)
+    larosa_fx.calibrate(model, batches(), rotation="none", progress=False)
+    got = compiled(model, quantize=bits, sparsity=0.0)(x).logits
+    assert error(got, stored(model, BITS[bits])(x).logits) < 1e-5
+    assert error(got, model(x).logits) > 1e-4  # and rounding is there
+
+
+@pytest.mark.parametrize("bits, most", [("int8", 0.15), ("int4", 0.6)])
+def test_rotated_weights_are_rounded_once(bits, most, fresh_dynamo):
+    model, x = llama(**WIDE), ids(1, 6)
+    larosa_fx.calibrate(model, batches(), progress=False)
+    assert error(compiled(model, quantize=bits, sparsity=0.0)(x).logits, model(x).logits) < most
+    report = larosa_fx.last_report()
+    assert report.bytes_read == sum(
+        s.channels * (s.outputs * BITS[bits] // 8 + s.outputs // 128 * (2 if bits == "int4" else 1) * 4) for s in
+        report.sites)
+
+
+def test_weights_that_are_given_up_take_no_memory(fresh_dynamo):
+    model, x = llama(**WIDE), ids(1, 6)
+    larosa_fx.calibrate(model, batches(), progress=False)
+    fast = compiled(model, quantize="int8", sparsity=0.5, weights="replace")
+    first = fast(x).logits
+    linears = [p for name, p in model.named_parameters() if "layers" in name and p.ndim == 2]
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in linears}
+    assert sum(held.values()) < sum(p.nbytes for p in linears) / 4  # of the largest, and of one before it
+    assert torch.equal(fast(x).logits, first)
+
+
+def test_other_words_are_refused():
+    with pytest.raises(Exception, match="choose one of none, int8, int4"):
+        torch.compile(llama(), backend="larosa", options={"quantize": "int3"})(ids(1, 4))
