@@ -57,7 +57,8 @@ class Norm(NamedTuple):
         wide = g.dtype(self.input)
         if weight is None or g.dtype(weight) in (None, wide) or torch.promote_types(g.dtype(weight), wide) != wide:
             return weight
-        cast = graph.call_method("to", (weight, wide))
+        with graph.inserting_before(self.output):  # behind the weight: the output reads it
+            cast = graph.call_method("to", (weight, wide))
         cast.meta["example_value"] = g.value(weight).to(wide)
         return cast
 

@@ -48,16 +48,19 @@ def why_not(model: torch.nn.Module, ids: torch.Tensor) -> str | None:
 
 
 @torch.no_grad()
-def at_zero(model: torch.nn.Module, plan: str, ids: torch.Tensor) -> Agreement:
+def at_zero(model: torch.nn.Module, plan: str, ids: torch.Tensor, compiler: str = "inductor") -> Agreement:
     """The compiled model with folded rotations and adapters at sparsity 0 against the eager one."""
-    return compare(_compiled(model, plan, 0.0)(ids, use_cache=False).logits, model(ids, use_cache=False).logits, ids)
+    fast = _compiled(model, plan, 0.0, compiler)
+    return compare(fast(ids, use_cache=False).logits, model(ids, use_cache=False).logits, ids)
 
 
-def perplexity_at_zero(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor]) -> float:
+def perplexity_at_zero(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], compiler: str = "inductor"
+                       ) -> float:
     """Perplexity of the compiled model at sparsity 0 over the eager one's."""
     device = next(model.parameters()).device
-    runs = (perplexity(m, batches, device=device, progress=False).ppl for m in (_compiled(model, plan, 0.0), model))
-    return next(runs) / next(runs)
+    fast = _compiled(model, plan, 0.0, compiler)
+    compiled, eager = (perplexity(m, batches, device=device, progress=False).ppl for m in (fast, model))
+    return compiled / eager
 
 
 @torch.no_grad()

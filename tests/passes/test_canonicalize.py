@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from larosa_fx.ir import graph as g
 from programs import assert_close, program, trace
 
 D, EPS = 32, 1e-3
@@ -87,6 +88,20 @@ def test_one_rms_norm_for_all_spellings(norm, dtype):
     assert not p.calls(torch.rsqrt, "rsqrt", torch.mean, "mean", torch.pow, "pow", torch.sqrt)
     # bfloat16: the spellings round at other places
     assert_close(p.run(), p.expected, 1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float32], ids=str)
+def test_a_layer_norm_whose_gain_has_fewer_bits_than_its_input(weight_dtype):
+    """As Cohere spells it, in float64: F.layer_norm takes a gain of its input's dtype only."""
+    def cohere(x, w):
+        wide = x.to(torch.float32)
+        centred = wide - wide.mean(-1, keepdim=True)
+        return (w.to(torch.float32) * (centred * _rsqrt(centred))).to(x.dtype)
+
+    p = canonical(Normed(cohere, dtype=torch.float64, weight_dtype=weight_dtype), torch.float64)
+    (node,) = p.gm.graph.find_nodes(op="call_function", target=F.layer_norm)
+    assert node.args[1] == (D,) and node.args[-1] == EPS and g.dtype(node.args[2]) == torch.float64
+    p.check()
 
 
 def test_nn_rms_norm_with_its_default_eps():
