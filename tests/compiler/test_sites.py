@@ -46,7 +46,7 @@ def test_few_rows_are_sparse_and_many_dense(selection):
 @needs_compiler
 def test_strict_raises_and_rows_can_be_asked_for():
     model = planned(llama())
-    with pytest.raises(Exception, match="(: 9|a dynamic number of) rows: above 8"):
+    with pytest.raises(Exception, match=r"(: 9|a dynamic number of) rows: above 8"):
         compiled(model, strict=True)(ids(9, 1))
     torch.compiler.reset()
     with pytest.warns(UserWarning, match="2 rows: above 1 no kernel is asked for"):
@@ -62,7 +62,7 @@ def test_dynamic_rows_are_decided_by_a_guard():
         f(ids(rows, 1))
     assert {s.form for s in larosa_fx.last_report().sites} == {"sparse GEMV"}
     x = ids(20, 1)
-    with pytest.warns(UserWarning, match="(: 9|a dynamic number of) rows: above 8"):
+    with pytest.warns(UserWarning, match=r"(: 9|a dynamic number of) rows: above 8"):
         got = f(x).logits
     assert larosa_fx.last_report().byte_sparsity == 0 and error(got, model(x).logits) < 1e-4
 
