@@ -7,9 +7,10 @@ import copy
 import pytest
 
 import larosa_fx
-from larosa_fx import corpus, smollm2, verify
+from larosa_fx import corpus, smollm2
 from larosa_fx.loading import encode, load_model
 from larosa_fx.method.evaluate import windows
+from larosa_fx.study import verify
 
 pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.xdist_group("smollm2")]
 

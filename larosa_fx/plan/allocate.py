@@ -12,6 +12,9 @@ COEFFICIENTS = {"h1": 0.8, "h2": 1.2, "h3": 0.8, "h4": 1.2}
 #: The largest share of its channels that a site of a plan drops, where the others can make up for it.
 MOST = 0.95
 
+#: A share of channels within this of a whole number is that number: no site goes past the largest share by a rounding.
+WHOLE = 1e-6
+
 
 class SiteShape(Protocol):
     name: str
@@ -49,7 +52,7 @@ def allocate(sites: Sequence[SiteShape], sparsity: float, coefficients: Mapping[
     dropped = {s.name: int(share(s, high)) for s in sites}
     missing = target - sum(dropped[s.name] * s.out_features for s in sites)
     for site in sorted(sites, key=lambda s: dropped[s.name] - share(s, high)):
-        if site.out_features <= 2 * missing and dropped[site.name] < site.in_features - 1:
+        if site.out_features <= 2 * missing and dropped[site.name] < share(site, high) - WHOLE:
             dropped[site.name] += 1
             missing -= site.out_features
     return {s.name: s.in_features - dropped[s.name] for s in sites}

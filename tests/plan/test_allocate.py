@@ -35,10 +35,8 @@ def not_read(sites, k):
 
 
 @pytest.fixture
-def rng():
-    seed = random.randrange(2**31)
-    print(f"random.Random({seed})")
-    return random.Random(seed)
+def rng(request):
+    return random.Random(request.node.name)
 
 
 def test_bytes_are_the_asked_ones_to_half_a_channel(rng):
@@ -78,6 +76,13 @@ def test_no_site_drops_more_than_most(rng):
         k = allocate(sites, sparsity, c, MOST)
         assert abs(not_read(sites, k) - sparsity * elements(sites)) <= max(s.out_features for s in sites) / 2 + 1e-6
         assert all(k[s.name] >= int(s.in_features * (1 - MOST)) for s in sites)
+
+
+def test_rounding_is_not_settled_on_a_site_at_the_largest_share():
+    """What rounding leaves over belongs to "b", whose channels are too large to take it; "a" drops 95 of 100 already."""
+    sites = [Shape("a", "h1", 100, 100), Shape("b", "h4", 101, 1000)]
+    sparsity = (95 * 100 + 50.4 * 1000) / elements(sites)
+    assert allocate(sites, sparsity, {"h1": 1.0, "h4": 0.5}, MOST) == {"a": 5, "b": 51}
 
 
 def test_more_sparsity_keeps_fewer_channels(rng):
