@@ -98,7 +98,7 @@ class Bench:
         key = f"{rotation} {basis}"
         if key not in self.plans:
             batches = list(self.calibration.split(self.args.rows))
-            self.plans[key] = calibrate(self.model, batches, rotation=rotation, basis=basis, sparsity=0.5)
+            self.plans[key] = calibrate(self.model, batches, rotation=rotation, basis=basis, sparsity=0.5, selection="topk")
         return self.plans[key]
 
     def trained(self, spec: str) -> tuple[str, Plan]:

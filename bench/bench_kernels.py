@@ -195,7 +195,7 @@ def token(name: str, sparsity: float, rotation: str, layers: int | None) -> list
     """One compiled step of the whole model, kernel by kernel."""
     model = build(name, layers, torch.bfloat16, "cuda")
     calibrate(model, [torch.randint(model.config.vocab_size, (1, 16), device="cuda")], rotation=rotation, basis="hadamard",
-              progress=False)
+              progress=False, selection="topk")
     step = torch.compile(model.__call__, backend="larosa", fullgraph=True,
                          options={"sparsity": sparsity, "mode": "reduce-overhead"})
     decoding = Decoding(model, Setting())

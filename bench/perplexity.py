@@ -44,7 +44,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for rotation in args.rotations:
         started = time.perf_counter()
-        plan = calibrate(model, calibration, rotation=rotation)
+        plan = calibrate(model, calibration, rotation=rotation, selection="topk")
         seconds = time.perf_counter() - started
         with tempfile.TemporaryDirectory() as scratch:
             path = str(plan.save(Path(scratch) / "plan"))

@@ -92,7 +92,8 @@ class Bench:
         tokens = self.calibration[text or self.first][:windows]
         key = rotation, text or self.first, len(tokens)
         if key not in self._plans:  # window by window: one shape, so that the model is captured once for all studies
-            self._plans[key] = calibrate(self.model, tokens.split(1), rotation=rotation, progress=self.progress)
+            self._plans[key] = calibrate(self.model, tokens.split(1), rotation=rotation, selection="topk",
+                                         progress=self.progress)
         return self._plans[key]
 
     @cached_property

@@ -38,7 +38,7 @@ def measure(name: str, dtype: str, layers: int | None, device: str, length: int,
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (options.batch + VALIDATION, length), generator=generator)
     # Rotations found from text would take the same time in training; these take none to make.
-    plan = calibrate(model, [ids[:1]], basis="hadamard", progress=False)
+    plan = calibrate(model, [ids[:1]], basis="hadamard", progress=False, selection="topk")
     found = estimate(model, plan, [ids[:options.batch]], [ids[options.batch:]], options, repeats)
     about = found.arrangement
     return {"model": name, "layers": model.config.num_hidden_layers, "dtype": dtype, "rows": about.rows,

@@ -22,6 +22,7 @@ from larosa_fx.plan.plan import library_versions
 from larosa_fx.smollm2 import DownloadError
 from larosa_fx.training.options import TrainingOptions
 
+PLANLESS = "a plan; without one SmolLM2 has its trained one, and others are calibrated on the spot"
 TRAINED = 512  # tokens of a sequence that is trained on
 VALIDATED, MOST_VALIDATED = 20, 32  # of so many sequences one validates, and so many at most
 
@@ -88,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--window", type=_positive, default=512, help="tokens a window")
     demo.add_argument("--calibration-windows", type=_positive, default=16, help="windows to calibrate on")
     demo.add_argument("--windows", type=_positive, default=8, help="windows to evaluate on")
+    demo.add_argument("--picture", metavar="FILE", help="image of perplexity and speed over sparsity; demo.png in the cache "
+                      "where not given")
     demo.add_argument("--verbose", action="store_true", help="show the structure, more baselines and progress, too")
 
     calibrate = command("calibrate", _calibrate, "Fit rotations to a model and save them as a plan.")
@@ -97,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--sparsity", type=_sparsity, default=0.5, help="byte sparsity the plan stands for")
     calibrate.add_argument("--rotation", default="layer", choices=tuple(BASES), help="granularity of the rotations")
     calibrate.add_argument("--basis", default="pca", choices=("pca", "random", "hadamard"), help="how they are made")
-    calibrate.add_argument("--selection", choices=SELECTIONS, help="the same number of channels for each token, or "
-                           "those over thresholds; topk where not given, threshold with --train")
+    calibrate.add_argument("--selection", choices=SELECTIONS, default="threshold",
+                           help="the same number of channels for each token, or those over thresholds")
     calibrate.add_argument("--train", type=_positive, nargs="?", const=TrainingOptions.steps, metavar="STEPS",
                            help=f"train the plan end to end; {TrainingOptions.steps} steps where no number is given")
     calibrate.add_argument("--window", type=_positive, default=2048, help="tokens a window")
@@ -126,14 +129,14 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = command("generate", _generate, "Generate text with sparse decoding, streamed.")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--plan", metavar="PLAN", help="a plan; calibrated on the spot where not given")
+    generate.add_argument("--plan", metavar="PLAN", help=PLANLESS)
     generate.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
     generate.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
     generate.add_argument("--tokens", type=_positive, default=128, help="at most so many new tokens")
     generate.add_argument("--mode", default="auto", help="an Inductor mode; auto, the device's best, is the default")
 
     serve = command("serve", _serve, "Serve a model, sparsely decoded, to OpenAI's clients.")
-    serve.add_argument("--plan", metavar="PLAN", help="a plan; calibrated on the spot where not given")
+    serve.add_argument("--plan", metavar="PLAN", help=PLANLESS)
     serve.add_argument("--sparsity", type=_sparsity, default=None, help="byte sparsity; the plan's where not given")
     serve.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
     serve.add_argument("--mode", default="auto", help="an Inductor mode; auto, the device's best, is the default")
@@ -197,7 +200,7 @@ def _calibrate(args: argparse.Namespace) -> None:
               file=sys.stderr)
     started = time.perf_counter()
     plan = calibrate(model, batches, sparsity=args.sparsity, rotation=args.rotation, basis=args.basis,
-                     selection="topk" if args.train else args.selection or "topk", provenance={"text": origin})
+                     selection="topk" if args.train else args.selection, provenance={"text": origin})
     if args.train:
         plan = _train(args, model, plan, windows(ids, min(args.window, TRAINED)), checkpoint)
     plan.save(output)
@@ -216,7 +219,7 @@ def _train(args: argparse.Namespace, model: torch.nn.Module, plan: Plan, rows: l
                          "validate on; give more text or a smaller --window")
     held_out = rows[::VALIDATED][:MOST_VALIDATED]
     used = [row for i, row in enumerate(rows) if i % VALIDATED or i >= VALIDATED * MOST_VALIDATED]
-    options = TrainingOptions(steps=args.train, selection=args.selection or TrainingOptions.selection)
+    options = TrainingOptions(steps=args.train, selection=args.selection)
     print(f"training {args.train} steps on {sum(row.numel() for row in used)} tokens takes "
           f"{estimate(model, plan, used, held_out, options)} on {device_name(args.device)}; after an interruption the same "
           f"command goes on from {checkpoint}", flush=True)
@@ -262,7 +265,7 @@ def _inspect(args: argparse.Namespace) -> None:
         plan.attach(model)  # says so where it is another model's
         options["plan"] = args.plan
     else:  # the structure does not depend on the values of rotations
-        calibrate(model, [ids], rotation=args.rotation, basis="hadamard", progress=False)
+        calibrate(model, [ids], rotation=args.rotation, basis="hadamard", progress=False, selection="topk")
     compiled = torch.compile(model, backend="larosa", options={k: v for k, v in options.items() if v is not None})
     with torch.no_grad():
         compiled(ids[:, :1])
@@ -280,18 +283,19 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _planned(args: argparse.Namespace):
-    """(model, tokenizer); the model calibrated where no plan is given."""
-    from larosa_fx import corpus
+    """(model, tokenizer, plan or None); the model is calibrated where there is no plan for it."""
+    from larosa_fx import corpus, smollm2
     from larosa_fx.loading import encode
     from larosa_fx.method.calibrate import calibrate
     from larosa_fx.method.evaluate import windows
 
-    if args.plan is not None:
-        Plan.load(args.plan).thresholds_at(args.sparsity, args.selection)  # complain before loading a model
+    plan = str(smollm2.trained_plan()) if args.plan is None and args.model is None else args.plan
+    if plan is not None:
+        Plan.load(plan).thresholds_at(args.sparsity, args.selection)  # complain before loading a model
     model, tokenizer = _load(args)
-    if args.plan is None:
-        calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24), selection=args.selection or "topk")
-    return model, tokenizer
+    if plan is None:
+        calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24))
+    return model, tokenizer, plan
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -302,10 +306,10 @@ def _generate(args: argparse.Namespace) -> None:
 
     if not args.prompt.strip():
         raise ValueError("the prompt is empty; give --prompt what to answer or to continue")
-    model, tokenizer = _planned(args)
+    model, tokenizer, plan = _planned(args)
     inputs = encode_prompt(tokenizer, args.prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    generate(model, inputs.to(args.device), plan=args.plan, sparsity=args.sparsity, selection=args.selection,
+    generate(model, inputs.to(args.device), plan=plan, sparsity=args.sparsity, selection=args.selection,
              mode=args.mode, streamer=streamer, max_new_tokens=args.tokens, do_sample=False)
 
 
@@ -313,9 +317,9 @@ def _serve(args: argparse.Namespace) -> None:
     from larosa_fx.enable import enable
     from larosa_fx.serving import server
 
-    model, tokenizer = _planned(args)
+    model, tokenizer, plan = _planned(args)
     name = args.name or args.model or "SmolLM2-135M-Instruct"
-    enable(model, args.plan, sparsity=args.sparsity, selection=args.selection, mode=args.mode)
+    enable(model, plan, sparsity=args.sparsity, selection=args.selection, mode=args.mode)
     running, warm_up = server.build(model, tokenizer, name, host=args.host, port=args.port)
     started = time.perf_counter()
     warm_up()

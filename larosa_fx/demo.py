@@ -13,7 +13,7 @@ import torch
 from tabulate import tabulate
 from transformers import CompileConfig
 
-from larosa_fx import corpus
+from larosa_fx import corpus, smollm2
 from larosa_fx.compiler import backend
 from larosa_fx.generation import generate
 from larosa_fx.ir import compat
@@ -28,6 +28,15 @@ SPARSITIES = (0.25, 0.4, 0.5)
 QUESTION = "Explain in three sentences why the sky is blue."
 
 
+@dataclass(frozen=True)
+class _Form:
+    """One way to drop channels: a plan, and how channels are chosen by it."""
+
+    name: str
+    plan: str
+    selection: str
+
+
 def run(args: Namespace) -> int:
     """Print the demo, on one screen but for ``args.verbose``; 1 where something that must hold does not."""
     torch.manual_seed(0)
@@ -40,28 +49,51 @@ def run(args: Namespace) -> int:
     # One's own text is halved: what calibrates must not evaluate.
     calibration, held_out = ((text[:, : text.shape[1] // 2], text[:, text.shape[1] // 2:]) if args.text else
                              (text, encode(tokenizer, corpus.held_out_text())))
-    batches = evaluate.windows(calibration, args.window, args.calibration_windows)
     tests = evaluate.windows(held_out, args.window, args.windows)
-    clock = time.perf_counter()
-    plan = calibrate(model, batches, sparsity=args.sparsity, progress=args.verbose,
-                     provenance={"text": args.text or "pydoc topics, even"})
-    path = str(plan.save(cache_dir() / "demo.larosa"))
-    print(f"calibrated on {len(batches)} windows of {args.window} tokens in {time.perf_counter() - clock:.0f} s: {path}")
+    forms = _forms(model, evaluate.windows(calibration, args.window, args.calibration_windows), args)
 
-    _headline(f"What must hold, at sparsity 0 and at {args.sparsity:.0%}")
-    held, report = _checks(model, path, tests, args)
+    _headline(f"What must hold of {forms[0].name}, at sparsity 0 and at {args.sparsity:.0%}")
+    held, report = _checks(model, forms[0].plan, tests, args)
     if args.verbose:
         _headline("Structure found")
         print(report.overview())
 
     _headline("Perplexity on held-out text, every token sparsified")
-    rows = evaluate.sweep(model, path, tests, SPARSITIES, compiler="eager", progress=args.verbose)
-    print(evaluate.perplexity_table(rows))
+    sparsities = sorted({*SPARSITIES, args.sparsity})
+    losses = {form.name: evaluate.sweep(model, form.plan, tests, sparsities, selection=form.selection, compiler="eager",
+                                        progress=args.verbose) for form in forms}
+    print(_loss_table(losses, sparsities))
 
     _headline("Decoding, batch 1")
-    _decode(model, tokenizer, path, args)
-    print(f"\n{time.perf_counter() - started:.0f} s in all" + ("" if args.verbose else "; --verbose shows more"))
+    speeds = _decode(model, tokenizer, forms, sparsities, args)
+    _draw(losses, speeds, args.picture or str(cache_dir() / "demo.png"))
+    print(f"{time.perf_counter() - started:.0f} s in all" + ("" if args.verbose else "; --verbose shows more"))
     return 0 if held else 1
+
+
+def _forms(model, batches: list[torch.Tensor], args: Namespace) -> list[_Form]:
+    """What a user should take, then the paper's plain form. The former is the trained plan that comes along, if it fits."""
+    clock = time.perf_counter()
+    trained = args.model is None
+    plan = calibrate(model, batches, sparsity=args.sparsity, progress=args.verbose,
+                     provenance={"text": args.text or "pydoc topics, even"}, selection="topk" if trained else "threshold")
+    path = str(plan.save(cache_dir() / "demo.larosa"))
+    print(f"calibrated on {len(batches)} windows of {args.window} tokens in {time.perf_counter() - clock:.0f} s: {path}")
+    plain = _Form("the paper's Top-K", path, "topk")
+    if not trained:
+        return [_Form("thresholds", path, "threshold"), plain]
+    print(f"trained plan for comparison and use: {smollm2.trained_plan()}")
+    return [_Form("the trained plan", str(smollm2.trained_plan()), "threshold"), plain]
+
+
+def _loss_table(losses: dict[str, list[dict]], sparsities: list[float]) -> str:
+    """Perplexity by the bytes that are asked not to be read; what was reached in brackets."""
+    dense = next(iter(losses.values()))[0]["ppl"]
+    rows = [["0 % (dense)", *[f"{dense:.2f}"] * len(losses)]]
+    for i, sparsity in enumerate(sparsities, 1):
+        rows.append([f"{sparsity:.0%}", *(f"{found[i]['ppl']:.2f} ({found[i]['byte_sparsity']:.1%})"
+                                          for found in losses.values())])
+    return tabulate(rows, ["weight bytes not read", *losses])
 
 
 @dataclass(frozen=True)
@@ -117,8 +149,11 @@ def _checks(model, path: str, tests: list[torch.Tensor], args: Namespace) -> tup
     return all(c.holds for c in checks), report
 
 
-def _decode(model, tokenizer, path: str, args: Namespace) -> None:
-    """Print the speed of generation, dense and sparse; ``verbose``: of more dense forms, and the dense answer."""
+def _decode(model, tokenizer, forms: list[_Form], sparsities: list[float], args: Namespace) -> dict[float, float]:
+    """Print the speed of generation and what it says; returns ms a token by sparsity, dense at 0.
+
+    ``verbose``: of more dense forms.
+    """
     question = args.prompt or QUESTION
     inputs = encode_prompt(tokenizer, question).to(args.device)
     static = {**inputs, "cache_implementation": "static"}
@@ -128,23 +163,63 @@ def _decode(model, tokenizer, path: str, args: Namespace) -> None:
         compat.compile_everywhere(config)
         return functools.partial(model.generate, **static, compile_config=config)
 
-    runs = {"dense, torch.compile": dense("default"),
-            f"larosa, {args.sparsity:.0%} of bytes not read": functools.partial(generate, model, inputs, plan=path)}
+    def sparse(form: _Form, sparsity: float) -> Callable:
+        return functools.partial(generate, model, inputs, plan=form.plan, selection=form.selection, sparsity=sparsity)
+
+    best, plain = forms
+    runs = {("dense, torch.compile", 0.0): dense("default"),
+            **{(best.name, sparsity): sparse(best, sparsity) for sparsity in sparsities}}
     if args.verbose:
-        runs = {"dense, eager": functools.partial(model.generate, **static, disable_compile=True),
-                "dense, max-autotune": dense("max-autotune"), **runs}
-    rows, answers = [], {}
-    for name, run_generate in runs.items():
+        runs = {("dense, eager", 0.0): functools.partial(model.generate, **static, disable_compile=True),
+                ("dense, max-autotune", 0.0): dense("max-autotune"), **runs}
+    rows, speeds, answers = [], {}, {}
+
+    def answer(name: str, output: torch.Tensor) -> None:
+        answers[name] = tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+
+    for (name, sparsity), run_generate in runs.items():
         torch.compiler.reset()
         output = run_generate(max_new_tokens=args.tokens, do_sample=False)
-        answers[name] = tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+        if sparsity in (0.0, args.sparsity):
+            answer(f"{name}, {sparsity:.0%}" if sparsity else name, output)
         speed = evaluate.decode_speed(
             lambda n, run=run_generate: run(max_new_tokens=n, min_new_tokens=n, do_sample=False), args.tokens)
-        rows.append([name, f"{speed.tokens_per_second:.1f}", f"{speed.median:.2f}", f"{speed.low:.2f}", f"{speed.high:.2f}"])
-    print(tabulate(rows, ["model", "tokens/s", "ms/token", "fastest run", "slowest run"]))
+        speeds[sparsity] = min(speed.median, speeds.get(sparsity, speed.median))
+        rows.append([name, f"{sparsity:.0%}", f"{speed.median:.2f}", f"{speed.low:.2f} to {speed.high:.2f}",
+                     f"{speeds[0.0] / speed.median:.2f}x"])
+    torch.compiler.reset()
+    # Run as it is, since nothing is timed: Inductor would take a minute.
+    slow = functools.partial(sparse(plain, args.sparsity), compiler="eager")
+    answer(f"{plain.name}, {args.sparsity:.0%}", slow(max_new_tokens=args.tokens, do_sample=False))
+    print(tabulate(rows, ["model", "bytes not read", "ms/token", "runs", "speed"]))
     print(f"\n{question}")
-    for name in list(answers)[-2:] if args.verbose else list(answers)[-1:]:
-        print(f"[{name}] {answers[name]}")
+    for name, said in answers.items():
+        print(f"[{name}] {said}")
+    return speeds
+
+
+def _draw(losses: dict[str, list[dict]], speeds: dict[float, float], path: str) -> None:
+    """A picture of perplexity and speed over the bytes that are not read, if matplotlib is there."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("\nwith matplotlib installed (pip install 'larosa_fx[bench]') these figures come as a picture, too")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (loss, speed) = plt.subplots(1, 2, figsize=(11, 4))
+    for name, rows in losses.items():
+        loss.plot([100 * row["byte_sparsity"] for row in rows], [row["ppl"] for row in rows], marker="o", label=name)
+    loss.axhline(next(iter(losses.values()))[0]["ppl"], color="grey", linestyle="--", label="dense")
+    loss.set(xlabel="weight bytes not read, %", ylabel="perplexity", yscale="log")
+    loss.legend()
+    speed.plot([100 * sparsity for sparsity in speeds], list(speeds.values()), marker="o")
+    speed.set(xlabel="weight bytes not read, % (0: dense, torch.compile)", ylabel="ms a token", ylim=(0, None))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"\nperplexity and speed over sparsity: {path}")
 
 
 def _headline(title: str) -> None:

@@ -219,7 +219,7 @@ def _queries(node: fx.Node) -> int | torch.SymInt | None:
     """T of an attention's queries, [..., T, d], or of its scores, [..., T, S]; None where node is no attention."""
     if g.calls(node, F.scaled_dot_product_attention) or (
             compat.is_higher_order(node.target) and "flex_attention" in node.target.name()):
-        return g.shape(g.argument(node, 0, "query"))[-2]
+        return g.sizes(g.argument(node, 0, "query"))[-2]
     if not g.calls(node, F.softmax, torch.softmax, "softmax"):
         return None
 
@@ -229,7 +229,7 @@ def _queries(node: fx.Node) -> int | torch.SymInt | None:
 
     is_attention = any(n is not node and _mixes_positions(n) for n in g.upstream(node, ends))
     over_last = g.argument(node, 1, "dim") in (-1, len(g.shape(node)) - 1)
-    return g.shape(node)[-2] if is_attention and over_last else None
+    return g.sizes(node)[-2] if is_attention and over_last else None
 
 
 def _looked_up(node: fx.Node) -> int | torch.SymInt | None:
@@ -237,7 +237,7 @@ def _looked_up(node: fx.Node) -> int | torch.SymInt | None:
     if not g.calls(node, F.embedding):
         return None
     ids = g.peel(node.args[0], lambda n: g.calls(n, *g.TRANSPOSES, "permute", torch.permute, "contiguous", "to", "long"))
-    return g.shape(ids)[1] if ids.op == "placeholder" and len(g.shape(ids)) == 2 else None
+    return g.sizes(ids)[1] if ids.op == "placeholder" and len(g.shape(ids)) == 2 else None
 
 
 # ---- residual stream -----------------------------------------------------------------------------------------------

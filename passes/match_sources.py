@@ -77,7 +77,7 @@ class _Labels:
     def __init__(self, linear: fx.Node) -> None:
         self.size = layers.linear_size(linear)[1]
         self.of: dict[fx.Node, torch.Tensor | tuple] = {
-            linear: torch.arange(self.size).expand(compat.concrete(g.shape(linear)))}
+            linear: torch.arange(self.size).expand(compat.concrete(g.sizes(linear)))}
         self.excluded = torch.zeros(self.size, dtype=torch.bool)
         self.scaled = torch.zeros(self.size, dtype=torch.bool)
         self.block = 0  # channels of one attention head
@@ -97,7 +97,7 @@ class _Labels:
         elif g.calls(node, F.scaled_dot_product_attention):
             self._attend(node)
         elif g.calls(node, "index_copy_") and labelled == [node.args[3]] and self._first_use(node.args[0], node):
-            self.of[node] = self.of[node.args[0]] = self._spread(node.args[3], node.args[1], g.shape(node))
+            self.of[node] = self.of[node.args[0]] = self._spread(node.args[3], node.args[1], compat.concrete(g.sizes(node)))
             self.kept = True
         elif g.is_binary(node, g.MULS) and len(labelled) == 1 and g.shape(node) == g.shape(labelled[0]):
             self.of[node] = self.of[labelled[0]]
@@ -110,7 +110,7 @@ class _Labels:
         if g.calls(node, "contiguous"):
             return labels
         if g.calls(node, *_RESHAPES) and isinstance(labels, torch.Tensor):
-            return _reshape(labels, compat.concrete(g.shape(node)))
+            return _reshape(labels, compat.concrete(g.sizes(node)))
 
         def look_up(n: fx.Node) -> object:
             return self.of[n] if n in self.of else compat.concrete(g.value(n))
@@ -125,7 +125,7 @@ class _Labels:
         self.exclude(query, key)
         if value not in self.of or value in (query, key):
             return
-        labels, shape = self.of[value], g.shape(node)
+        labels, shape = self.of[value], compat.concrete(g.sizes(node))
         if labels.shape[1] != shape[1]:  # enable_gqa
             batch, heads, tokens, size = labels.shape
             repeated = labels.unsqueeze(2).expand(-1, -1, shape[1] // heads, -1, -1)
@@ -141,7 +141,7 @@ class _Labels:
         thin = _distinct(labels)
         if not torch.equal(thin, _distinct(one).expand_as(thin)):
             self.exclude(node)
-        return one.expand(compat.concrete(shape))
+        return one.expand(shape)
 
     @staticmethod
     def _first_use(node: fx.Node, user: fx.Node) -> bool:

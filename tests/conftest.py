@@ -36,6 +36,7 @@ def saved(tmp_path):
     """Calibrate a model and save its plan; returns the path."""
     def save(model, **settings):
         device = next(model.parameters()).device
+        settings = {"selection": "topk", **settings}
         plan = larosa_fx.calibrate(model, [b.to(device) for b in batches()], progress=False, **settings)
         return str(plan.save(tmp_path / "plan.larosa"))
     return save

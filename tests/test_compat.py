@@ -84,7 +84,7 @@ def test_a_plan_holds_the_models_own_names(wrap, tmp_path):
         model, prefix = inner, ""
     else:
         model, prefix = Outer(model).eval(), "inner."
-    plan = larosa_fx.calibrate(model, batches(), progress=False)
+    plan = larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
     first = plan.sites[0]
     assert first.weights == [f"{prefix}model.layers.0.self_attn.{x}_proj.weight" for x in "qkv"]
     assert first.gain == f"{prefix}model.layers.0.input_layernorm.weight"

@@ -97,7 +97,7 @@ def test_granularity_counts_what_adapters_read(bench):
 @pytest.mark.parametrize("rotation", studies.ROTATIONS)
 def test_overhead_is_what_the_compiled_model_meets(fresh_dynamo, rotation, tied):
     model = llama(tie_word_embeddings=tied)
-    plan = larosa_fx.calibrate(model, [ids(1, 16)], rotation=rotation, progress=False)
+    plan = larosa_fx.calibrate(model, [ids(1, 16)], rotation=rotation, progress=False, selection="topk")
     compiled(model)(ids(1, 4))
     counted = overhead_of(shapes_of(plan.sites), rotation, tied)
     assert counted["adapters"] + counted["ends"] == decode._rotations(backend.last_report())

@@ -262,6 +262,17 @@ def _compilation() -> _Compilation | None:
                         compile_id.frame_compile_id)
 
 
+def size_form(size: int | torch.SymInt) -> object:
+    """A size to compare: an int, or the expression behind a SymInt, equal only to what has the same form (2.11 to 2.13).
+
+    To compare a SymInt asks whether the sizes are equal now, and binds the graph to the answer.
+    """
+    if isinstance(size, int):
+        return size
+    form = size.node.expr
+    return int(form) if form.is_number else form
+
+
 def concrete(sizes: object) -> object:
     """Ints in place of SymInts, those of the inputs that Dynamo traced with (2.11 to 2.13); tuples element by element."""
     if isinstance(sizes, tuple):
@@ -290,6 +301,16 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[object], 
 
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
         return compile_fx(gm, list(example_inputs), config_patches=inductor_options(mode) or None)
+
+
+@contextlib.contextmanager
+def sizes_stay_apart() -> Iterator[None]:
+    """Within it Dynamo takes no two dynamic sizes for one because they are equal at first (2.11 to 2.13).
+
+    A prompt as long as a head is wide would otherwise have a graph of its own: the width is a constant, so the length is.
+    """
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        yield
 
 
 def mark_growing(tensor: torch.Tensor, dims: Sequence[int]) -> None:

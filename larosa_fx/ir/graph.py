@@ -47,6 +47,12 @@ def value(node: fx.Node) -> object:
 
 
 def shape(node: fx.Node) -> tuple:
+    """A tensor's sizes to compare: a dynamic one equals only itself, so no graph is bound to the size that it has now."""
+    return tuple(map(compat.size_form, sizes(node)))
+
+
+def sizes(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """A tensor's sizes to compute with; () for anything else."""
     example = value(node)
     return tuple(example.shape) if isinstance(example, torch.Tensor) else ()
 
@@ -75,7 +81,7 @@ def is_cast(node: object) -> bool:
     if not calls(node, "to", "float", "type_as", "half", "bfloat16") or True in (*node.args[1:], *node.kwargs.values()):
         return False  # True: a forced copy
     before, after = value(node.args[0]), value(node)
-    return isinstance(before, torch.Tensor) and before.shape == after.shape and before.device == after.device
+    return isinstance(before, torch.Tensor) and shape(node.args[0]) == shape(node) and before.device == after.device
 
 
 def is_no_op(node: object) -> bool:

@@ -175,7 +175,7 @@ class SparseSite:
            threshold: float | None, weight: WeightFormat, stored: tuple[fx.Node, ...]) -> SparseSite:
         """A bare site of ``product``, x @ [K, N], and of ``output``, with its bias."""
         x = product.args[0]
-        *leading, channels = g.shape(x)
+        *leading, channels = g.sizes(x)
         rows = math.prod(leading)  # torch's own numel() would fix a symbol at the size that it has now
         return cls(name, output, product, x, stored, k, channels, columns, rows, weight, threshold, bias=bias)
 

@@ -31,7 +31,7 @@ BASIS_KINDS = ("pca", "random", "hadamard")
 
 def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsity: float = 0.5, rotation: str = "layer",
               basis: str = "pca", coefficients: Mapping[str, float] | None = None, damping: float = orthogonal.DAMPING,
-              seed: int = 0, selection: str = "topk", statistics_bytes: int | None = None,
+              seed: int = 0, selection: str = "threshold", statistics_bytes: int | None = None,
               provenance: Mapping[str, object] | None = None, progress: bool = True) -> Plan:
     """Calibrate ``model`` and attach the plan to its weights.
 
@@ -40,8 +40,9 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
     by its trace, are added), "block" (a Q each), "pair" or "quad" (one Q for two or four layers in a row), "model" (one
     Q), "online" (a Q each, applied at run time) or "none". basis: "pca", or "random" or "hadamard" for ablations.
     coefficients: relative sparsity per kind of site, by default those of the released code, {"h1": 0.8, "h2": 1.2, "h3":
-    0.8, "h4": 1.2}. damping: share of the mean variance added to the covariance's diagonal. selection: "topk", or
-    "threshold" to fit thresholds as well and select by them (``larosa_fx.method.thresholds``). statistics_bytes: memory for
+    0.8, "h4": 1.2}. damping: share of the mean variance added to the covariance's diagonal. selection: "threshold"
+    fits thresholds as well and selects by them (``larosa_fx.method.thresholds``), which loses less and is faster; "topk" is
+    the paper's, as many channels for each token. statistics_bytes: memory for
     fp64 covariances; where all do not fit, the batches are run several times, at least one basis at a time; by default half
     of what is free on the model's device. provenance: what to record about the text. progress: show a progress bar.
 

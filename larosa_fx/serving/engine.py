@@ -119,7 +119,7 @@ class Engine:
             # Op by op: the products of a prompt keep a device busy, and a graph for all lengths is there in a moment.
             options = replace(self.settings.options, sparsity=0.0, compiler="eager", mode=None)
             self._prompts = _compiled(_outputs, options, dynamic=True)
-        with torch.no_grad():
+        with torch.no_grad(), compat.sizes_stay_apart():
             return self._prompts(self.model, *args, **kwargs)
 
     def _generate(self, *args: object, **kwargs: object):

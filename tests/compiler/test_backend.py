@@ -295,8 +295,8 @@ def test_weights_are_checked_on_request(saved):
 def test_plans_attached_to_two_instances(saved):
     """Bare backend: each instance runs with its own plan, although Dynamo shares the code, also where k differs."""
     first, second = llama(0), llama(1)
-    plans = [larosa_fx.calibrate(first, batches(), sparsity=0.3, progress=False),
-             larosa_fx.calibrate(second, batches(), sparsity=0.6, progress=False)]
+    plans = [larosa_fx.calibrate(first, batches(), sparsity=0.3, progress=False, selection="topk"),
+             larosa_fx.calibrate(second, batches(), sparsity=0.6, progress=False, selection="topk")]
     token = ids(1, 1)
     for _ in range(2):
         for model, plan in zip((first, second), plans, strict=True):
@@ -312,7 +312,7 @@ def test_calibrating_after_compiling_takes_effect():
     token = ids(1, 1)
     with pytest.warns(UserWarning, match="larosa_fx.calibrate"):
         assert torch.equal(fast(token).logits, model(token).logits)
-    plan = larosa_fx.calibrate(model, batches(), progress=False)
+    plan = larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
     with simulated(model, plan):
         expected = model(token).logits
     assert error(fast(token).logits, expected) < 1e-4

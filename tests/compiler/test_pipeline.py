@@ -44,7 +44,7 @@ def test_bad_names(names, message):
 def test_the_figure_names_what_stands_on_the_residual_edge(fresh_dynamo):
     """A tied table stays as it is: what turns its output is Q_0, no adapter; sites have names for people."""
     model = llama(tie_word_embeddings=True)
-    larosa_fx.calibrate(model, batches(), progress=False)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
     with torch.no_grad():
         compiled(model, sparsify="all")(ids(1, 10))
     first, second = (figure.html(larosa_fx.last_report(), layer) for layer in (0, 1))
@@ -71,7 +71,7 @@ def test_the_model_is_the_same_without(family, granularity, name):
 
 def test_without_folding_all_rotations_are_applied_online(fresh_dynamo):
     model, x = llama(), ids(1, 10)
-    larosa_fx.calibrate(model, batches(), progress=False)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         got = compiled(model, sparsity=0.0, sparsify="all", disable="fold_rotations, match_sources")(x).logits

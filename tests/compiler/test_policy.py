@@ -30,7 +30,7 @@ def said():
 
 def mapped(model, tmp_path):
     """A plan with maps of heads, which may be folded into what fills a cache."""
-    plan = larosa_fx.calibrate(model, batches(), rotation="none", progress=False)
+    plan = larosa_fx.calibrate(model, batches(), rotation="none", progress=False, selection="topk")
     sites = [site for site in plan.sites if site.blocks is not None]
     heads = {site.name: torch.linalg.qr(torch.randn(max(site.blocks) + 1, 8, 8))[0] for site in sites}
     return str(replace(plan, heads=heads).save(tmp_path / "mapped.larosa"))
@@ -95,7 +95,8 @@ def test_the_last_limit_is_told(saved, said, strict):
 def test_dynamo_compiles_anew_for_another_structure_and_only_then():
     model, x, before = llama(), ids(1, 1), set(map(id, larosa_fx.reports()))
     fast, built = torch.compile(model, backend="larosa", options={"compiler": "eager"}), []
-    plans = [larosa_fx.calibrate(model, batches(), rotation=rotation, progress=False) for rotation in ("layer", "none")]
+    plans = [larosa_fx.calibrate(model, batches(), rotation=rotation, progress=False, selection="topk")
+             for rotation in ("layer", "none")]
     for plan in (plans[0], plans[1], plans[0], replace(plans[0], rotations={
             name: q.flip(-1) for name, q in plans[0].rotations.items()})):
         plan.attach(model)
@@ -108,10 +109,10 @@ def test_a_graph_without_a_guard_runs_dense_for_another_plan(said, monkeypatch):
     """Where Dynamo lets a call through although the plan's structure is another, there is no graph for it."""
     monkeypatch.setattr(backend.compat, "guard", lambda *_: False)
     model, x = llama(), ids(1, 6)
-    larosa_fx.calibrate(model, batches(), progress=False)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
     fast = torch.compile(model, backend="larosa", options={"compiler": "eager", "sparsify": "all"})
     fast(x)
-    larosa_fx.calibrate(model, batches(), rotation="none", progress=False)
+    larosa_fx.calibrate(model, batches(), rotation="none", progress=False, selection="topk")
     assert torch.equal(fast(x).logits, model(x).logits)
     assert any("another plan counts" in text for text in said())
 
@@ -229,7 +230,7 @@ class Prompted(nn.Module):
 @pytest.mark.parametrize("trained", [["norm"], ["prompt"], ["embed_tokens"], ["lm_head"], ["up_proj"]], ids=lambda t: t[0])
 def test_gradients_of_whatever_is_trained_arrive(trained, said):
     model, x = Prompted(trained), ids(2, 5)
-    larosa_fx.calibrate(model, batches(), progress=False)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
     options = {"compiler": "eager", "sparsify": "all"}
     with torch.enable_grad():
         model(x).square().sum().backward()
@@ -295,7 +296,7 @@ def test_weights_of_a_tensor_subclass_are_refused(saved, said):
     assert torch.equal(compiled(model, plan=path, sparsify="all")(x).logits, model(x).logits)
     assert any("up_proj.weight is a Scaled, which cannot be folded; load the model without" in text for text in said())
     with pytest.raises(RuntimeError, match=r"cannot calibrate this model: .*is a Scaled"):
-        larosa_fx.calibrate(model, batches(), progress=False)
+        larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
 
 
 class Packed(nn.Module):
@@ -364,7 +365,7 @@ def test_a_model_compiled_in_place_can_be_calibrated():
     whole.compile(backend="eager")
     forward.forward = torch.compile(forward.forward, backend="eager")
     tokens = batches()
-    plans = [larosa_fx.calibrate(model, tokens, progress=False) for model in (whole, forward, plain)]
+    plans = [larosa_fx.calibrate(model, tokens, progress=False, selection="topk") for model in (whole, forward, plain)]
     assert len({plan.digest for plan in plans}) == 1
     assert whole._compiled_call_impl is not None and hasattr(forward.forward, "_torchdynamo_orig_callable")
 

@@ -29,7 +29,7 @@ def compiled(model, **options):
 @pytest.mark.parametrize("bits", BITS)
 def test_nothing_rotated_computes_with_what_is_stored(bits, fresh_dynamo):
     model, x = llama(**WIDE), ids(1, 6)
-    larosa_fx.calibrate(model, batches(), rotation="none", progress=False)
+    larosa_fx.calibrate(model, batches(), rotation="none", progress=False, selection="topk")
     got = compiled(model, quantize=bits, sparsity=0.0)(x).logits
     assert error(got, stored(model, BITS[bits])(x).logits) < 1e-5
     assert error(got, model(x).logits) > 1e-4  # and rounding is there
@@ -38,7 +38,7 @@ def test_nothing_rotated_computes_with_what_is_stored(bits, fresh_dynamo):
 @pytest.mark.parametrize("bits, most", [("int8", 0.15), ("int4", 0.6)])
 def test_rotated_weights_are_rounded_once(bits, most, fresh_dynamo):
     model, x = llama(**WIDE), ids(1, 6)
-    larosa_fx.calibrate(model, batches(), progress=False)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
     assert error(compiled(model, quantize=bits, sparsity=0.0)(x).logits, model(x).logits) < most
     report = larosa_fx.last_report()
     assert report.bytes_read == sum(
@@ -48,7 +48,7 @@ def test_rotated_weights_are_rounded_once(bits, most, fresh_dynamo):
 
 def test_weights_that_are_given_up_take_no_memory(fresh_dynamo):
     model, x = llama(**WIDE), ids(1, 6)
-    larosa_fx.calibrate(model, batches(), progress=False)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
     fast = compiled(model, quantize="int8", sparsity=0.5, weights="replace")
     first = fast(x).logits
     linears = [p for name, p in model.named_parameters() if "layers" in name and p.ndim == 2]

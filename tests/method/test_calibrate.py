@@ -33,7 +33,7 @@ def x_hats(model, tokens):
 
 def test_block_rotations_are_principal_components():
     model, tokens = llama(), [ids(4, 40) for _ in range(4)]
-    plan = larosa_fx.calibrate(model, tokens, rotation="block", progress=False)
+    plan = larosa_fx.calibrate(model, tokens, rotation="block", progress=False, selection="topk")
     for name, rows in x_hats(model, tokens).items():
         spectrum = plan.rotations[name].double().T @ (rows.T @ rows) @ plan.rotations[name].double()
         variances = spectrum.diagonal()
@@ -45,7 +45,7 @@ def test_block_rotations_are_principal_components():
 
 def test_layer_rotations_pool_attention_and_mlp():
     model, tokens = llama(), [ids(4, 40)]
-    plan = larosa_fx.calibrate(model, tokens, rotation="layer", progress=False)
+    plan = larosa_fx.calibrate(model, tokens, rotation="layer", progress=False, selection="topk")
     rows = x_hats(model, tokens)
     for layer in range(2):
         pooled = sum(x.T @ x / (x.T @ x).trace() for x in (rows[f"layers.{layer}.h1"], rows[f"layers.{layer}.h3"]))
@@ -70,7 +70,7 @@ def test_batching_and_memory_do_not_matter():
     ("online", ["layers.0.h1", "layers.0.h3", "layers.1.h1", "layers.1.h3"])])
 @pytest.mark.parametrize("basis", ["pca", "random", "hadamard"])
 def test_granularities_and_bases(rotation, names, basis):
-    plan = larosa_fx.calibrate(llama(), batches(), rotation=rotation, basis=basis, progress=False)
+    plan = larosa_fx.calibrate(llama(), batches(), rotation=rotation, basis=basis, progress=False, selection="topk")
     assert sorted(plan.rotations) == names
     plan.validate()
     assert plan.byte_sparsity == pytest.approx(0.5, abs=0.01)
@@ -79,14 +79,14 @@ def test_granularities_and_bases(rotation, names, basis):
 def test_model_is_left_as_it_was():
     model = llama().train()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    larosa_fx.calibrate(model, batches(), progress=False)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
     assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def test_provenance_tells_what_was_used():
     tokens = batches()
-    plan = larosa_fx.calibrate(llama(), tokens, provenance={"text": "noise"}, progress=False)
+    plan = larosa_fx.calibrate(llama(), tokens, provenance={"text": "noise"}, progress=False, selection="topk")
     assert plan.provenance["tokens"] == sum(t.numel() for t in tokens) and plan.provenance["text"] == "noise"
     assert set(plan.provenance["versions"]) >= {"torch", "transformers", "larosa_fx"}
 
@@ -104,10 +104,15 @@ def test_bad_input_is_named(batches, settings, message):
         larosa_fx.calibrate(llama(), batches, progress=False, **settings)
 
 
+def test_thresholds_are_what_a_plan_selects_by():
+    plan = larosa_fx.calibrate(llama(), batches(), progress=False)
+    assert plan.selection == "threshold" and len(plan.thresholds_at(0.5)) == len(plan.sites)
+
+
 def test_a_model_that_is_not_understood_says_why():
     model = torch.nn.Sequential(torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64))
     with pytest.raises(RuntimeError, match="no linears behind a norm"):
-        larosa_fx.calibrate(model, [ids(1, 8)], progress=False)
+        larosa_fx.calibrate(model, [ids(1, 8)], progress=False, selection="topk")
 
 
 def test_models_of_other_sizes_and_eps_in_one_process():
@@ -115,7 +120,7 @@ def test_models_of_other_sizes_and_eps_in_one_process():
     for i, (layers, eps) in enumerate([(2, 1e-6), (4, 1e-5), (3, 1e-4)]):
         model = llama(i, hidden_size=32 + 8 * i, num_attention_heads=4 + i, num_key_value_heads=4 + i,
                       num_hidden_layers=layers, rms_norm_eps=eps)
-        plan = larosa_fx.calibrate(model, batches(), progress=False)
+        plan = larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
         assert len(plan.sites) == 4 * layers
         assert {site.eps for site in plan.sites if site.eps is not None} == {eps}
         fast = compiled(model, sparsity=0.0, strict=True)

@@ -21,7 +21,7 @@ SEPARATE = ("llama", "llama-tied", "llama-biases", "qwen2", "qwen3", "gemma", "g
 
 def mapped_plan(model, rotation="layer"):
     """A plan with random maps and scales wherever they can be folded, attached to the model."""
-    plan = larosa_fx.calibrate(model, [ids(2, 24)], rotation=rotation, progress=False)
+    plan = larosa_fx.calibrate(model, [ids(2, 24)], rotation=rotation, progress=False, selection="topk")
     for site in plan.sites:
         if site.blocks:
             size = site.in_features // len(site.blocks)

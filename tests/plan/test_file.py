@@ -59,7 +59,7 @@ def test_bad_paths(bad):
 def plans(model, path, *sparsities):
     """Save plans of the model under one path in turn."""
     for sparsity in sparsities:
-        larosa_fx.calibrate(model, batches(), sparsity=sparsity, progress=False).save(path)
+        larosa_fx.calibrate(model, batches(), sparsity=sparsity, progress=False, selection="topk").save(path)
         yield sparsity
 
 
@@ -81,7 +81,7 @@ def test_a_plan_of_another_structure_is_used_as_well(tmp_path):
     model, x, path = llama(), ids(1, 6), str(tmp_path / "plan")
     run = compiled(model, plan=path, sparsify="all")
     for rotation in ("layer", "none", "online"):
-        plan = larosa_fx.calibrate(model, batches(), rotation=rotation, progress=False)
+        plan = larosa_fx.calibrate(model, batches(), rotation=rotation, progress=False, selection="topk")
         plan.save(path)
         torch.compiler.reset()
         expected = compiled(model, plan=shutil.copy(path, tmp_path / rotation), sparsify="all")(x).logits
@@ -124,8 +124,8 @@ def test_models_that_share_layers_run_by_their_own_plans():
     draft.model.embed_tokens = target.model.embed_tokens
     x = ids(1, 6)
     dense = [model(x).logits for model in (target, draft)]
-    larosa_fx.calibrate(target, batches(), sparsity=0.0, progress=False)
-    larosa_fx.calibrate(draft, batches(), sparsity=0.0, progress=False)
+    larosa_fx.calibrate(target, batches(), sparsity=0.0, progress=False, selection="topk")
+    larosa_fx.calibrate(draft, batches(), sparsity=0.0, progress=False, selection="topk")
     for model, expected, sites in ((target, dense[0], 8), (draft, dense[1], 4)):
         torch.compiler.reset()
         assert error(compiled(model, sparsify="all", strict=True)(x).logits, expected) < 1e-4

@@ -27,7 +27,7 @@ def calibrated(device="cpu", **changes):
     torch.manual_seed(1)
     model = llama(**changes).to(device)
     dense = copy.deepcopy(model)
-    larosa_fx.calibrate(model, [batch.to(device) for batch in batches()], progress=False)
+    larosa_fx.calibrate(model, [batch.to(device) for batch in batches()], progress=False, selection="topk")
     return model, dense
 
 
@@ -183,6 +183,16 @@ def test_nothing_is_compiled_for_other_lengths(pair):
     assert counters["stats"]["unique_graphs"] == compiled
 
 
+@pytest.mark.parametrize(("length", "new"), [(8, 4), (1024, 1)], ids=["a head's width", "the cache's length"])
+def test_a_first_prompt_of_a_size_that_other_tensors_have_compiles_for_all_lengths(fresh_dynamo, length, new):
+    model, _ = calibrated()
+    larosa_fx.enable(model, compiler="eager").generate(ids(1, length), **{**SETTINGS, "max_new_tokens": new})
+    model.generate(ids(1, 13), **SETTINGS)
+    compiled = counters["stats"]["unique_graphs"]
+    model.generate(ids(1, 21), **SETTINGS)
+    assert counters["stats"]["unique_graphs"] == compiled == 2
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     ({"num_beams": 2}, "beam search"),
     ({"use_cache": False}, "use_cache=False"),
@@ -204,7 +214,7 @@ def test_the_model_itself_computes_through_what_was_folded(pair):
     assert error(model(tokens).logits, dense(tokens).logits) < 1e-4
     with pytest.raises(larosa_fx.LarosaError, match="given up"):
         larosa_fx.disable(model)
-    other = larosa_fx.calibrate(dense, [tokens], progress=False)
+    other = larosa_fx.calibrate(dense, [tokens], progress=False, selection="topk")
     with pytest.raises(larosa_fx.LarosaError, match="another plan"):
         larosa_fx.enable(model, other)
 
@@ -270,7 +280,7 @@ def test_what_enable_refuses():
         larosa_fx.enable(model, max_cache_len=-1)
     with pytest.raises(larosa_fx.PlanError, match="thresholds"):
         larosa_fx.enable(model, selection="threshold")
-    plan = larosa_fx.calibrate(dense, batches(), progress=False)
+    plan = larosa_fx.calibrate(dense, batches(), progress=False, selection="topk")
     with pytest.raises(larosa_fx.PlanError, match="does not fit"):
         larosa_fx.enable(llama(7), plan)
 
@@ -279,7 +289,7 @@ def test_a_model_that_nobody_holds_is_freed():
     """Compiled code outlives models; what it guards on must not keep their weights."""
     def used():
         model = llama()
-        larosa_fx.calibrate(model, batches(), progress=False)
+        larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
         larosa_fx.enable(model, compiler="eager").generate(ids(1, 9), max_new_tokens=3, do_sample=False)
         return weakref.ref(model), weakref.ref(model.lm_head.weight)
 

@@ -70,7 +70,8 @@ def no_static_cache(*_, **__):
 @pytest.mark.parametrize("refuses", [True, False])
 def test_a_class_that_compiles_no_step_says_so(refuses, tmp_path, fresh_dynamo, monkeypatch):
     model = families.tiny_model("LlamaForCausalLM")
-    path = str(calibrate(model, [torch.randint(3, 100, (2, 8))], basis="random", progress=False).save(tmp_path / "p.larosa"))
+    plan = calibrate(model, [torch.randint(3, 100, (2, 8))], basis="random", progress=False, selection="topk")
+    path = str(plan.save(tmp_path / "p.larosa"))
     if refuses:
         monkeypatch.setattr(model, "generate", no_static_cache)
     else:

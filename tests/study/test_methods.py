@@ -22,7 +22,7 @@ def lab():
     with torch.no_grad():
         model = llama(num_key_value_heads=4)
         tokens = ids(16, 48)
-        plan = larosa_fx.calibrate(model, [tokens], progress=False)
+        plan = larosa_fx.calibrate(model, [tokens], progress=False, selection="topk")
         yield Lab(model, plan, tokens)
 
 

@@ -57,7 +57,7 @@ def test_training_says_so(tmp_path, fresh_dynamo):
     path = tmp_path / "plan.checkpoint"
     path.write_bytes(b"")
     model, tokens = llama(), [ids(2, 12) for _ in range(2)]
-    plan = larosa_fx.calibrate(model, tokens, progress=False)
+    plan = larosa_fx.calibrate(model, tokens, progress=False, selection="topk")
     with pytest.raises(CheckpointError, match=r"plan\.checkpoint"):
         train(model, plan, tokens[:1], tokens[1:], QUICK, checkpoint=path, progress=False)
     assert all(p.requires_grad for p in model.parameters())

@@ -24,7 +24,7 @@ NEEDS = Needs(fixed=2 * GIB, saved=5 * GIB, inputs=GIB // 8, logits=GIB // 8, sc
 def start(fresh_dynamo):
     torch.manual_seed(0)
     model, tokens = llama().requires_grad_(False), ids(4, 24)
-    return model, State(model, larosa_fx.calibrate(model, [tokens], progress=False), OPTIONS), tokens
+    return model, State(model, larosa_fx.calibrate(model, [tokens], progress=False, selection="topk"), OPTIONS), tokens
 
 
 def gradients(model, state, tokens, layers):
@@ -161,7 +161,7 @@ def test_a_limited_gpu_is_enough_for_what_was_estimated(fresh_dynamo, how):
                   num_key_value_heads=4, vocab_size=32000, max_position_embeddings=512)
     model = model.to(device, torch.bfloat16).requires_grad_(False)
     tokens = torch.randint(32000, (8, 256))
-    plan = larosa_fx.calibrate(model, [tokens[:1]], basis="hadamard", progress=False)
+    plan = larosa_fx.calibrate(model, [tokens[:1]], basis="hadamard", progress=False, selection="topk")
     needed = needs(model, State(model, plan, OPTIONS), tokens[:1])
     expected = needed.peak(8, how["recompute"], how.get("offload", False))
     gc.collect()

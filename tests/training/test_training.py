@@ -26,7 +26,7 @@ def start(fresh_dynamo):
     torch.manual_seed(0)
     model = llama()
     tokens = [ids(4, 24) for _ in range(4)]
-    plan = larosa_fx.calibrate(model, tokens, progress=False)
+    plan = larosa_fx.calibrate(model, tokens, progress=False, selection="topk")
     return model, plan, tokens
 
 
@@ -164,7 +164,8 @@ def test_replayed_steps_are_the_called_ones(start, monkeypatch, caplog):
 def test_the_trained_plan_is_what_was_validated(start, monkeypatch):
     """The state's own forward and the reference's simulation of its plan are one function."""
     model, tokens = llama(num_key_value_heads=4), start[2]  # GQA makes ties in the first token's h2
-    state = State(model, larosa_fx.calibrate(model, tokens, progress=False), replace(QUICK, selection="topk"))
+    plan = larosa_fx.calibrate(model, tokens, progress=False, selection="topk")
+    state = State(model, plan, replace(QUICK, selection="topk"))
     with torch.no_grad():
         state.scales["layers.0.h2"] += torch.randn_like(state.scales["layers.0.h2"])
         with state.applied(model, 0.5):
