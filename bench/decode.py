@@ -17,8 +17,8 @@ Weights are random: the time depends on shapes and on k, not on values. The comp
 - logit_error: largest difference to the eager dense logits of the first step over the largest of them; compile_seconds
   (capture, folding and compilation); commit, torch, command.
 
-Rows are written after each variant and replace those of an earlier run of the same case. ``--readme`` measures nothing: it
-renews the table between ``<!-- decode: FILE -->`` and ``<!-- end -->`` in README.md from the file that ``--json`` names.
+Rows are written after each variant and replace those of an earlier run of the same case. ``--page`` measures nothing: it
+renews the table between ``<!-- decode: FILE -->`` and ``<!-- end -->`` in docs/figures.md from the file that ``--json`` names.
 """
 
 from __future__ import annotations
@@ -288,8 +288,8 @@ def table(rows: Sequence[Row]) -> str:
          "logit error", "compile s"], disable_numparse=True)
 
 
-def readme(text: str, name: str, rows: Sequence[Row]) -> str:
-    """A README with the table of results file ``name`` renewed: a line a model, ms per token, and how many times faster."""
+def page(text: str, name: str, rows: Sequence[Row]) -> str:
+    """A page with the table of results file ``name`` renewed: a line a model, ms per token, and how many times faster."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     cases: dict[str, dict[str, str]] = {}
     columns = {}  # name -> place
@@ -327,12 +327,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128, help="steps measured")
     parser.add_argument("--cache", type=int, default=1024)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--readme", action="store_true", help="only renew README.md's table of the file in --json")
+    parser.add_argument("--page", action="store_true", help="only renew the table of the file in --json in docs/figures.md")
     args = parser.parse_args()
 
-    if args.readme:
-        page = Path(__file__).parent.parent / "README.md"
-        page.write_text(readme(page.read_text(), args.json.name, json.loads(args.json.read_text())["rows"]))
+    if args.page:
+        path = Path(__file__).parent.parent / "docs" / "figures.md"
+        path.write_text(page(path.read_text(), args.json.name, json.loads(args.json.read_text())["rows"]))
         return 0
     kind = torch.device(args.device).type
     setting = Setting(args.prompt, args.tokens, args.cache, args.rotation,

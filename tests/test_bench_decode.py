@@ -64,24 +64,24 @@ def test_a_new_row_replaces_the_same_case_and_renews_the_ratios():
     assert "x" in decode.merge(merged, other)[-1]["variant"] and len(merged) == 2
 
 
-def test_readme_table_is_renewed():
+def test_the_table_of_a_page_is_renewed():
     about = {"model": "a", "dtype": "float32", "device": "box, 2 threads", "torch": "2"}
     rows = [about | {"variant": "larosa", "sparsity": 0.5, "ms_per_token": 2.0, "ratio_to_best_dense": 2.0},
             about | {"variant": "dense-eager", "sparsity": None, "ms_per_token": 4.0, "ratio_to_best_dense": 1.0}]
-    page = "before\n<!-- decode: x.json -->\nold\n<!-- end -->\nafter\n"
-    renewed = decode.readme(page, "x.json", rows)
+    text = "before\n<!-- decode: x.json -->\nold\n<!-- end -->\nafter\n"
+    renewed = decode.page(text, "x.json", rows)
     assert "| ms/token | dense, eager | 50% not read |\n" in renewed and "| a, float32 | 4 | 2 (2.00x) |\n" in renewed
     assert "old" not in renewed and renewed.startswith("before\n") and renewed.endswith("<!-- end -->\nafter\n")
-    assert decode.readme(renewed, "x.json", rows) == renewed
+    assert decode.page(renewed, "x.json", rows) == renewed
 
 
-def test_readme_shows_the_results_that_are_there():
+def test_the_page_of_figures_shows_the_results_that_are_there():
     root = Path(decode.__file__).parent.parent
-    page = (root / "README.md").read_text()
-    for name in re.findall(r"<!-- decode: (\S+) -->", page):
+    text = (root / "docs" / "figures.md").read_text()
+    for name in re.findall(r"<!-- decode: (\S+) -->", text):
         results = root / "bench" / "results" / name
         if results.exists():
-            assert decode.readme(page, name, json.loads(results.read_text())["rows"]) == page
+            assert decode.page(text, name, json.loads(results.read_text())["rows"]) == text
 
 
 def test_too_many_positions_are_refused():
