@@ -18,7 +18,7 @@ Weights are random: the time depends on shapes and on k, not on values. The comp
   (capture, folding and compilation); commit, torch, command.
 
 Rows are written after each variant and replace those of an earlier run of the same case. ``--page`` measures nothing: it
-renews the table between ``<!-- decode: FILE -->`` and ``<!-- end -->`` in docs/figures.md from the file that ``--json`` names.
+renews the table between ``<!-- decode: FILE -->`` and ``<!-- end -->`` in docs/figures.md from the file that --json names.
 """
 
 from __future__ import annotations
