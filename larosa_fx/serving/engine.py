@@ -185,9 +185,6 @@ class Engine:
                 stopping_criteria: StoppingCriteriaList, generation_config: object, own: bool,
                 streamer: object | None = None, synced_gpus: bool = False, **model_kwargs: object):
         """The loop that ``generate`` calls once it has prepared everything. ``own``: the cache is not a user's."""
-        if self.settings.options.weights == "replace" and model_kwargs.get("inputs_embeds") is not None:
-            raise LarosaError("larosa: inputs_embeds enter the model unrotated, and what would read them so was given up "
-                              "(weights='replace'); pass input_ids, or enable the model with weights='copy'")
         rows, new = len(input_ids), stopping_criteria.max_length - input_ids.shape[1]
         cache = caches.of(model_kwargs)
         if own:
