@@ -68,13 +68,22 @@ class Recipe:
                 return rest[0]
             return WEIGHT_FUNCTIONS[rest[0]](*map(value, rest[1:]))
 
-        exact = value(self.expression)
-        if not exact.is_floating_point():
-            return exact.contiguous()
-        folded = exact.to(dtype).contiguous()
-        if not folded.is_meta and not folded.isfinite().all() and exact.isfinite().all():
-            raise FoldError(f"{exact.abs().max().item():.3g} is beyond the range of {dtype}")
-        return folded
+        def cast(e: tuple) -> torch.Tensor:
+            """The value in ``dtype``. Parts are cast before they are joined: no two lie in memory in fp64 at a time."""
+            kind, *rest = e
+            if kind == "call" and rest[0] is torch.cat and rest[1][0] == "list":
+                return torch.cat([cast(part) for part in rest[1][1:]], *map(value, rest[2:]))
+            if kind == "call" and rest[0] in (torch.t, "t"):
+                return cast(rest[1]).t()
+            exact = value(e)
+            if not exact.is_floating_point():
+                return exact
+            folded = exact.to(dtype)
+            if not folded.is_meta and not folded.isfinite().all() and exact.isfinite().all():
+                raise FoldError(f"{exact.abs().max().item():.3g} is beyond the range of {dtype}")
+            return folded
+
+        return cast(self.expression).contiguous()
 
     def _by_rows(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], dtype: torch.dtype,
                  device: torch.device) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from larosa_fx.ir import recipe
 from larosa_fx.ir.expressions import centred, stored
@@ -24,6 +25,27 @@ WHOLE = {
                                ("constant", 0)),
     "twice": ("call", torch.matmul, TABLE, ("call", torch.t, TABLE)),
 }
+
+
+class LargestInFp64(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_parts_are_cast_before_they_are_joined():
+    """gate and up, and an adapter beside them, never lie in memory together in fp64."""
+    joined = ("call", torch.cat, ("list", TABLE, ROTATED), ("constant", 0))
+    beside = ("call", torch.cat, ("list", ("call", torch.t, joined), ("call", torch.t, joined)), ("constant", 0))
+    with LargestInFp64() as seen:
+        found = evaluate(beside)
+    assert seen.elements == 640 * 64 and found.is_contiguous()
+    whole = torch.cat([evaluate(TABLE), evaluate(ROTATED)])
+    assert torch.equal(found, torch.cat([whole.t(), whole.t()]))
 
 
 def evaluate(expression):
