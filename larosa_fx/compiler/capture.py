@@ -37,14 +37,17 @@ class Capture:
         return {site.name: [args[position[node]] for node in weight_placeholders(site)] for site in self.structure.sites}
 
 
-def capture(gm: fx.GraphModule, parameter_mask: Sequence[bool], run: Runner) -> Capture:
-    """Clone ``gm``, bring it to canonical form and match it. ``parameter_mask``: which inputs are module parameters."""
+def capture(gm: fx.GraphModule, parameter_mask: Sequence[bool], run: Runner, shapes_suffice: bool = False) -> Capture:
+    """Clone ``gm``, bring it to canonical form and match it. ``parameter_mask``: which inputs are module parameters.
+
+    shapes_suffice: weights on the meta device are no reason to refuse, as nothing is to be folded.
+    """
     context = Context(g.clone(gm, parameter_mask))
     run(CAPTURE, context)
-    return Capture(context, _refusal(context.gm, context.structure))
+    return Capture(context, _refusal(context.gm, context.structure, shapes_suffice))
 
 
-def _refusal(gm: fx.GraphModule, structure: Structure) -> str | None:
+def _refusal(gm: fx.GraphModule, structure: Structure, shapes_suffice: bool) -> str | None:
     inputs = [node for node in g.placeholders(gm.graph) if isinstance(g.value(node), torch.Tensor)]
     for node in inputs:
         if g.PARAMETER in node.meta and not compat.is_plain(g.value(node)):
@@ -66,7 +69,7 @@ def _refusal(gm: fx.GraphModule, structure: Structure) -> str | None:
     devices = {g.value(node).device for node in weights}
     if len(devices) > 1:
         return f"the weights lie on several devices: {', '.join(sorted(map(str, devices)))}"
-    if devices == {torch.device("meta")}:
+    if devices == {torch.device("meta")} and not shapes_suffice:
         return "the weights are on the meta device"
     dtypes = {g.value(node).dtype for node in weights}
     if len(dtypes) > 1 or not all(dtype.is_floating_point and dtype.itemsize >= 2 for dtype in dtypes):

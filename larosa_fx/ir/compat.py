@@ -319,6 +319,32 @@ def mark_growing(tensor: torch.Tensor, dims: Sequence[int]) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
+# ---- accelerate ------------------------------------------------------------------------------------------------------
+
+
+def is_offloaded(model: torch.nn.Module) -> bool:
+    """Whether accelerate keeps weights of a model elsewhere until they are needed (``device_map``, ``disk_offload``)."""
+    return any(getattr(_align_hook(module), "offload", False) for module in model.modules())
+
+
+def execution_device(model: torch.nn.Module) -> torch.device:
+    """Where a model computes: where its weights lie or, where accelerate offloads them, are brought to."""
+    where = next((hook.execution_device for module in model.modules()
+                  if (hook := _align_hook(module)) is not None and hook.offload), None)
+    if where is None:
+        return next(model.parameters()).device
+    return torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
+
+
+def _align_hook(module: torch.nn.Module) -> object | None:
+    """The hook that moves a module's weights, among those that accelerate gave it."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        if hasattr(one, "execution_device") and hasattr(one, "offload"):
+            return one
+    return None
+
+
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 

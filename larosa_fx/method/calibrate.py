@@ -17,6 +17,7 @@ from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.checks import check_choice, check_sparsity
 from larosa_fx.ir.structure import BASES, SELECTIONS, Structure
+from larosa_fx.method import streaming
 from larosa_fx.method.memory import free_bytes
 from larosa_fx.method.reference import headless
 from larosa_fx.method.thresholds import with_thresholds
@@ -57,12 +58,13 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
     tokens = [_check_batch(batch) for batch in batches]
     if not tokens:
         raise ValueError("calibrate needs at least one batch of input_ids, [B, T]")
-    session = _Session(model)
+    session = _Streamed(model) if compat.is_offloaded(model) else _Session(model)
+    device = compat.execution_device(model)
     training = model.training
     model.eval()
     try:
         needs_statistics = basis == "pca" and rotation != "none"
-        session.run(model, tokens[:1], progress=False)  # finds the structure
+        session.run(tokens[:1], progress=False)  # finds the structure
         structure = session.capture.structure
         if structure.skipped:
             linear, reason = structure.skipped[0]
@@ -70,9 +72,9 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
         members = structure.bases(rotation)
         matrices: dict[str, torch.Tensor] = {}
         if needs_statistics:
-            for group in _groups(members, _channels(structure), statistics_bytes, structure.device):
+            for group in _groups(members, _channels(structure), statistics_bytes, device):
                 session.collect({site.name for name in group for site in members[name]})
-                session.run(model, tokens, progress)
+                session.run(tokens, progress)
                 for name in group:
                     covariance = session.pooled([site.name for site in members[name]])
                     matrices[name] = orthogonal.pca(covariance, damping).cpu()
@@ -80,26 +82,27 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
         else:
             make = {"random": orthogonal.random, "hadamard": orthogonal.hadamard}.get(basis)
             # A plan lies in main memory: its rotations are wanted once, when weights are folded.
-            matrices = {name: make(_channels(structure), seed + i, structure.device).cpu() for i, name in enumerate(members)}
+            matrices = {name: make(_channels(structure), seed + i, device).cpu() for i, name in enumerate(members)}
     finally:
         model.train(training)
-    weights = session.weights
     plan = Plan(
         rotation, float(sparsity), coefficients,
         [PlanSite.of(site, rotation).renamed(session.names) for site in structure.sites], matrices,
-        {name: sample(tensors) for name, tensors in weights.items()}, str(structure.dtype).removeprefix("torch."), basis,
+        session.samples(), str(structure.dtype).removeprefix("torch."), basis,
         {"method": "LaRoSA, arXiv 2507.01299", "model": type(model).__name__, "layers": structure.layers,
          "tokens": sum(t.numel() for t in tokens), "batches": len(tokens), "tokens_sha256": _digest(tokens),
          "damping": damping, "seed": seed, "versions": library_versions(), **(provenance or {})})
     if selection == "threshold":
         plan = with_thresholds(model, plan, tokens, progress=progress)
     plan.validate()
-    ATTACHED.attach(plan, (w for tensors in weights.values() for w in tensors))
+    session.attach(plan)
     return plan
 
 
 class _Session:
     """One calibration. Its graph may have been captured for an earlier one: taps find the session in a context variable."""
+
+    shapes_suffice = False
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.capture: Capture | None = None
@@ -111,7 +114,8 @@ class _Session:
     def collect(self, sites: Iterable[str]) -> None:
         self._covariances = dict.fromkeys(sites)
 
-    def run(self, model: torch.nn.Module, tokens: Sequence[torch.Tensor], progress: bool) -> None:
+    def run(self, tokens: Sequence[torch.Tensor], progress: bool) -> None:
+        model = self._model
         options = headless(model)
         device = next(model.parameters()).device
         compat.allow_recompilations(_capture_backend, _exhausted)
@@ -135,6 +139,13 @@ class _Session:
         self.weights = captured.weights(args)
         self.names = _names_in(self._model, captured, args)
 
+    def samples(self) -> dict[str, torch.Tensor]:
+        """A few values of each site's weights, by which a plan knows its model."""
+        return {name: sample(tensors) for name, tensors in self.weights.items()}
+
+    def attach(self, plan: Plan) -> None:
+        ATTACHED.attach(plan, (w for tensors in self.weights.values() for w in tensors))
+
     def observe(self, site: str, x_hat: torch.Tensor) -> None:
         """Add x_hat^T x_hat in fp64, where the site's statistics are wanted."""
         if site not in self._covariances:
@@ -146,6 +157,35 @@ class _Session:
     def pooled(self, sites: Sequence[str]) -> torch.Tensor:
         """Sum of the sites' covariances, each divided by its trace: no site outweighs another."""
         return sum(self._covariances[name] / self._covariances[name].trace() for name in sites)
+
+
+class _Streamed(_Session):
+    """The same of a model whose weights come and go. Its plan is not attached to them: the next ones are others."""
+
+    shapes_suffice = True
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(streaming.twin(model))
+        self._streamed = model
+
+    def run(self, tokens: Sequence[torch.Tensor], progress: bool) -> None:
+        if self.capture is None:
+            super().run(tokens, progress=False)
+        else:
+            streaming.watch(self._streamed, self._sites(), self.observe, tokens, progress)
+
+    def samples(self) -> dict[str, torch.Tensor]:
+        samples = {}
+        for site in self._sites():
+            with streaming.present(self._streamed, site.weights) as tensors:
+                samples[site.name] = sample(tensors).cpu()
+        return samples
+
+    def attach(self, plan: Plan) -> None:
+        pass
+
+    def _sites(self) -> list[PlanSite]:
+        return [PlanSite.of(site, "layer").renamed(self.names) for site in self.capture.structure.sites]
 
 
 _session: ContextVar[_Session] = ContextVar("larosa_calibration")
@@ -162,7 +202,7 @@ def _observe(site: str, x_hat: torch.Tensor) -> None:
 
 def _capture_backend(gm: fx.GraphModule, example_inputs: Sequence[object]):
     run = Runner()
-    captured = capture(gm, g.parameter_mask(example_inputs), run)
+    captured = capture(gm, g.parameter_mask(example_inputs), run, _session.get().shapes_suffice)
     if captured.refusal is None:
         captured.context.observe = _observe
         run(CALIBRATE, captured.context)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from larosa_fx.ir import compat
 from larosa_fx.plan.plan import Plan, PlanSite
 from larosa_fx.plan.rotations import orthonormal
 
@@ -132,7 +133,7 @@ def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None,
 def mapped(model: torch.nn.Module, plan: Plan, select: Callable[[PlanSite, torch.Tensor], torch.Tensor]
            ) -> Iterator[torch.nn.Module]:
     """Within the context ``select(site, z)`` takes the place of z, the site's activation as ``plan`` maps and scales it."""
-    device = next(model.parameters()).device
+    device = compat.execution_device(model)
     dtypes = {model.get_parameter(name).dtype for site in plan.sites for name in site.weights}
     wide = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)  # 32 rotations of a 7B model in fp64 take 4 GiB
     rotations = {name: orthonormal(q.to(device)).to(wide) for name, q in plan.rotations.items()}

@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 from tqdm.auto import tqdm
 
+from larosa_fx.ir import compat
 from larosa_fx.method.reference import at_least, headless, mapped
 from larosa_fx.plan.plan import LEVELS, Plan, PlanSite
 
 TEXT = 16384  # tokens at most, of each length of row
-TOKENS = 4096  # whose scores are ranked together
+TOKENS = 4096  # whose scores are ranked together; of a model whose weights are brought anew for each piece all are
 STEP, WHOLE = 7, 1024  # of more than WHOLE tokens one in STEP, which divides no common length of text, is ranked
 
 
@@ -27,8 +28,8 @@ def with_thresholds(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.
     Top-K leaves out, so that sites see what the sparse sites before them made of the text. It runs in pieces of TOKENS
     tokens, whose thresholds are averaged; of more than TEXT tokens, rows evenly spread are used.
     """
-    device, options = next(model.parameters()).device, headless(model)
-    pieces = _pieces(batches)
+    device, options = compat.execution_device(model), headless(model)
+    pieces = _pieces(batches, TEXT if compat.is_offloaded(model) else TOKENS)
     k: dict[str, int] = {}
     limits: dict[str, list[torch.Tensor]] = {site.name: [] for site in plan.sites}
     found: dict[str, list[torch.Tensor]] = {site.name: [] for site in plan.sites}
@@ -74,8 +75,11 @@ def quantile(score: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
     return ordered[torch.stack([(at - 1).clamp(min=0), at])].mean()
 
 
-def _pieces(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Rows of all batches, TOKENS tokens a piece; each piece from everywhere, since texts may stand one behind the other."""
+def _pieces(batches: Sequence[torch.Tensor], most: int) -> list[torch.Tensor]:
+    """Rows of all batches, ``most`` tokens a piece.
+
+    Each piece is from everywhere, since texts may stand one behind the other.
+    """
     by_length: dict[int, list[torch.Tensor]] = {}
     for batch in batches:
         by_length.setdefault(batch.shape[1], []).append(batch.cpu())
@@ -83,6 +87,6 @@ def _pieces(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for length, held in by_length.items():
         rows = torch.cat(held)
         rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), max(1, TEXT // length)), dtype=torch.float64).long()]
-        count = -(-rows.numel() // max(TOKENS, length))
+        count = -(-rows.numel() // max(most, length))
         pieces += [rows[i::count] for i in range(count)]
     return pieces
