@@ -23,6 +23,7 @@ from larosa_fx.method.reference import headless
 from larosa_fx.method.thresholds import with_thresholds
 from larosa_fx.plan import rotations as orthogonal
 from larosa_fx.plan.allocate import COEFFICIENTS
+from larosa_fx.plan.checks import check_shares
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanSite, library_versions, sample
 
 log = logging.getLogger("larosa_fx")
@@ -69,6 +70,8 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
         if structure.skipped:
             linear, reason = structure.skipped[0]
             log.warning("%d linears stay dense, %s the first: %s", len(structure.skipped), linear, reason)
+        sites = [PlanSite.of(site, rotation).renamed(session.names) for site in structure.sites]
+        check_shares("the plan", sites, sparsity, coefficients)  # before the work, not after it
         members = structure.bases(rotation)
         matrices: dict[str, torch.Tensor] = {}
         if needs_statistics:
@@ -86,8 +89,7 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
     finally:
         model.train(training)
     plan = Plan(
-        rotation, float(sparsity), coefficients,
-        [PlanSite.of(site, rotation).renamed(session.names) for site in structure.sites], matrices,
+        rotation, float(sparsity), coefficients, sites, matrices,
         session.samples(), str(structure.dtype).removeprefix("torch."), basis,
         {"method": "LaRoSA, arXiv 2507.01299", "model": type(model).__name__, "layers": structure.layers,
          "tokens": sum(t.numel() for t in tokens), "batches": len(tokens), "tokens_sha256": _digest(tokens),
