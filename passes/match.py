@@ -192,8 +192,8 @@ def _holds_linears(node: object) -> str | None:
     if len(matrices) < 2:
         return None
     return (f"{getattr(node.target, '__name__', node.target)} holds {len(matrices)} linears inside of one call, "
-            f"{matrices[0].meta[g.PARAMETER]} the first (nn.MultiheadAttention and its kin): linears are found where forward "
-            "calls them itself")
+            f"{matrices[0].meta[g.PARAMETER]} the first (nn.MultiheadAttention and its kin): linears are found where "
+            "forward calls them itself")
 
 
 def _leading_back(graph: fx.Graph, stream_like: set[fx.Node]) -> set[fx.Node]:

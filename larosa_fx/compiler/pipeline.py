@@ -52,8 +52,8 @@ class PassError(RuntimeError):
 
     @classmethod
     def of(cls, what: str, error: Exception, way_out: str = "") -> PassError:
-        return cls(f"{what} fails on this graph, {type(error).__name__}: {error}. This is a fault of larosa_fx: please report "
-                   f"it, with the model{way_out}")
+        return cls(f"{what} fails on this graph, {type(error).__name__}: {error}. This is a fault of larosa_fx: please "
+                   f"report it, with the model{way_out}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ from larosa_fx.ir.structure import Structure, weight_placeholders
 
 _PLAIN = "load the model without quantisation and sharding, or dequantised (quantization_config=...(dequantize=True))"
 
+HOOKS = ("accelerate's hooks move weights or activations around modules, and Dynamo cuts the graph there; load the model "
+         "onto one device without offloading (no device_map), or take the hooks off with "
+         "accelerate.hooks.remove_hook_from_submodules")
+
 
 def refusal(gm: fx.GraphModule, structure: Structure, shapes_suffice: bool = False) -> str | None:
     """The first of all reasons; None where nothing stands in the way.
@@ -60,17 +64,16 @@ def _no_sites(gm: fx.GraphModule, structure: Structure, inputs: Sequence[fx.Node
         return "this graph computes nothing: it returns its inputs"
     cut = compat.resumed_in(gm.graph)
     if cut is not None and cut.file.endswith("accelerate/hooks.py"):
-        return ("accelerate's hooks bring the weights in at every layer, and cut the graph there; load the model without "
-                "offloading (a device_map without \"cpu\" and \"disk\"), or take the hooks off with "
-                "accelerate.hooks.remove_hook_from_submodules")
+        return HOOKS
     missing = "no linears behind a norm of a residual stream in this graph"
     if cut is not None:
-        return f"{missing}, a part of the model: Dynamo cut it in {cut.function}, {cut.file}; TORCH_LOGS=graph_breaks says why"
+        return (f"{missing}, a part of the model: Dynamo cut it in {cut.function}, {cut.file}; TORCH_LOGS=graph_breaks says "
+                "why")
     if not any(g.PARAMETER in node.meta for node in inputs):
         if compat.freezes_weights() and gm.graph.find_nodes(op="get_attr"):
             return ("torch._inductor.config.freezing makes the weights constants of the graph, and what is folded belongs "
                     "to a module's parameters; turn freezing off")
-        return f"{missing}: it reads no module's parameters"
+        return f"{missing}: it reads no module's parameters (if it is a part of a model, Dynamo cut the model here)"
     if structure.skipped:
         what, why = structure.skipped[0]
         return f"{missing}; {what}, for one: {why}"

@@ -165,11 +165,11 @@ def freezes_weights() -> bool:
     return bool(config.freezing) and not torch.is_grad_enabled()
 
 
-def offloaded(model: torch.nn.Module) -> str | None:
-    """The name of a module whose weights accelerate brings in when it is called, and takes away again; None without one."""
+def hooked(model: torch.nn.Module) -> str | None:
+    """The name of a module around which accelerate moves weights or activations, where Dynamo does not follow; else None."""
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
-        if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,))):
+        if any(type(h).__name__ == "AlignDevicesHook" for h in getattr(hook, "hooks", (hook,))):
             return name or type(module).__name__
     return None
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from larosa_fx.compiler.capture import Capture, capture
 from larosa_fx.compiler.pipeline import CALIBRATE, Runner
+from larosa_fx.compiler.refusal import HOOKS
 from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.checks import check_choice, check_sparsity
@@ -261,10 +262,8 @@ def _check_model(model: torch.nn.Module) -> None:
     """RuntimeError where it is plain without a trace that there is nothing to calibrate."""
     if next(model.parameters(), None) is None:
         raise RuntimeError(f"larosa cannot calibrate this model: {type(model).__name__} has no parameters")
-    if (where := compat.offloaded(model)) is not None:
-        raise RuntimeError(f"larosa cannot calibrate this model: accelerate offloads the weights of {where}, so they are not "
-                           "there while it is traced; load it without offloading (a device_map without \"cpu\" and "
-                           "\"disk\"), or take the hooks off with accelerate.hooks.remove_hook_from_submodules")
+    if (where := compat.hooked(model)) is not None:
+        raise RuntimeError(f"larosa cannot calibrate this model: {HOOKS} ({where} has one)")
 
 
 def _call(captured: Callable, model: torch.nn.Module, input_ids: torch.Tensor, options: Mapping[str, object]) -> None:
