@@ -165,15 +165,6 @@ def freezes_weights() -> bool:
     return bool(config.freezing) and not torch.is_grad_enabled()
 
 
-def hooked(model: torch.nn.Module) -> str | None:
-    """The name of a module around which accelerate moves weights or activations, where Dynamo does not follow; else None."""
-    for name, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        if any(type(h).__name__ == "AlignDevicesHook" for h in getattr(hook, "hooks", (hook,))):
-            return name or type(module).__name__
-    return None
-
-
 def guard(node: fx.Node, holds: Callable[[object], bool], why: str) -> bool:
     """Make Dynamo compile anew as soon as ``holds(value)`` is false of what the placeholder ``node`` stands for.
 
@@ -368,6 +359,12 @@ def mark_growing(tensor: torch.Tensor, dims: Sequence[int]) -> None:
 def is_offloaded(model: torch.nn.Module) -> bool:
     """Whether accelerate keeps weights of a model elsewhere until they are needed (``device_map``, ``disk_offload``)."""
     return any(getattr(_align_hook(module), "offload", False) for module in model.modules())
+
+
+def hooked(model: torch.nn.Module) -> str | None:
+    """The name of a module around which accelerate moves weights or activations, where Dynamo does not follow; else None."""
+    return next((name or type(module).__name__ for name, module in model.named_modules()
+                 if _align_hook(module) is not None), None)
 
 
 def execution_device(model: torch.nn.Module) -> torch.device:

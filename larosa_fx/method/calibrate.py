@@ -262,7 +262,7 @@ def _check_model(model: torch.nn.Module) -> None:
     """RuntimeError where it is plain without a trace that there is nothing to calibrate."""
     if next(model.parameters(), None) is None:
         raise RuntimeError(f"larosa cannot calibrate this model: {type(model).__name__} has no parameters")
-    if (where := compat.hooked(model)) is not None:
+    if not compat.is_offloaded(model) and (where := compat.hooked(model)) is not None:
         raise RuntimeError(f"larosa cannot calibrate this model: {HOOKS} ({where} has one)")
 
 
