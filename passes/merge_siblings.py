@@ -64,7 +64,7 @@ def run(ctx: Context) -> PassResult:
 
 def _piece(linear: fx.Node, sizes: Sequence[int], i: int) -> torch.Tensor:
     """What a linear's output is as part of the merged one, without values."""
-    leading = compat.concrete(g.shape(linear))[:-1]
+    leading = compat.concrete(g.sizes(linear))[:-1]
     return torch.empty(*leading, sum(sizes), device="meta").split(list(sizes), -1)[i]
 
 

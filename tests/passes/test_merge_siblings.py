@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from programs import CASES, program, rewrite, trace
-from tiny import SIZES, ids
+from tiny import SIZES, error, ids, llama
 
 LAYERS = SIZES["num_hidden_layers"]
 
@@ -68,3 +68,11 @@ def test_views_that_pieces_do_not_allow(turned):
 def test_views_that_pieces_allow_copy_nothing():
     counts = rewrite(program("llama"), "none", "merge_siblings").results["merge_siblings"].counts
     assert "pieces copied" not in counts
+
+
+def test_views_of_dynamic_sizes(saved, fresh_dynamo):
+    model = llama()
+    fast = torch.compile(model, backend="larosa", dynamic=True, options={
+        "plan": saved(model), "sparsity": 0.0, "compiler": "eager", "strict": True})
+    for x in (ids(2, 5), ids(3, 7)):
+        assert error(fast(x).logits, model(x).logits) < 1e-5
