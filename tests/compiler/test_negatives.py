@@ -217,6 +217,6 @@ def test_other_parameter_that_the_graph_writes_to(name, saved):
 
         layer.register_forward_pre_hook(grow)
     fast = compiled(model, plan=path, sparsity=0.0)
-    with pytest.warns(UserWarning, match=f"something writes in place to {name}"):
+    with pytest.warns(UserWarning, match="something writes in place to"):  # whose name is the way that Dynamo took
         for _ in range(2):
             assert error(fast(x).logits, twin(x).logits) < 1e-6
