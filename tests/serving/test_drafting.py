@@ -311,3 +311,24 @@ def test_one_draw_in_many_rows():
         token, accepted = drafting.speculate(target.expand(rows, 8), other.expand(rows, 8), draft)
         assert p_value(torch.bincount(token[:, 0], minlength=8).float()[None], target[None]) > 1e-3
         assert accepted.float().mean().item() == pytest.approx(torch.minimum(target, other).sum().item(), abs=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("draft_tokens", [3, None])
+def test_cuda_graphs_draft_and_verify(draft_tokens):
+    """Two selections of one weight, and passes of one token and of several, replayed in turn from one pool of memory."""
+    model = llama(hidden_size=256, intermediate_size=704, num_attention_heads=8, num_key_value_heads=4).cuda()
+    dense = copy.deepcopy(model)
+    larosa_fx.calibrate(model, [batch.cuda() for batch in batches()], progress=False)
+    larosa_fx.enable(model, sparsity=0.3, lossless=True, draft_tokens=draft_tokens, strict=True)
+    for length in (9, 12, 30, 17, 5):
+        prompt = ids(1, length, device="cuda")
+        settings = {**SETTINGS, "max_new_tokens": 60}
+        assert torch.equal(model.generate(prompt, **settings), dense.generate(prompt, **settings))
+        seen = []
+        for one in (model, dense):
+            streamer, criterion = Streamed(), Asked(most=11)
+            one.generate(prompt, streamer=streamer, stopping_criteria=[criterion], **settings)
+            seen.append((streamer.tokens, criterion.seen))
+        assert seen[0] == seen[1]
+    model.generate(prompt, do_sample=True, top_p=0.9, max_new_tokens=60, pad_token_id=0)
