@@ -134,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--selection", choices=SELECTIONS, help="how channels are chosen; the plan's where not given")
     generate.add_argument("--tokens", type=_positive, default=128, help="at most so many new tokens")
     generate.add_argument("--mode", default="auto", help="an Inductor mode; auto, the device's best, is the default")
+    generate.add_argument("--lossless", action="store_true", help="draft with sparse steps and verify densely: the text is "
+                          "dense decoding's; says what was accepted and gained")
+    generate.add_argument("--draft-tokens", type=_positive, default=None, metavar="N", help="with --lossless, draft so many "
+                          "tokens each time; as many as pay where not given")
 
     serve = command("serve", _serve, "Serve a model, sparsely decoded, to OpenAI's clients.")
     serve.add_argument("--plan", metavar="PLAN", help=PLANLESS)
@@ -301,6 +305,7 @@ def _planned(args: argparse.Namespace):
 def _generate(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
+    from larosa_fx.compiler import backend
     from larosa_fx.generation import generate
     from larosa_fx.loading import encode_prompt
 
@@ -310,7 +315,11 @@ def _generate(args: argparse.Namespace) -> None:
     inputs = encode_prompt(tokenizer, args.prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generate(model, inputs.to(args.device), plan=plan, sparsity=args.sparsity, selection=args.selection,
-             mode=args.mode, streamer=streamer, max_new_tokens=args.tokens, do_sample=False)
+             mode=args.mode, streamer=streamer, max_new_tokens=args.tokens, do_sample=False, lossless=args.lossless,
+             draft_tokens=args.draft_tokens)
+    report = backend.last_report()
+    if report is not None and report.drafting is not None:
+        print(f"\n{report.drafting}")
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -16,8 +16,8 @@ from larosa_fx.plan.plan import Plan
 def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None, *, sparsity: float | None = None,
            selection: str | None = None, mode: str | None = "auto", weights: str = "replace",
            max_cache_len: int | None = None, sparse_rows: int | None = None, rotate_cache: bool | None = None,
-           strict: bool = False, dump_dir: str | None = None, compiler: str = "inductor", quantize: str = "none"
-           ) -> torch.nn.Module:
+           strict: bool = False, dump_dir: str | None = None, compiler: str = "inductor", quantize: str = "none",
+           lossless: bool = False, draft_tokens: int | None = None) -> torch.nn.Module:
     """Make ``model.generate`` decode sparsely, with all that it takes: pipelines, chats, streamers, servers. Returns model.
 
     plan: a Plan, its path, or None for the one that ``calibrate`` or ``train`` attached to the model.
@@ -31,6 +31,12 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
     rotate_cache: None lets a plan's head maps be folded into what fills the cache wherever ``weights`` is "replace".
     strict: raise LarosaError where a call would otherwise be left to transformers' own loop, or decode densely.
     dump_dir, compiler, quantize: as in Options.
+    lossless: use sparse steps to draft tokens, and one dense pass over them to decide: tokens are dense decoding's, up to
+        ties by rounding, or, where they are sampled, of dense decoding's distribution. How many are drafted follows from
+        what steps take and from how many drafts are accepted; where drafting does not pay, steps are dense, and drafting is
+        tried again now and then. sparsity is that of the drafts; None starts with the plan's own, and tries others. Several
+        sequences at once are decoded densely. ``last_report().drafting`` says what came of it.
+    draft_tokens: with lossless, draft so many tokens each time, whether it pays or not.
 
     What a call asks for that sparse steps cannot give (beams, assisted decoding, another cache, use_cache=False) goes to
     transformers' own loop, with one warning that says why. A model may be enabled again, with another plan or options.
@@ -42,7 +48,7 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
     settings = Settings.of(model, sparsity=sparsity, selection=selection, mode=mode, weights=weights,
                            max_cache_len=max_cache_len, sparse_rows=sparse_rows, rotate_cache=rotate_cache, strict=strict,
                            dump_dir=None if dump_dir is None else os.fspath(dump_dir), compiler=compiler,
-                           quantize=quantize)
+                           quantize=quantize, lossless=lossless, draft_tokens=draft_tokens)
     engine = engine_of(model, plan, settings)
     model.generate = Method(model, "generate", engine)
     if weights == "replace":

@@ -31,7 +31,8 @@ def generate(model, inputs: torch.Tensor | Mapping[str, torch.Tensor], *, plan: 
              sparsity: float | None = None, selection: str | None = None, mode: str | None = "auto", strict: bool = False,
              weights: str = "copy", rotate_cache: bool | None = None, dump_dir: str | None = None,
              compiler: str = "inductor", quantize: str = "none", max_cache_len: int | None = None,
-             sparse_rows: int | None = None, **generate_kwargs: object) -> torch.Tensor:
+             sparse_rows: int | None = None, lossless: bool = False, draft_tokens: int | None = None,
+             **generate_kwargs: object) -> torch.Tensor:
     """``model.generate`` with sparse decoding; all further arguments go there.
 
     inputs: input_ids [B, T], or a tokenizer's output. The other arguments are those of ``larosa_fx.enable``. The model stays
@@ -42,7 +43,8 @@ def generate(model, inputs: torch.Tensor | Mapping[str, torch.Tensor], *, plan: 
 
     options = {"sparsity": sparsity, "selection": selection, "mode": mode, "strict": strict, "weights": weights,
                "rotate_cache": rotate_cache, "dump_dir": None if dump_dir is None else os.fspath(dump_dir),
-               "compiler": compiler, "quantize": quantize, "max_cache_len": max_cache_len, "sparse_rows": sparse_rows}
+               "compiler": compiler, "quantize": quantize, "max_cache_len": max_cache_len, "sparse_rows": sparse_rows,
+               "lossless": lossless, "draft_tokens": draft_tokens}
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     if weights == "replace":
         return enable(model, plan, **options).generate(**arguments, **generate_kwargs)

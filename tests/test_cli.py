@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from xml.etree import ElementTree
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import larosa_fx
-from larosa_fx import cli
+from larosa_fx import cli, generation
 from tiny import llama
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -48,6 +49,18 @@ def test_calibrate_eval_and_generate(directory, capsys):
     assert zero["ppl"] == pytest.approx(dense["ppl"], rel=1e-4) and zero["byte_sparsity"] == 0
     assert half["byte_sparsity"] == pytest.approx(0.5, abs=0.02) and half["ppl"] != pytest.approx(dense["ppl"], rel=1e-3)
     assert found["provenance"]["rotation"] == "layer"
+
+
+def test_lossless_generation_says_what_was_accepted(directory, capsys, monkeypatch):
+    monkeypatch.setattr(generation, "generate", functools.partial(generation.generate, compiler="eager"))
+    assert larosa("calibrate", "-o", "m.larosa", "--text", "text.txt", "--window", "32", "--windows", "4") == 0
+    answers = []
+    for options in (["--sparsity", "0"], ["--sparsity", "0.3", "--lossless", "--draft-tokens", "3"]):
+        capsys.readouterr()
+        assert larosa("generate", "--plan", "m.larosa", "--prompt", "A", "--tokens", "12", *options) == 0
+        answers.append(capsys.readouterr().out.partition("lossless: "))
+    assert answers[0][0].strip() == answers[1][0].strip() and not answers[0][1]
+    assert "drafted at sparsity 0.30" in answers[1][2] and "of the judged accepted" in answers[1][2]
 
 
 def test_one_command_trains_a_plan(directory, capsys, monkeypatch):

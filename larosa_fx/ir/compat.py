@@ -109,6 +109,11 @@ def written_by_schema(target: object) -> list[tuple[int | None, str]]:
             if argument.alias_info is not None and argument.alias_info.is_write]
 
 
+def add_to_all(tensors: Sequence[torch.Tensor], by: int) -> None:
+    """Add ``by`` to all tensors in place, in one kernel a device (2.11 to 2.13)."""
+    torch._foreach_add_(list(tensors), by)
+
+
 def foreach_add(graph: fx.Graph, tensors: Sequence[fx.Node], by: int) -> fx.Node:
     """A node that adds ``by`` to all tensors in place, in one kernel (2.11 to 2.13)."""
     return graph.call_function(torch._foreach_add_, (list(tensors), by))

@@ -82,8 +82,65 @@ class SiteReport:
 
 
 @dataclass
+class Drafting:
+    """Lossless decoding of one sequence: what was drafted sparsely, and verified by one dense pass a cycle.
+
+    drafted: tokens; judged: those of them that were compared, up to the first refusal of each cycle; accepted: of these.
+    tokens: what the cycles brought, each one token more than was accepted. dense_tokens: what steps without drafts brought.
+    sparsity: of the latest drafts. *_ms: what a step took, the median of the latest; None where too few were timed.
+    """
+
+    cycles: int = 0
+    drafted: int = 0
+    judged: int = 0
+    accepted: int = 0
+    tokens: int = 0
+    dense_tokens: int = 0
+    sparsity: float | None = None
+    draft_ms: float | None = None
+    verify_ms: float | None = None
+    dense_ms: float | None = None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the judged drafts that were accepted."""
+        return self.accepted / self.judged if self.judged else None
+
+    @property
+    def tokens_per_cycle(self) -> float | None:
+        return self.tokens / self.cycles if self.cycles else None
+
+    @property
+    def speedup(self) -> float | None:
+        """Dense decoding's time for the same tokens over this one's, by the times of steps."""
+        if None in (self.draft_ms, self.verify_ms, self.dense_ms):
+            return None
+        dense = self.dense_tokens * self.dense_ms
+        return (dense + self.tokens * self.dense_ms) / (dense + self.drafted * self.draft_ms + self.cycles * self.verify_ms)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready: every field, and what is derived."""
+        return {**asdict(self), "acceptance": self.acceptance, "tokens_per_cycle": self.tokens_per_cycle,
+                "speedup": self.speedup}
+
+    def __str__(self) -> str:
+        if not self.cycles:
+            return f"lossless: {self.dense_tokens} tokens by dense steps, none drafted"
+        accepted = "none judged" if self.acceptance is None else f"{self.acceptance:.0%} of the judged accepted"
+        times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in (
+            ("draft", self.draft_ms), ("verification", self.verify_ms), ("dense step", self.dense_ms)) if ms is not None)
+        faster = "" if self.speedup is None else f", {self.speedup:.2f}x dense decoding"
+        return (f"lossless: {self.tokens} tokens in {self.cycles} cycles, {self.tokens_per_cycle:.2f} a cycle; "
+                f"{self.drafted} drafted at sparsity {self.sparsity:.2f}, {accepted}; {self.dense_tokens} by dense steps"
+                + (f"; {times}{faster}" if times else ""))
+
+
+@dataclass
 class Report:
-    """One compiled graph. ``treatment``: "fold", "online", "unrotated" or "dense"; ``reason`` says why not more."""
+    """One compiled graph. ``treatment``: "fold", "online", "unrotated" or "dense"; ``reason`` says why not more.
+
+    drafting: of the latest call that this graph decoded losslessly for, or None.
+    """
 
     treatment: str = "dense"
     reason: str = ""
@@ -97,6 +154,7 @@ class Report:
     bytes_added: int = 0
     nodes_before: int = 0
     nodes_after: int = 0
+    drafting: Drafting | None = None
 
     @property
     def byte_sparsity(self) -> float:
@@ -132,7 +190,8 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready: every field, and the derived byte sparsity, bytes read, selection and adapter count."""
-        return {**asdict(self), "byte_sparsity": self.byte_sparsity, "bytes_read": self.bytes_read,
+        return {**asdict(self), "drafting": self.drafting and self.drafting.to_dict(),
+                "byte_sparsity": self.byte_sparsity, "bytes_read": self.bytes_read,
                 "selection": self.selection, "adapters": self.adapters}
 
     def summary(self) -> str:
@@ -141,7 +200,8 @@ class Report:
                 f"{self.adapters} adapters, rotation {self.rotation}, byte sparsity {self.byte_sparsity:.1%} "
                 f"by {self.selection}, {self.bytes_read / 2**20:.1f} MiB read a token, "
                 f"{self.bytes_added / 2**20:.1f} MiB added")
-        return text + (f"\nreason: {self.reason}" if self.reason else "")
+        text += f"\nreason: {self.reason}" if self.reason else ""
+        return text + (f"\n{self.drafting}" if self.drafting else "")
 
     def overview(self) -> str:
         """The summary, the passes, and what was left alone; without the sites."""

@@ -66,8 +66,7 @@ def growing_dims(tensor: torch.Tensor, *dims: int) -> tuple[int, ...]:
 
 def forget(cache: StaticCache, positions: int) -> None:
     """Take back the last positions of a cache whose positions stay."""
-    for layer in cache.layers:
-        layer.cumulative_length.sub_(positions)
+    compat.add_to_all([layer.cumulative_length for layer in cache.layers], -positions)
 
 
 class CachePool:

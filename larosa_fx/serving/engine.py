@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,27 +25,42 @@ from larosa_fx.ir import compat
 from larosa_fx.kernels.pick import crossover
 from larosa_fx.plan.plan import ATTACHED, Plan
 from larosa_fx.serving import cache as caches
-from larosa_fx.serving import loop
+from larosa_fx.serving import drafting, loop
+from larosa_fx.serving.pace import MOST, Pace
 
 #: Inductor's mode where none is named. A GPU waits for its launches unless CUDA graphs replay them.
 MODES = {"cuda": "reduce-overhead"}
 
 _TOKEN_BY_TOKEN = ("greedy_search", "sample")
+_names = itertools.count()
 _OURS = (None, "static", "hybrid")  # "hybrid": what some models' files name, and transformers leaves out
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model decodes. ``options``: the backend's, for a step; ``sparse_rows``: sequences up to which it is sparse."""
+    """How a model decodes. ``options``: the backend's, for a step; ``sparse_rows``: sequences up to which it is sparse.
+
+    lossless: sparse steps draft, and dense ones decide. draft_tokens: how many at a time, None for what measures best.
+    """
 
     options: Options
     sparse_rows: int
     max_cache_len: int = 0
+    lossless: bool = False
+    draft_tokens: int | None = None
 
     @classmethod
     def of(cls, model: torch.nn.Module, *, mode: str | None, rotate_cache: bool | None, sparse_rows: int | None,
-           max_cache_len: int | None, **options: object) -> Settings:
+           max_cache_len: int | None, lossless: bool = False, draft_tokens: int | None = None, **options: object
+           ) -> Settings:
         """With the device's best for what is None, and for mode "auto"."""
+        if not isinstance(lossless, bool):
+            raise ValueError(f"lossless is {lossless!r}; choose True or False")
+        if draft_tokens is not None and (isinstance(draft_tokens, bool) or not isinstance(draft_tokens, int)
+                                         or draft_tokens < 1 or not lossless):
+            raise ValueError(f"draft_tokens is {draft_tokens!r}" + (
+                "; give the number of tokens that lossless decoding drafts at a time, 1 or more" if lossless else
+                ", and only lossless decoding drafts; pass lossless=True as well"))
         kind = model.device.type
         for name, number in (("sparse_rows", sparse_rows), ("max_cache_len", max_cache_len)):
             if number is not None and (not isinstance(number, int) or number < 0):
@@ -53,7 +69,8 @@ class Settings:
             rotate_cache = options["weights"] == "replace"
         mode = MODES.get(kind) if mode == "auto" else mode
         parsed = Options.parse({"mode": mode, "rotate_cache": rotate_cache, "rows": sparse_rows, **options})
-        return cls(parsed, crossover(kind) if sparse_rows is None else sparse_rows, max_cache_len or 0)
+        return cls(parsed, crossover(kind) if sparse_rows is None else sparse_rows, max_cache_len or 0,
+                   lossless, draft_tokens)
 
     @property
     def owns(self) -> bool:
@@ -63,13 +80,15 @@ class Settings:
 
 @dataclass
 class Kept:
-    """What the engines of one model share and keep: caches, and what was folded from weights that are gone.
+    """What the engines of one model share and keep: caches, compiled steps, what was folded from weights that are gone.
 
-    The graphs that read folded tensors keep them too, but graphs come and go (``torch.compiler.reset``).
+    steps: by options and tokens of a sequence. The graphs that read folded tensors keep them too, but graphs come and go
+    (``torch.compiler.reset``).
     """
 
     pool: caches.CachePool = field(default_factory=caches.CachePool)
     folded: list[Folded] = field(default_factory=list)
+    steps: dict[tuple[Options, int], Callable] = field(default_factory=dict)
 
     def hold(self, model: torch.nn.Module) -> None:
         self.folded = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
@@ -81,7 +100,7 @@ class Engine:
     def __init__(self, model: torch.nn.Module, plan: Plan, settings: Settings, kept: Kept) -> None:
         self.model, self.plan, self.settings = model, plan, settings
         self._kept, self._pool = kept, kept.pool
-        self._steps: dict[bool, Callable] = {}
+        self._pace: Pace | None = None
         self._prompts: Callable | None = None
         self._said: set[str] = set()
 
@@ -189,12 +208,12 @@ class Engine:
         cache = caches.of(model_kwargs)
         if own:
             prompt = model_kwargs.get("inputs_embeds", input_ids)
-            cache = self._pool.take(model, rows, prompt.shape[1] + new - 1, self.settings.max_cache_len)
+            verified = (self.settings.draft_tokens or MOST) if self.settings.lossless else 0  # beyond what is asked for
+            cache = self._pool.take(model, rows, prompt.shape[1] + new - 1 + verified, self.settings.max_cache_len)
         lent = None
+        run = loop.Run(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         try:
-            sequences, scores, raw = self._tokens(
-                cache, caches.with_cache(model_kwargs, cache), input_ids, new, own, logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria, generation_config=generation_config, streamer=streamer)
+            self._tokens(cache, caches.with_cache(model_kwargs, cache), run, new, own)
             if own and generation_config.return_dict_in_generate:
                 lent = self._pool.lend(cache, rows)
         finally:
@@ -202,27 +221,57 @@ class Engine:
                 self._pool.give_back(cache, rows)
         if streamer is not None:
             streamer.end()
-        return loop.output(generation_config, sequences, scores, raw, lent or cache)
+        return run.output(lent or cache)
 
-    def _tokens(self, cache: StaticCache, model_kwargs: dict[str, object], input_ids: torch.Tensor, new: int, own: bool, *,
-                generation_config: object, **others: object) -> tuple[torch.Tensor, tuple | None, tuple | None]:
-        """Prompt and decoding: (sequences, scores, logits) as ``loop.decode`` returns them."""
-        logits, filled = self._prompt(cache, input_ids, generation_config, model_kwargs)
+    def _tokens(self, cache: StaticCache, model_kwargs: dict[str, object], run: loop.Run, new: int, own: bool) -> None:
+        """Prompt and decoding, of at most ``new`` tokens."""
+        before, config = run.length, run.generation_config
+        logits, filled = self._prompt(cache, run.input_ids, config, model_kwargs)
         stays = caches.every_position_stays(cache)
         if stays and filled + new - 1 > caches.capacity(cache):
             raise ValueError(f"larosa: past_key_values holds {caches.capacity(cache)} positions, and {filled + new - 1} are "
                              "asked for; make a longer StaticCache, or lower max_new_tokens")
         # A pass too many is undone where the cache is seen again and can be undone; else none is made.
-        ahead = input_ids.device.type == "cuda" and (
-            stays or (own and not generation_config.return_dict_in_generate))
+        ahead = run.input_ids.device.type == "cuda" and (stays or (own and not config.return_dict_in_generate))
+        undo = partial(_undo, cache, stays) if ahead else None
+        inputs = loop.StepInputs(self.model, model_kwargs, filled, before)
         calls = backend.calls()
         with compat.decoding(self.model):
-            outcome = loop.decode(
-                self._step(len(input_ids)), loop.StepInputs(self.model, model_kwargs, filled), input_ids, logits,
-                generation_config=generation_config, undo=partial(_undo, cache, stays) if ahead else None, **others)
-        if backend.calls() == calls and outcome[0].shape[1] > input_ids.shape[1] + 1:
+            how = self._losslessly if self.settings.lossless and stays and len(run.input_ids) == 1 else self._plainly
+            remarks = how(inputs, run, logits, cache, undo)
+        if backend.calls() != calls:
+            for name, remark in remarks.items():
+                setattr(backend.last_report(), name, remark)
+        elif run.length > before + 1:
             self._dense("no compiled graph was reached")
-        return outcome
+
+    def _plainly(self, inputs: loop.StepInputs, run: loop.Run, logits: torch.Tensor, cache: StaticCache,
+                 undo: Callable[[], None] | None) -> dict[str, object]:
+        """Decode token by token, sparsely, or densely where that is faster or asked for. Returns what a report is to say."""
+        rows, limit, sparsity, reason = len(run.input_ids), self.settings.sparse_rows, self.settings.options.sparsity, ""
+        if self.settings.lossless and rows > 1:
+            reason = f"{rows} sequences at once: lossless decoding drafts for one alone"
+        elif self.settings.lossless:
+            reason = "not every layer of the cache keeps every position, so refused drafts could not be taken back"
+        elif rows > limit:
+            reason = (f"{rows} sequences at once: above {limit}, reading all weights once is faster here than reading each "
+                      "sequence's share; option sparse_rows sets another limit")
+        if reason:
+            self._dense(reason)
+            sparsity = 0.0
+        loop.decode(self._step(sparsity), inputs, run, logits, undo)
+        return {"drafting": None, **({"reason": reason} if reason else {})}
+
+    def _losslessly(self, inputs: loop.StepInputs, run: loop.Run, logits: torch.Tensor, cache: StaticCache,
+                    undo: Callable[[], None] | None) -> dict[str, object]:
+        """Draft sparsely and decide densely. Returns what a report is to say."""
+        if self._pace is None:
+            asked = self.settings.options.sparsity
+            self._pace = Pace(self.model.device, self.plan.sparsity if asked is None else asked, adapts=asked is None,
+                              tokens=self.settings.draft_tokens)
+        steps = drafting.Steps(self._step, self._step(0.0), partial(self._step, 0.0))
+        drafting.decode(steps, inputs, run, logits, cache, self._pace, undo, self._dense)
+        return {"drafting": self._pace.report}
 
     def _prompt(self, cache: StaticCache, input_ids: torch.Tensor, generation_config: object,
                 model_kwargs: dict[str, object]) -> tuple[torch.Tensor, int]:
@@ -238,29 +287,19 @@ class Engine:
         view.settle(cache.layers)
         return logits, caches.filled(view)
 
-    def _step(self, rows: int) -> loop.Step:
-        """The compiled forward pass of one token, dense for many rows."""
-        limit, options = self.settings.sparse_rows, self.settings.options
-        sparse, reason = rows <= limit, ""
-        if not sparse:
-            reason = (f"{rows} sequences at once: above {limit}, reading all weights once is faster here than reading each "
-                      "sequence's share; option sparse_rows sets another limit")
-            self._dense(reason)
-        new = sparse not in self._steps
-        if new:
-            self._steps[sparse] = _compiled(_logits, options if sparse else replace(options, sparsity=0.0))
-        forward = self._steps[sparse]
+    def _step(self, sparsity: float | None, tokens: int = 1) -> loop.Step:
+        """The compiled forward pass of so many tokens of a sequence. Each has code of its own, so that its graph fits it
+        alone. All engines of a model share them."""
+        options = replace(self.settings.options, sparsity=sparsity)
+        forward = self._kept.steps.get((options, tokens))
+        if forward is None:
+            forward = self._kept.steps[options, tokens] = _compiled(_logits, options)
 
         def step(**inputs: object) -> torch.Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             return forward(self.model, **inputs)
 
-        def first(**inputs: object) -> torch.Tensor:
-            logits = step(**inputs)
-            backend.last_report().reason = reason
-            return logits
-
-        return first if new and not sparse else step
+        return step
 
 
 def attach(plan: Plan, model: torch.nn.Module) -> None:
@@ -313,6 +352,11 @@ def _logits(model: torch.nn.Module, **inputs: object) -> torch.Tensor:
 
 
 def _compiled(function: Callable, options: Options, **settings: object) -> Callable:
-    """``function`` for backend "larosa", with code of its own: Dynamo counts compilations, and limits them, by code."""
-    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    """``function`` for backend "larosa", with code of its own, and a name of its own.
+
+    Dynamo counts compilations, and limits them, by code. By name it remembers sizes that it has seen, and would make them
+    dynamic where another model, or a step of other tokens, has others.
+    """
+    name = f"{function.__name__}_{next(_names)}"
+    own = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
     return torch.compile(own, backend="larosa", fullgraph=True, options=asdict(options), **settings)

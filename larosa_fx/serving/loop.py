@@ -8,7 +8,9 @@ its place in the cache is taken back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,57 +20,91 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from larosa_fx.ir import compat
 from larosa_fx.serving import cache as caches
 
-#: logits, [B, 1, V], of one more token; they may be overwritten by the next call.
+#: logits, [B, n, V], of n more tokens; they may be overwritten by the next call.
 Step = Callable[..., Tensor]
 
 
-def decode(step: Step, inputs: StepInputs, input_ids: Tensor, logits: Tensor, *, logits_processor: LogitsProcessorList,
-           stopping_criteria: StoppingCriteriaList, generation_config: object, streamer: object | None,
-           undo: Callable[[], None] | None) -> tuple[Tensor, tuple | None, tuple | None]:
-    """Greedy decoding or sampling after a prompt. Returns (sequences [B, T], scores, logits), as ``generate`` has them.
+@dataclass
+class Run:
+    """One call of ``generate`` on its way: its tokens so far, what is kept of each, and who is asked and told about them.
 
-    logits: the prompt's, [B, n, V], of which the last are used. ``undo``: takes back the last step's place in the cache;
-    None where nothing may be launched before it is known to be needed.
+    input_ids: [B, T]. scores, raw: what processors left of each new token's logits, and the logits, [B, V] each; None where
+    the call does not ask for them.
     """
-    config = generation_config
-    scores = () if config.return_dict_in_generate and config.output_scores else None
-    raw = () if config.return_dict_in_generate and config.output_logits else None
+
+    input_ids: Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    generation_config: object
+    streamer: object | None = None
+    scores: tuple[Tensor, ...] | None = field(init=False)
+    raw: tuple[Tensor, ...] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.generation_config
+        self.scores = () if config.return_dict_in_generate and config.output_scores else None
+        self.raw = () if config.return_dict_in_generate and config.output_logits else None
+
+    @property
+    def length(self) -> int:
+        return self.input_ids.shape[1]
+
+    def keep(self, ranked: Tensor, logits: Tensor) -> None:
+        """Keep the logits of one more token, behind and before the processors, if that is asked for."""
+        if self.scores is not None:
+            self.scores += (ranked,)
+        if self.raw is not None:
+            self.raw += (logits,)
+
+    def output(self, cache: object) -> Tensor | GenerateDecoderOnlyOutput:
+        """What ``generate`` returns of a decoder."""
+        if not self.generation_config.return_dict_in_generate:
+            return self.input_ids
+        name = next(name for name in ("past_key_values", "cache") if name in GenerateDecoderOnlyOutput.__annotations__)
+        return GenerateDecoderOnlyOutput(sequences=self.input_ids, scores=self.scores, logits=self.raw, **{name: cache})
+
+
+def last_logits(logits: Tensor, run: Run) -> Tensor:
+    """Those of the last position, [B, V], as processors take them; a copy, which the next step does not overwrite."""
+    return logits[:, -1].to(copy=True, dtype=torch.float32, device=run.input_ids.device)
+
+
+def decode(step: Step, inputs: StepInputs, run: Run, logits: Tensor, undo: Callable[[], None] | None,
+           most: int | None = None) -> bool:
+    """Greedy decoding or sampling, token by token, until a criterion stops it or there are ``most`` tokens.
+
+    Returns whether it was stopped. Either way the last token is in no cache yet. logits: of the tokens so far, [B, n, V], of
+    which the last are used. undo: takes back the last step's place in the cache; None where nothing may be launched before
+    it is known to be needed.
+    """
+    config, criteria = run.generation_config, run.stopping_criteria
     pad = compat.pad_token(config)
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    unfinished = input_ids.new_ones(len(input_ids))
-    answer = _Answer(unfinished, streamer)
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    limit = min(length for length in (criteria.max_length, most, math.inf) if length is not None)
+    unfinished = run.input_ids.new_ones(len(run.input_ids))
+    answer = _Answer(unfinished, run.streamer)
     while True:
-        last = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        ranked = logits_processor(input_ids, last)
-        if scores is not None:
-            scores += (ranked,)
-        if raw is not None:
-            raw += (last,)
+        last = last_logits(logits, run)
+        ranked = run.logits_processor(run.input_ids, last)
+        run.keep(ranked, last)
         tokens = torch.multinomial(ranked.softmax(-1), 1).squeeze(1) if config.do_sample else ranked.argmax(-1)
         if ends:
             tokens = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, scores)
+        run.input_ids = torch.cat([run.input_ids, tokens[:, None]], dim=-1)
+        unfinished = unfinished & ~criteria(run.input_ids, run.scores)
         answer.ask(unfinished, tokens)
-        full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
+        full = run.length >= limit
         early = undo is not None and not full
         if early:
-            logits = step(**inputs.after(input_ids))
+            logits = step(**inputs.after(run.input_ids))
         if answer.stops():
             if early:
                 undo()
-            return input_ids, scores, raw
+            return True
+        if full and run.length == most:
+            return False
         if not early:
-            logits = step(**inputs.after(input_ids))
-
-
-def output(config: object, sequences: Tensor, scores: tuple | None, raw: tuple | None, cache: object
-           ) -> Tensor | GenerateDecoderOnlyOutput:
-    """What ``generate`` returns of a decoder."""
-    if not config.return_dict_in_generate:
-        return sequences
-    name = next(name for name in ("past_key_values", "cache") if name in GenerateDecoderOnlyOutput.__annotations__)
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=raw, **{name: cache})
+            logits = step(**inputs.after(run.input_ids))
 
 
 class _Answer:
@@ -98,38 +134,79 @@ class _Answer:
 
 
 class StepInputs:
-    """The inputs of one step after another, as transformers prepares them.
+    """The inputs of one step after another, over one token or several, as transformers prepares them.
 
-    It prepares the first. Of a plain decoder the next differ from it in three places, which are then written in place of
-    the whole being prepared anew: the token, its position, and one more column of the mask.
+    It prepares the first of each number of tokens. Of a plain decoder the others differ from it in three places, which are
+    then written in place of the whole being prepared anew: the tokens, their positions, and what the mask shows them. So
+    these may also go back, to tokens that take the place of others.
     """
 
-    def __init__(self, model: torch.nn.Module, model_kwargs: dict[str, object], filled: int) -> None:
-        """``model_kwargs``: what ``generate`` passes from step to step. ``filled``: positions in the cache so far."""
-        self._model, self._kwargs, self._slot = model, model_kwargs, filled
-        self._inputs: dict[str, object] | None = None
+    def __init__(self, model: torch.nn.Module, model_kwargs: dict[str, object], filled: int, length: int) -> None:
+        """``model_kwargs``: what ``generate`` passes from step to step. filled: positions in the cache so far, by ``length``
+        tokens (and whatever else a prompt began with)."""
+        self._model, self._kwargs = model, model_kwargs
+        self._length, self._shift = length, filled - length
+        self._windows: dict[int, _Window] = {}
         self._plain = not compat.has_own_inputs(model) and caches.every_position_stays(caches.of(model_kwargs))
 
-    def after(self, input_ids: Tensor) -> dict[str, object]:
-        """Arguments of the forward pass over the last of ``input_ids``, [B, T]."""
-        if self._inputs is not None:
-            self._advance(input_ids)
-            return self._inputs
-        # Masks, positions and token types grow by the new token, whatever logits led to it.
-        self._kwargs = compat.next_kwargs(self._model, CausalLMOutputWithPast(), self._kwargs)
-        inputs = self._model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self._kwargs)
+    @property
+    def go_back(self) -> bool:
+        """Whether the next inputs may be those of fewer tokens than the last. Known once there were inputs."""
+        return bool(self._windows)
+
+    def slot(self, token: int) -> int:
+        """The place in the cache of a token of the sequence."""
+        return token + self._shift
+
+    def after(self, input_ids: Tensor, tokens: int = 1) -> dict[str, object]:
+        """Arguments of the forward pass over the last ``tokens`` of ``input_ids``, [B, T]."""
+        slot = self.slot(input_ids.shape[1] - tokens)
+        if tokens in self._windows:
+            return self._windows[tokens].at(input_ids, slot)
+        # Masks, positions and token types grow by the new tokens, whatever logits led to them.
+        kwargs = dict(self._kwargs)
+        for _ in range(input_ids.shape[1] - self._length):
+            kwargs = compat.next_kwargs(self._model, CausalLMOutputWithPast(), kwargs)
+        inputs = self._model.prepare_inputs_for_generation(input_ids, next_sequence_length=tokens, **kwargs)
+        if "logits_to_keep" in inputs:  # of the prompt the last one's were enough
+            inputs["logits_to_keep"] = tokens
         _let_grow(inputs)
         if self._plain and _is_plain(inputs):
-            self._inputs = inputs
+            self._windows[tokens] = _Window(inputs, slot, tokens)
+        else:
+            self._kwargs, self._length = kwargs, input_ids.shape[1]
         return inputs
 
-    def _advance(self, input_ids: Tensor) -> None:
-        self._slot += 1
-        self._inputs["input_ids"].copy_(input_ids[:, -1:])
+
+class _Window:
+    """Inputs over so many tokens, moved along the cache. Each token sees what lies before it, and itself."""
+
+    def __init__(self, inputs: dict[str, object], slot: int, tokens: int) -> None:
+        """``slot``: the first token's place in the cache."""
+        self._inputs, self._slot, self._tokens = inputs, slot, tokens
+        # How a kind of mask says so, at the first token: of the token itself, and of the next, which is not to be seen.
+        self._masks = [(mask, *(mask[:, :, 0, at:at + 1].clone() for at in (slot, slot + 1))) for mask in _masks(inputs)]
+
+    def at(self, input_ids: Tensor, slot: int) -> dict[str, object]:
+        """The inputs over the last tokens of ``input_ids``, of which the first goes to ``slot``."""
+        self._inputs["input_ids"].copy_(input_ids[:, -self._tokens:])
         if self._inputs.get("position_ids") is not None:
-            self._inputs["position_ids"] += 1
-        if (mask := self._inputs.get("attention_mask")) is not None:
-            mask[..., self._slot] = mask[..., self._slot - 1]  # the token before is seen as well, in every kind of mask
+            self._inputs["position_ids"] += slot - self._slot
+        for mask, seen, hidden in self._masks:
+            for row in range(self._tokens):
+                before, now = self._slot + row + 1, slot + row + 1
+                if now > before:
+                    mask[:, :, row, before:now] = seen
+                elif now < before:
+                    mask[:, :, row, now:before] = hidden
+        self._slot = slot
+        return self._inputs
+
+
+def _masks(inputs: dict[str, object]) -> list[Tensor]:
+    """The mask, of which some models have one for each kind of layer."""
+    mask = inputs.get("attention_mask")
+    return [m for m in (mask.values() if isinstance(mask, dict) else [mask]) if m is not None]
 
 
 def _let_grow(inputs: dict[str, object]) -> None:
@@ -142,9 +219,9 @@ def _let_grow(inputs: dict[str, object]) -> None:
 
 
 def _is_plain(inputs: dict[str, object]) -> bool:
-    """Whether nothing but the three changes from step to step: other tensors, or several masks, may mean anything."""
-    mask = inputs.get("attention_mask")
+    """Whether nothing but the three changes from step to step: other tensors, or masks of several kinds, may mean more."""
     tensors = {name for name, value in inputs.items() if isinstance(value, Tensor)}
-    structured = any(isinstance(value, (dict, list, tuple)) for value in inputs.values())
-    return (tensors <= {"input_ids", "position_ids", "attention_mask"} and not structured
-            and (mask is None or mask.ndim == 4))
+    structured = {name for name, value in inputs.items() if isinstance(value, (dict, list, tuple))}
+    masks = _masks(inputs)
+    return (tensors <= {"input_ids", "position_ids", "attention_mask"} and structured <= {"attention_mask"}
+            and len(masks) < 2 and all(isinstance(mask, Tensor) and mask.ndim == 4 for mask in masks))

@@ -10,11 +10,11 @@ import weakref
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StaticCache, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import larosa_fx
 from larosa_fx.compiler import backend
+from listeners import Asked, Ranked, Streamed
 from tiny import batches, error, ids, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -129,37 +129,6 @@ def test_a_cache_too_short_is_named(pair):
     cache = StaticCache(config=pair[0].config, max_cache_len=16)
     with pytest.raises(ValueError, match="holds 16 positions, and 20 are asked for"):
         pair[0].generate(ids(1, 9, device=pair[0].device), past_key_values=cache, **SETTINGS)
-
-
-class Streamed(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.ended = [], 0
-
-    def put(self, value):
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.ended += 1
-
-
-class Ranked(LogitsProcessor):
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, input_ids, scores):
-        self.seen.append(input_ids.tolist())
-        return scores
-
-
-class Asked(StoppingCriteria):
-    """Stops after ``most`` tokens."""
-
-    def __init__(self, most):
-        self.seen, self.most = [], most
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.seen.append(input_ids.tolist())
-        return torch.full((len(input_ids),), len(self.seen) >= self.most, device=input_ids.device)
 
 
 def test_streamers_processors_and_criteria_meet_each_token_once(pair):

@@ -40,11 +40,10 @@ def run(model, stop, most, ahead):
         seen.append(input_ids.shape[1])
         return scores
 
-    sequences, scores, _ = loop.decode(model.step, model, torch.zeros(1, 4, dtype=torch.long), logits(4),
-                                       logits_processor=LogitsProcessorList([watch]), stopping_criteria=criteria,
-                                       generation_config=config, streamer=None, undo=model.undo if ahead else None)
-    assert len(scores) == len(seen)
-    return sequences[0].tolist(), seen
+    one = loop.Run(torch.zeros(1, 4, dtype=torch.long), LogitsProcessorList([watch]), criteria, config)
+    assert loop.decode(model.step, model, one, logits(4), model.undo if ahead else None)
+    assert len(one.scores) == len(seen)
+    return one.input_ids[0].tolist(), seen
 
 
 def test_a_step_too_many_is_taken_back_and_not_shown():
