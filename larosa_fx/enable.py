@@ -16,8 +16,8 @@ from larosa_fx.plan.plan import Plan
 def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None, *, sparsity: float | None = None,
            selection: str | None = None, mode: str | None = "auto", weights: str = "replace",
            max_cache_len: int | None = None, sparse_rows: int | None = None, rotate_cache: bool | None = None,
-           strict: bool = False, dump_dir: str | None = None, compiler: str = "inductor", quantize: str = "none"
-           ) -> torch.nn.Module:
+           strict: bool = False, dump_dir: str | None = None, compiler: str = "inductor", quantize: str = "none",
+           sparsify: str = "decode") -> torch.nn.Module:
     """Make ``model.generate`` decode sparsely, with all that it takes: pipelines, chats, streamers, servers. Returns model.
 
     plan: a Plan, its path, or None for the one that ``calibrate`` or ``train`` attached to the model.
@@ -31,6 +31,7 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
     rotate_cache: None lets a plan's head maps be folded into what fills the cache wherever ``weights`` is "replace".
     strict: raise LarosaError where a call would otherwise be left to transformers' own loop, or decode densely.
     dump_dir, compiler, quantize: as in Options.
+    sparsify: "all" sparsifies every token, those of prompts and of ``model(input_ids)`` too, to measure what sparsity costs.
 
     What a call asks for that sparse steps cannot give (beams, assisted decoding, another cache, use_cache=False) goes to
     transformers' own loop, with one warning that says why. A model may be enabled again, with another plan or options.
@@ -42,10 +43,10 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
     settings = Settings.of(model, sparsity=sparsity, selection=selection, mode=mode, weights=weights,
                            max_cache_len=max_cache_len, sparse_rows=sparse_rows, rotate_cache=rotate_cache, strict=strict,
                            dump_dir=None if dump_dir is None else os.fspath(dump_dir), compiler=compiler,
-                           quantize=quantize)
+                           quantize=quantize, sparsify=sparsify)
     engine = engine_of(model, plan, settings)
     model.generate = Method(model, "generate", engine)
-    if weights == "replace":
+    if weights == "replace" or sparsify == "all":
         model.forward = Method(model, "forward", engine.forward)
     else:
         model.__dict__.pop("forward", None)
