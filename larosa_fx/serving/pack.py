@@ -264,7 +264,8 @@ def _fill(path: Path, model: torch.nn.Module, index: Index, tensors: dict[str, t
                 raise PackError(f"{shown(str(path))}: {name} has shape {list(value.shape)}, and {list(expected[name].shape)} by "
                                 f"config.json; {AGAIN}")
             if kind == "parameter":
-                value = torch.nn.Parameter(value, requires_grad=False)
+                # As it would be loaded: torch chooses between ways to multiply, which round differently, by it as well.
+                value = torch.nn.Parameter(value, expected[name].requires_grad)
                 if "tensor" not in entry:
                     given_up[name] = value
             for alias in entry["names"]:
