@@ -14,7 +14,7 @@ from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
 
 # What serves imports transformers' generation and with it Inductor, which takes seconds, so functions import it.
 
-INDEX = "larosa.json"
+INDEX, PLAN = "larosa.json", "plan.larosa"  # of a pack, under these names
 
 
 def is_pack(path: object) -> bool:

@@ -148,13 +148,13 @@ class FoldStore:
         return [entry for key, entry in self._entries.items() if not ids.isdisjoint(key[-1])]
 
     def made_of(self, parameters: Sequence[torch.Tensor], digest: str
-                ) -> list[tuple[tuple, list[torch.Tensor], torch.Tensor]]:
-        """(expression, its parameters, the folded tensor) of all that was folded from these parameters alone, or from
-        nothing but the rotations that ``digest`` names."""
+                ) -> list[tuple[tuple, list[torch.Tensor], torch.dtype, torch.Tensor]]:
+        """(expression, its parameters, their dtype, the folded tensor) of all that was folded from these parameters alone,
+        or from nothing but the rotations that ``digest`` names."""
         own = {id(p): p for p in parameters}
-        found = [(key[0], [own[i] for i in key[-1]], entry) for key, entry in list(self._entries.items())
+        found = [(key[0], [own[i] for i in key[-1]], key[2], entry) for key, entry in list(self._entries.items())
                  if key[1] == digest and own.keys() >= set(key[-1])]
-        return [(expression, sources, entry.tensor) for expression, sources, entry in found if entry.is_of(sources)]
+        return [(*described, entry.tensor) for *described, entry in found if entry.is_of(described[1])]
 
     def adopt(self, expression: tuple, parameters: Sequence[torch.Tensor], digest: str, dtype: torch.dtype,
               tensor: torch.Tensor) -> Folded:
@@ -221,9 +221,9 @@ class FoldStore:
     def _gone(self, parameters: Sequence[torch.Tensor]) -> str:
         packed = [self._origins[p] for p in parameters if p in self._origins]
         if packed:
-            return (f"larosa: {packed[0][0]} does not hold what this graph folds {', '.join(name for _, name in packed)} into: "
-                    "it was packed with other options or releases, or a parameter was changed since; load it as it was "
-                    "packed, or pack the model again")
+            names = ", ".join(name for _, name in packed)
+            return (f"larosa: {packed[0][0]} does not hold what this graph folds {names} into: it was packed with other options "
+                    "or releases, or a parameter was changed since; load it as it was packed, or pack the model again")
         return ("larosa: this model's weights were folded with weights='replace' and are gone, so another plan, rotation or "
                 "new values cannot be folded; load the model again")
 

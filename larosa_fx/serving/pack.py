@@ -1,8 +1,8 @@
 """A model whose weights are folded, written to a directory, and loaded from it as if it had just been enabled.
 
-Packing enables a model and lets it decode, so that all is folded that its graphs ask for, and writes the fold store's
-tensors beside the weights that nothing was folded from. Loading goes the other way: the architecture is built without memory,
-what is written takes its place, and the store has every folded tensor before a graph asks for it. So nothing is evaluated.
+Packing lets a model decode, so that all is folded that its graphs ask for, and writes the fold store's tensors beside the
+weights that nothing was folded from. Loading goes the other way: the architecture is built without memory, what is written
+takes its place, and the store has every folded tensor before a graph asks for it. So nothing is evaluated.
 
 Parameters that were folded have no values in a pack. Graphs are called with them all the same, and know by them which
 tensors belong to the call; so each is a single NaN that looks as large as the parameter was.
@@ -44,10 +44,9 @@ def pack(model: torch.nn.Module, plan: Plan, path: Path, tokenizer: object | Non
     _check_model(model)
     engine = _engine(model, plan, quantize, compiler)
     _decode(engine, 1)
-    if compiler != "eager":  # the other graphs ask for the same tensors; they need not be compiled for that
+    if compiler != "eager":  # the graphs of many rows ask for the same tensors; they need not be compiled for that
         engine = _engine(model, plan, quantize, "eager")
-    for rows in (2, engine.settings.sparse_rows + 1):
-        _decode(engine, rows)
+    _decode(engine, engine.settings.sparse_rows + 1)
     parameters = list(model.parameters())
     folded = STORE.made_of(parameters, plan.digest)
     if not any(map(STORE.is_replaced, parameters)):
@@ -70,11 +69,11 @@ def pack(model: torch.nn.Module, plan: Plan, path: Path, tokenizer: object | Non
 
 
 def _check_output(path: Path) -> None:
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise PackError(f"cannot write the pack to {shown(str(path))}: there is something already; name a new directory")
+    cannot = f"cannot write the pack to {shown(str(path))}"
+    if os.path.lexists(path):
+        raise PackError(f"{cannot}: there is something already; name a new directory")
     if not path.parent.is_dir():
-        raise PackError(f"cannot write the pack to {shown(str(path))}: there is no directory {shown(str(path.parent))}; make "
-                        "it, or name another")
+        raise PackError(f"{cannot}: there is no directory {shown(str(path.parent))}; make it, or name another")
 
 
 def _check_model(model: torch.nn.Module) -> None:
@@ -89,7 +88,7 @@ def _check_model(model: torch.nn.Module) -> None:
                         "configuration; load the model by AutoModelForCausalLM")
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:
-        raise PackError(f"the model's tensors lie on {', '.join(sorted(map(str, devices)))}; move it to one device to pack it")
+        raise PackError(f"the model lies on {', '.join(sorted(map(str, devices)))}; move it to one device to pack it")
 
 
 def _engine(model: torch.nn.Module, plan: Plan, quantize: str, compiler: str) -> Engine:
@@ -111,13 +110,12 @@ def _decode(engine: Engine, rows: int) -> None:
 
 def _write(directory: Path, model: torch.nn.Module, plan: Plan, folded: Iterable[tuple], tokenizer: object | None,
            quantize: str, shard_bytes: int) -> Index:
-    index = Index(type(model).__name__, str(model.dtype).removeprefix("torch."), model.device.type, quantize, True,
+    index = Index(type(model).__name__, _word(model.dtype), model.device.type, quantize, True,
                   plan.digest, library_versions())
     tensors: dict[str, torch.Tensor] = {}
     for parameter, names in _named(model.named_parameters(remove_duplicate=False)):
         if STORE.is_replaced(parameter):
-            index.parameters.append({"names": names, "shape": list(parameter.shape),
-                                     "dtype": str(parameter.dtype).removeprefix("torch.")})
+            index.parameters.append({"names": names, "shape": list(parameter.shape), "dtype": _word(parameter.dtype)})
         else:
             tensors[names[0]] = parameter
             index.parameters.append({"names": names, "tensor": names[0]})
@@ -125,9 +123,9 @@ def _write(directory: Path, model: torch.nn.Module, plan: Plan, folded: Iterable
         tensors[names[0]] = buffer
         index.buffers.append({"names": names, "tensor": names[0]})
     name_of = {parameter: name for name, parameter in model.named_parameters()}
-    for n, (expression, sources, tensor) in enumerate(folded):
+    for n, (expression, sources, dtype, tensor) in enumerate(folded):
         tensors[f"{FOLDED}{n}"] = tensor
-        index.folded.append({"tensor": f"{FOLDED}{n}", "recipe": spell(expression),
+        index.folded.append({"tensor": f"{FOLDED}{n}", "recipe": spell(expression), "dtype": _word(dtype),
                              "parameters": [name_of[p] for p in sources]})
     pack_files.write_shards(directory, tensors, index, shard_bytes)
     model.config.save_pretrained(directory)
@@ -146,6 +144,10 @@ def _named(named: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[torch.Tensor
     for name, tensor in named:
         found.setdefault(id(tensor), (tensor, []))[1].append(name)
     return list(found.values())
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _card(index: Index, plan: Plan, size: int) -> str:
@@ -197,39 +199,38 @@ def load(path: Path, device: str | torch.device | None, verify: bool) -> tuple[t
 
     The plan is attached. See ``larosa_fx.load``.
     """
+    name = shown(str(path))
     index = Index.read(path)
-    device = _device(path, index, device)
+    device = _device(name, index, device)
     plan = file.current(path / PLAN)
     if plan.digest != index.digest:
         raise PackError(f"{shown(str(path / PLAN))} is another plan than the weights beside it were folded with; {AGAIN}")
     tensors = pack_files.read_shards(path, index, device, verify)
-    config = AutoConfig.from_pretrained(path)
-    model = _architecture(config, getattr(torch, index.dtype))
+    model = _architecture(AutoConfig.from_pretrained(path), getattr(torch, index.dtype))
     if type(model).__name__ != index.model:
-        raise PackError(f"{shown(str(path))} holds a {index.model}, and config.json there describes a {type(model).__name__}; "
-                        f"{AGAIN}")
-    given_up = _fill(path, model, index, tensors, device)
+        raise PackError(f"{name} holds a {index.model}, and its config.json describes a {type(model).__name__}; {AGAIN}")
+    given_up = _fill(name, model, index, tensors, device)
     parameters = dict(model.named_parameters())
-    folded = [_adopt(path, entry, parameters, tensors, index) for entry in index.folded]
-    STORE.never_there(given_up, f"the pack {shown(str(path))}")
+    folded = [_adopt(name, entry, parameters, tensors, index) for entry in index.folded]
+    STORE.never_there(given_up, f"the pack {name}")
     forbid_use(list(given_up.values()))
     model.config.name_or_path = str(path)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     machine.load(path, device, index.caches)
-    ATTACHED.attach(plan, [model.get_parameter(name) for site in plan.sites for name in site.weights])
+    ATTACHED.attach(plan, [model.get_parameter(weight) for site in plan.sites for weight in site.weights])
     return model.eval(), folded, index
 
 
-def _device(path: Path, index: Index, device: str | torch.device | None) -> torch.device:
+def _device(name: str, index: Index, device: str | torch.device | None) -> torch.device:
     """Where to load to; PackError where the pack's tensors do not fit there."""
     device = torch.device(index.device if device is None else device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PackError(f"{shown(str(path))} was packed for a GPU, and there is none" + (
-            '; pass device="cpu"' if index.quantize == "none" else "; pack the model on this machine"))
     if index.quantize != "none" and device.type != index.device:
-        raise PackError(f"{shown(str(path))} holds {index.quantize} weights laid out for {index.device}, not for "
-                        f"{device.type}; pack the model on {device.type}")
+        raise PackError(f"{name} holds {index.quantize} weights laid out for {index.device}, not for {device.type}; load it "
+                        f"to {index.device}, or pack the model on {device.type}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PackError(f"{name} cannot be loaded to {device}: there is no GPU that torch can use; " + (
+            'pass device="cpu"' if index.quantize == "none" else "pack the model on the CPU"))
     return torch.device(device.type, torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
@@ -239,47 +240,57 @@ def _architecture(config: object, dtype: torch.dtype) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _fill(path: Path, model: torch.nn.Module, index: Index, tensors: dict[str, torch.Tensor], device: torch.device
+def _fill(name: str, model: torch.nn.Module, index: Index, tensors: dict[str, torch.Tensor], device: torch.device
           ) -> dict[str, torch.nn.Parameter]:
-    """Put the pack's tensors in the place of the model's, each under all its names; those given up, by name.
+    """Put the pack's tensors in the place of the model's, each under all its names. Returns what was given up, by name.
 
     PackError unless the model has exactly the parameters and buffers that the pack has, in the same shapes.
     """
     given_up: dict[str, torch.nn.Parameter] = {}
-    for kind, entries, named in (("parameter", index.parameters, model.named_parameters(remove_duplicate=False)),
-                                 ("buffer", index.buffers, model.named_buffers(remove_duplicate=False))):
-        expected = dict(named)
-        held = {name for entry in entries for name in entry["names"]}
-        for name in sorted(expected.keys() ^ held):
-            who, lacks = (("the pack", "the model") if name in held else ("the model", "the pack"))
-            raise PackError(f"{shown(str(path))} does not fit this release of transformers: {who} has a {kind} {name}, which "
-                            f"{lacks} lacks; use transformers {index.versions['transformers']}, or pack the model again")
-        for entry in entries:
-            name, *_ = entry["names"]
-            if "tensor" in entry:
-                value = tensors[entry["tensor"]]
-            else:
-                value = torch.full((), torch.nan, dtype=getattr(torch, entry["dtype"]), device=device).expand(entry["shape"])
-            if value.shape != expected[name].shape:
-                raise PackError(f"{shown(str(path))}: {name} has shape {list(value.shape)}, and {list(expected[name].shape)} by "
-                                f"config.json; {AGAIN}")
-            if kind == "parameter":
-                # As it would be loaded: torch chooses between ways to multiply, which round differently, by it as well.
-                value = torch.nn.Parameter(value, expected[name].requires_grad)
-                if "tensor" not in entry:
-                    given_up[name] = value
-            for alias in entry["names"]:
-                owner, _, leaf = alias.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, value)
+    meant = dict(model.named_parameters(remove_duplicate=False))
+    _check_names(name, "parameter", index, index.parameters, meant)
+    for entry in index.parameters:
+        first = entry["names"][0]
+        if "tensor" in entry:
+            value = tensors[entry["tensor"]]
+        else:
+            nothing = torch.full((), torch.nan, dtype=getattr(torch, entry["dtype"]), device=device)
+            value = nothing.expand(entry["shape"])
+        # It requires gradients where a model's own would: torch picks ways to multiply, which round differently, by that too.
+        parameter = torch.nn.Parameter(value, meant[first].requires_grad)
+        _place(name, model, entry["names"], parameter, meant[first])
+        if "tensor" not in entry:
+            given_up[first] = parameter
+    meant = dict(model.named_buffers(remove_duplicate=False))
+    _check_names(name, "buffer", index, index.buffers, meant)
+    for entry in index.buffers:
+        _place(name, model, entry["names"], tensors[entry["tensor"]], meant[entry["names"][0]])
     return given_up
 
 
-def _adopt(path: Path, entry: dict, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor],
+def _check_names(name: str, kind: str, index: Index, entries: Iterable[dict], meant: dict[str, torch.Tensor]) -> None:
+    held = {alias for entry in entries for alias in entry["names"]}
+    for only in sorted(meant.keys() ^ held):
+        who = "the pack has" if only in held else "the model has"
+        raise PackError(f"{name} does not fit this release of transformers: only {who} a {kind} {only}; use transformers "
+                        f"{index.versions['transformers']}, or pack the model again")
+
+
+def _place(name: str, model: torch.nn.Module, aliases: list[str], value: torch.Tensor, meant: torch.Tensor) -> None:
+    if value.shape != meant.shape:
+        raise PackError(f"{name}: {aliases[0]} has shape {list(value.shape)}, and {list(meant.shape)} by its config.json; "
+                        f"{AGAIN}")
+    for alias in aliases:
+        owner, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, value)
+
+
+def _adopt(name: str, entry: dict, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor],
            index: Index) -> Folded:
     try:
         expression = parse(entry["recipe"])
     except ValueError as error:
-        raise PackError(f"{shown(str(path))} holds {entry['tensor']}, folded as this larosa_fx does not fold ({error}); pack the "
-                        f"model again, or use larosa_fx {index.versions['larosa_fx']}") from None
-    return STORE.adopt(expression, [parameters[name] for name in entry["parameters"]], index.digest,
-                       getattr(torch, index.dtype), tensors[entry["tensor"]])
+        raise PackError(f"{name} holds {entry['tensor']}, folded as this larosa_fx does not fold ({error}); pack the model "
+                        f"again, or use larosa_fx {index.versions['larosa_fx']}") from None
+    return STORE.adopt(expression, [parameters[source] for source in entry["parameters"]], index.digest,
+                       getattr(torch, entry["dtype"]), tensors[entry["tensor"]])

@@ -43,7 +43,7 @@ class Index:
     model: its class's name. dtype: of the model. device: the type of device that it was folded for. quantize, rotate_cache:
     as in ``larosa_fx.compiler.options``. digest: of the plan. versions: what it was made with, to be read by people.
     parameters, buffers: the model's, each with all its names; ``tensor`` where the pack holds its values, else shape and
-    dtype. folded: what is folded: the recipe (``ir.spelling``), the names of its parameters, and the tensor.
+    dtype. folded: what is folded: the recipe (``ir.spelling``), the names and dtype of its parameters, and the tensor.
     shards: file -> its size in bytes and its checksum. tensors: tensor -> the file that it lies in.
     caches: what compilers kept, and the machine they kept it for (``serving.machine``); empty where there is none.
     """
@@ -76,15 +76,15 @@ class Index:
             content = json.loads(path.read_text(encoding="utf-8"))
             found, layout, checksum = (content.pop(key, None) for key in ("format", "layout", "checksum"))
         except OSError as error:
-            raise PackError(f"{shown(str(directory))} is no pack: cannot read {INDEX} ({(error.strerror or '').lower()}); make "
-                            "one with larosa pack MODEL PLAN OUT") from None
+            raise PackError(f"{shown(str(directory))} is no pack: cannot read {INDEX} ({(error.strerror or '').lower()}); "
+                            "make one with larosa pack MODEL PLAN OUT") from None
         except (ValueError, AttributeError):
             raise PackError(f"{name} is damaged: it is no JSON object; {AGAIN}") from None
         if found != FORMAT:
-            raise PackError(f"{name} describes no pack (its format is {found!r}); make one with larosa pack MODEL PLAN OUT")
+            raise PackError(f"{name} describes no pack (its format is {found!r}); make one with larosa pack")
         if layout != LAYOUT:
-            raise PackError(f"{name} has layout {layout!r}, and this larosa_fx reads layout {LAYOUT}: pack the model again, or "
-                            "use the larosa_fx that made it")
+            raise PackError(f"{name} has layout {layout!r}, and this larosa_fx reads layout {LAYOUT}: pack the model again, "
+                            "or use the larosa_fx that made it")
         if checksum != _checksum({"format": found, "layout": layout, **content}):
             raise PackError(f"{name} is damaged: its content is not that of its checksum; {AGAIN}")
         return cls(**content)
