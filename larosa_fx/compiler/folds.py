@@ -222,8 +222,8 @@ class FoldStore:
         packed = [self._origins[p] for p in parameters if p in self._origins]
         if packed:
             names = ", ".join(name for _, name in packed)
-            return (f"larosa: {packed[0][0]} does not hold what this graph folds {names} into: it was packed with other options "
-                    "or releases, or a parameter was changed since; load it as it was packed, or pack the model again")
+            return (f"larosa: {packed[0][0]} does not hold what this graph folds {names} into: it was packed with other "
+                    "options or releases, or a parameter was changed since; load it as it was packed, or pack it again")
         return ("larosa: this model's weights were folded with weights='replace' and are gone, so another plan, rotation or "
                 "new values cannot be folded; load the model again")
 

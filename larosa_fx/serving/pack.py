@@ -256,7 +256,7 @@ def _fill(name: str, model: torch.nn.Module, index: Index, tensors: dict[str, to
         else:
             nothing = torch.full((), torch.nan, dtype=getattr(torch, entry["dtype"]), device=device)
             value = nothing.expand(entry["shape"])
-        # It requires gradients where a model's own would: torch picks ways to multiply, which round differently, by that too.
+        # It requires gradients where a model's own would: torch picks ways to multiply, which round otherwise, by that.
         parameter = torch.nn.Parameter(value, meant[first].requires_grad)
         _place(name, model, entry["names"], parameter, meant[first])
         if "tensor" not in entry:
