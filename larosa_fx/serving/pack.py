@@ -38,24 +38,16 @@ FOLDED = "larosa.folded."  # how the tensors are called that no weight of the mo
 
 
 def pack(model: torch.nn.Module, plan: Plan, path: Path, tokenizer: object | None, *, quantize: str, compiler: str,
-         shard_bytes: int) -> Index:
+         shard_bytes: int) -> None:
     """Write ``model`` to a new directory ``path``; it appears whole or not at all. See ``larosa_fx.pack``."""
     _check_output(path)
     _check_model(model)
-    engine = _engine(model, plan, quantize, compiler)
-    _decode(engine, 1)
-    if compiler != "eager":  # the graphs of many rows ask for the same tensors; they need not be compiled for that
-        engine = _engine(model, plan, quantize, "eager")
-    _decode(engine, engine.settings.sparse_rows + 1)
-    parameters = list(model.parameters())
-    folded = STORE.made_of(parameters, plan.digest)
-    if not any(map(STORE.is_replaced, parameters)):
-        raise LarosaError("larosa: nothing of this model was folded, so there is nothing to pack: larosa inspect says what "
-                          "was found in it, and why it stays as it is")
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
-            index = _write(scratch, model, plan, folded, tokenizer, quantize, shard_bytes)
+            _save_small(scratch, model, plan, tokenizer)  # first: where that fails the model still has its weights
+            _fold(model, plan, quantize, compiler)
+            index = _write(scratch, model, plan, quantize, shard_bytes)
             if compiler != "eager":
                 index.caches = machine.save(scratch, model.device)
             index.write(scratch)
@@ -65,7 +57,6 @@ def pack(model: torch.nn.Module, plan: Plan, path: Path, tokenizer: object | Non
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise PackError(f"cannot write the pack to {shown(str(path))}: {why(error)}") from error
-    return index
 
 
 def _check_output(path: Path) -> None:
@@ -91,6 +82,27 @@ def _check_model(model: torch.nn.Module) -> None:
         raise PackError(f"the model lies on {', '.join(sorted(map(str, devices)))}; move it to one device to pack it")
 
 
+def _save_small(directory: Path, model: torch.nn.Module, plan: Plan, tokenizer: object | None) -> None:
+    """All but the weights and what describes them."""
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    plan.save(directory / PLAN)
+
+
+def _fold(model: torch.nn.Module, plan: Plan, quantize: str, compiler: str) -> None:
+    """Let the model decode, so that the fold store holds what its graphs ask for, and Inductor's cache their code."""
+    engine = _engine(model, plan, quantize, compiler)
+    _decode(engine, 1)
+    if compiler != "eager":  # the graphs of many rows ask for the same tensors; they need not be compiled for that
+        engine = _engine(model, plan, quantize, "eager")
+    _decode(engine, engine.settings.sparse_rows + 1)
+    if not any(map(STORE.is_replaced, model.parameters())):
+        raise LarosaError("larosa: nothing of this model was folded, so there is nothing to pack: larosa inspect says what "
+                          "was found in it, and why it stays as it is")
+
+
 def _engine(model: torch.nn.Module, plan: Plan, quantize: str, compiler: str) -> Engine:
     """As ``larosa_fx.enable`` makes it, with its defaults."""
     return engine_of(model, plan, Settings.of(
@@ -108,8 +120,8 @@ def _decode(engine: Engine, rows: int) -> None:
         engine(ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
 
-def _write(directory: Path, model: torch.nn.Module, plan: Plan, folded: Iterable[tuple], tokenizer: object | None,
-           quantize: str, shard_bytes: int) -> Index:
+def _write(directory: Path, model: torch.nn.Module, plan: Plan, quantize: str, shard_bytes: int) -> Index:
+    """The weights, and the card."""
     index = Index(type(model).__name__, _word(model.dtype), model.device.type, quantize, True,
                   plan.digest, library_versions())
     tensors: dict[str, torch.Tensor] = {}
@@ -123,16 +135,11 @@ def _write(directory: Path, model: torch.nn.Module, plan: Plan, folded: Iterable
         tensors[names[0]] = buffer
         index.buffers.append({"names": names, "tensor": names[0]})
     name_of = {parameter: name for name, parameter in model.named_parameters()}
-    for n, (expression, sources, dtype, tensor) in enumerate(folded):
+    for n, (expression, sources, dtype, tensor) in enumerate(STORE.made_of(list(name_of), plan.digest)):
         tensors[f"{FOLDED}{n}"] = tensor
         index.folded.append({"tensor": f"{FOLDED}{n}", "recipe": spell(expression), "dtype": _word(dtype),
                              "parameters": [name_of[p] for p in sources]})
     pack_files.write_shards(directory, tensors, index, shard_bytes)
-    model.config.save_pretrained(directory)
-    model.generation_config.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    plan.save(directory / PLAN)
     size = sum(shard["bytes"] for shard in index.shards.values())
     (directory / "README.md").write_text(_card(index, plan, size), encoding="utf-8")
     return index
