@@ -151,7 +151,7 @@ def test_a_changed_gain_is_not_answered_with_what_was_folded_before(small):
     loaded = larosa_fx.load(small[0], compiler="eager")
     loaded(ids(1, 5))
     loaded.model.layers[0].input_layernorm.weight.data.mul_(2)
-    with pytest.raises(RuntimeError, match="the pack .* does not hold .*or a parameter was changed since"):
+    with pytest.raises(RuntimeError, match=r"the pack .* does not hold .*or a parameter was changed since"):
         loaded(ids(1, 5))
 
 
