@@ -2,7 +2,7 @@
 
     python bench/startup.py --json bench/results/startup-DEVICE.json [--model PATH --plan m.larosa]
 
-The plan is calibrated once where none is given; the pack, with its compiled code, is made once. Each row is the median of
+Without a plan SmolLM2 has its trained one, and others are calibrated. The pack, with its compiled code, is made once. Each row is the median of
 ``--repeats`` processes:
 
 - start: "model" (weights read, folded, compiled) or "pack";
@@ -31,7 +31,7 @@ from tabulate import tabulate
 
 import larosa_fx
 import provenance
-from larosa_fx import corpus
+from larosa_fx import corpus, smollm2
 from larosa_fx.loading import encode, load_model
 from larosa_fx.method.evaluate import windows
 from larosa_fx.plan.plan import library_versions
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="path or hub id; SmolLM2-135M-Instruct where not given")
     parser.add_argument("--gguf-file")
-    parser.add_argument("--plan", help="calibrated on Python's help texts where not given")
+    parser.add_argument("--plan", help="SmolLM2's trained one, or calibrated, where not given")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--quantize", default="none", help="how the pack stores folded weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -55,9 +55,7 @@ def main() -> None:
         folder = Path(scratch)
         model, tokenizer = load_model(args.model, args.gguf_file, getattr(torch, args.dtype), args.device)
         name = provenance.model_name(model, args.model)
-        plan = args.plan or str(larosa_fx.calibrate(
-            model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24), selection="threshold"
-        ).save(folder / "plan.larosa"))
+        plan = args.plan or str(_plan(model, tokenizer).save(folder / "plan.larosa") if args.model else smollm2.trained_plan())
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
         started = time.perf_counter()
         larosa_fx.pack(model, plan, folder / "pack", tokenizer=tokenizer, quantize=args.quantize)
@@ -75,6 +73,11 @@ def main() -> None:
             "command": provenance.command(), "device": provenance.device(args.device), "dtype": args.dtype, "model": name,
             "quantize": args.quantize, "pack_s": packing, "pack_bytes": size, "commit": provenance.commit(),
             "versions": library_versions()})
+
+
+def _plan(model: torch.nn.Module, tokenizer: object) -> larosa_fx.Plan:
+    ids = encode(tokenizer, corpus.calibration_text())
+    return larosa_fx.calibrate(model, windows(ids, 512, 24), selection="threshold")
 
 
 def _measured(command: list[str], caches: str, inductor: Path, args: argparse.Namespace) -> dict[str, float]:
