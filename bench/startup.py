@@ -2,7 +2,7 @@
 
     python bench/startup.py --json bench/results/startup-DEVICE.json [--model PATH --plan m.larosa]
 
-Without a plan SmolLM2 has its trained one, and others are calibrated. The pack, with its compiled code, is made once. Each row is the median of
+Without a plan SmolLM2 has its trained one, and others are calibrated. The pack is made once. Each row is the median of
 ``--repeats`` processes:
 
 - start: "model" (weights read, folded, compiled) or "pack";
@@ -55,7 +55,8 @@ def main() -> None:
         folder = Path(scratch)
         model, tokenizer = load_model(args.model, args.gguf_file, getattr(torch, args.dtype), args.device)
         name = provenance.model_name(model, args.model)
-        plan = args.plan or str(_plan(model, tokenizer).save(folder / "plan.larosa") if args.model else smollm2.trained_plan())
+        plan = args.plan or str(_calibrated(model, tokenizer).save(folder / "plan.larosa") if args.model else
+                                smollm2.trained_plan())
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
         started = time.perf_counter()
         larosa_fx.pack(model, plan, folder / "pack", tokenizer=tokenizer, quantize=args.quantize)
@@ -75,7 +76,7 @@ def main() -> None:
             "versions": library_versions()})
 
 
-def _plan(model: torch.nn.Module, tokenizer: object) -> larosa_fx.Plan:
+def _calibrated(model: torch.nn.Module, tokenizer: object) -> larosa_fx.Plan:
     ids = encode(tokenizer, corpus.calibration_text())
     return larosa_fx.calibrate(model, windows(ids, 512, 24), selection="threshold")
 
