@@ -17,8 +17,9 @@ from larosa_fx.enable import disable, enable  # noqa: E402
 from larosa_fx.generation import compile_config, generate  # noqa: E402
 from larosa_fx.method.calibrate import calibrate  # noqa: E402
 from larosa_fx.method.evaluate import perplexity  # noqa: E402
+from larosa_fx.packing import load, pack  # noqa: E402
 from larosa_fx.plan.plan import Plan, PlanError  # noqa: E402
 from larosa_fx.training.loop import TrainingOptions, train  # noqa: E402
 
 __all__ = ["LarosaError", "Plan", "PlanError", "TrainingOptions", "calibrate", "compile_config", "disable", "enable",
-           "generate", "last_report", "perplexity", "refold", "reports", "train"]
+           "generate", "last_report", "load", "pack", "perplexity", "refold", "reports", "train"]

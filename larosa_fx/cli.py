@@ -1,4 +1,4 @@
-"""The command ``larosa``: demo, calibrate, eval, inspect, generate, serve, families."""
+"""The command ``larosa``: demo, calibrate, eval, inspect, pack, generate, serve, families."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,12 +18,15 @@ from larosa_fx import __version__
 from larosa_fx.compiler.backend import LarosaError
 from larosa_fx.ir.checks import check_output, check_sparsity, make_directory
 from larosa_fx.ir.structure import BASES, SELECTIONS
+from larosa_fx.kernels.quantization import BITS
+from larosa_fx.packing import PLAN, is_pack
 from larosa_fx.plan import Plan
 from larosa_fx.plan.plan import library_versions
 from larosa_fx.smollm2 import DownloadError
 from larosa_fx.training.options import TrainingOptions
 
 PLANLESS = "a plan; without one SmolLM2 has its trained one, and others are calibrated on the spot"
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 TRAINED = 512  # tokens of a sequence that is trained on
 VALIDATED, MOST_VALIDATED = 20, 32  # of so many sequences one validates, and so many at most
 
@@ -74,12 +78,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         if not model:
             return sub
-        sub.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a causal LM; SmolLM2-135M-Instruct where not given")
+        sub.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a causal LM or what larosa pack made of one; "
+                         "SmolLM2-135M-Instruct where not given")
+        add_loading(sub)
+        return sub
+
+    def add_loading(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--gguf-file", metavar="NAME", help="GGUF file in the model's directory")
         sub.add_argument("--device", type=_device,
                          default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
-        return sub
+        sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                         help="of the weights; a pack's own, and float32 of other models, where not given")
 
     demo = command("demo", _demo, "The whole method on a real model: calibrate, compile, check, measure, generate.")
     demo.add_argument("--text", metavar="FILE", help="text to calibrate on (first half) and evaluate on (second half)")
@@ -108,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--windows", type=_positive, default=16, help="windows to use")
 
     evaluate = command("eval", _eval, "Perplexity of a text, dense and at several sparsities.")
-    evaluate.add_argument("--plan", required=True, metavar="PLAN")
+    evaluate.add_argument("--plan", metavar="PLAN", help="a plan; a pack has its own")
     evaluate.add_argument("--text", metavar="FILE", nargs="+", help="texts, or .jsonl files with a field text a line; the "
                           "other half of pydoc's topics where not given")
     evaluate.add_argument("--sparsity", type=_sparsity, nargs="+", default=[0.25, 0.4, 0.5, 0.6], metavar="S")
@@ -126,6 +135,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--html", metavar="FILE", help="draw one layer before and after: sites, rotations, adapters")
     inspect.add_argument("--layer", type=int, default=0, help="the layer that is drawn")
     inspect.add_argument("--json", action="store_true", help='print {"structure": [...], "report": {...}}')
+
+    pack = command("pack", _pack, "Fold a model's weights by a plan into a directory that generate, serve and eval take for "
+                   "the model: no original weights, nothing to fold, little to compile.", model=False)
+    pack.add_argument("model", metavar="MODEL", help="a causal LM's directory or hub id, or SmolLM2-135M-Instruct")
+    pack.add_argument("plan", metavar="PLAN")
+    pack.add_argument("out", metavar="OUT", help="directory to make")
+    pack.add_argument("--quantize", default="none", choices=("none", *BITS), help="how folded weights are stored")
+    pack.add_argument("--compiler", default="inductor", choices=("inductor", "eager"),
+                      help="inductor compiles the steps and packs the code for this machine; eager is quicker to pack")
+    add_loading(pack)
 
     generate = command("generate", _generate, "Generate text with sparse decoding, streamed.")
     generate.add_argument("--prompt", required=True)
@@ -162,7 +181,22 @@ def _parser() -> argparse.ArgumentParser:
 def _load(args: argparse.Namespace):
     from larosa_fx.loading import load_model
 
-    return load_model(args.model, args.gguf_file, getattr(torch, args.dtype), args.device)
+    if is_pack(args.model):
+        raise ValueError(f"{args.model} is a pack, whose original weights are gone; name the model that was packed")
+    return load_model(args.model, args.gguf_file, getattr(torch, args.dtype or "float32"), args.device)
+
+
+def _load_pack(args: argparse.Namespace, **settings: object):
+    """(the enabled model of a pack, its tokenizer). What a pack has its own of cannot be asked of it."""
+    from larosa_fx.loading import load_tokenizer
+    from larosa_fx.packing import load
+
+    for name in ("plan", "gguf_file", "dtype"):
+        if getattr(args, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{args.model} is a pack, which has its own weights and plan; leave out {option}, or pack the "
+                             "model again")
+    return load(args.model, args.device, **settings), load_tokenizer(args.model)
 
 
 def _text(args: argparse.Namespace, default: str) -> tuple[str, str]:
@@ -189,7 +223,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     output = args.output
     if output is None:
-        output = f"{Path(args.model).resolve().name if args.model else 'SmolLM2-135M-Instruct'}.larosa"
+        output = f"{Path(args.model).resolve().name if args.model else DEFAULT_MODEL}.larosa"
     check_output("the plan", output)
     checkpoint = f"{output}.checkpoint"
     if args.train:
@@ -233,19 +267,29 @@ def _train(args: argparse.Namespace, model: torch.nn.Module, plan: Plan, rows: l
 def _eval(args: argparse.Namespace) -> None:
     from larosa_fx.loading import device_name, encode
     from larosa_fx.method.evaluate import perplexity_table, sweep, windows
+    from larosa_fx.packing import load
     from larosa_fx.plan.plan import library_versions
 
-    plan = Plan.load(args.plan)
+    packed, sparse = is_pack(args.model), None
+    if not packed and args.plan is None:
+        raise ValueError("there is no plan; give --plan, or --model a directory that larosa pack made")
+    path = os.path.join(args.model, PLAN) if packed else args.plan
+    plan = Plan.load(path)
     plan.thresholds_at(None, args.selection)  # which it may not have: better known before a model is loaded
     text, origin = _text(args, "held out")
-    model, tokenizer = _load(args)
-    plan.attach(model)  # says so where it is another model's
-    rows = sweep(model, args.plan, windows(encode(tokenizer, text), args.window, args.windows), args.sparsity,
-                 selection=args.selection, compiler=args.compiler, progress=not args.json)
+    if packed:
+        model, tokenizer = _load_pack(args)
+        sparse = partial(load, args.model, args.device, selection=args.selection, sparsify="all", compiler=args.compiler)
+    else:
+        model, tokenizer = _load(args)
+        plan.attach(model)  # says so where it is another model's
+    rows = sweep(model, path, windows(encode(tokenizer, text), args.window, args.windows), args.sparsity,
+                 selection=args.selection, compiler=args.compiler, progress=not args.json, sparse=sparse)
     if args.json:
         print(json.dumps({"rows": rows, "provenance": {
             "text": origin, "rotation": plan.rotation, "basis": plan.basis, "device": device_name(args.device),
-            "dtype": args.dtype, "calibration": plan.provenance, "versions": library_versions()}}, indent=1))
+            "dtype": str(model.dtype).removeprefix("torch."), "calibration": plan.provenance,
+            "versions": library_versions()}}, indent=1))
     else:
         print(perplexity_table(rows))
         print(f"{rows[0]['tokens']} tokens of {origin}, windows of {rows[0]['window']}, rotation {plan.rotation} "
@@ -286,6 +330,37 @@ def _inspect(args: argparse.Namespace) -> None:
         print(tabulate(report.structure, headers="keys"), report, sep="\n\n")
 
 
+def _pack(args: argparse.Namespace) -> None:
+    from larosa_fx.packing import pack
+
+    if is_pack(args.model) or os.path.exists(args.out):
+        raise ValueError(f"{args.model} is a pack already" if is_pack(args.model) else
+                         f"cannot write the pack to {args.out}: there is something already; name a new directory")
+    plan = Plan.load(args.plan)  # complain before loading a model
+    if args.model == DEFAULT_MODEL and not os.path.exists(args.model):
+        args.model = None
+    model, tokenizer = _load(args)
+    started = time.perf_counter()
+    path = pack(model, plan, args.out, tokenizer=tokenizer, quantize=args.quantize, compiler=args.compiler)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    print(f"{args.out}: {size / 2**20:.0f} MiB, packed in {time.perf_counter() - started:.0f} s; larosa generate, serve and "
+          f"eval take --model {args.out}")
+
+
+def _enabled(args: argparse.Namespace, **more: object):
+    """(model, tokenizer), the model decoding sparsely; calibrated where no plan is given, a pack by its own.
+
+    more: further arguments of ``larosa_fx.enable``.
+    """
+    from larosa_fx.enable import enable
+
+    settings = {"sparsity": args.sparsity, "selection": args.selection, "mode": args.mode, **more}
+    if is_pack(args.model):
+        return _load_pack(args, **settings)
+    model, tokenizer, plan = _planned(args)
+    return enable(model, plan, **settings), tokenizer
+
+
 def _planned(args: argparse.Namespace):
     """(model, tokenizer, plan or None); the model is calibrated where there is no plan for it."""
     from larosa_fx import corpus, smollm2
@@ -306,29 +381,24 @@ def _generate(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from larosa_fx.compiler import backend
-    from larosa_fx.generation import generate
     from larosa_fx.loading import encode_prompt
 
     if not args.prompt.strip():
         raise ValueError("the prompt is empty; give --prompt what to answer or to continue")
-    model, tokenizer, plan = _planned(args)
+    model, tokenizer = _enabled(args, lossless=args.lossless, draft_tokens=args.draft_tokens)
     inputs = encode_prompt(tokenizer, args.prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    generate(model, inputs.to(args.device), plan=plan, sparsity=args.sparsity, selection=args.selection,
-             mode=args.mode, streamer=streamer, max_new_tokens=args.tokens, do_sample=False, lossless=args.lossless,
-             draft_tokens=args.draft_tokens)
+    model.generate(**inputs.to(args.device), streamer=streamer, max_new_tokens=args.tokens, do_sample=False)
     report = backend.last_report()
     if report is not None and report.drafting is not None:
         print(f"\n{report.drafting}")
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from larosa_fx.enable import enable
     from larosa_fx.serving import server
 
-    model, tokenizer, plan = _planned(args)
-    name = args.name or args.model or "SmolLM2-135M-Instruct"
-    enable(model, plan, sparsity=args.sparsity, selection=args.selection, mode=args.mode)
+    model, tokenizer = _enabled(args)
+    name = args.name or args.model or DEFAULT_MODEL
     running, warm_up = server.build(model, tokenizer, name, host=args.host, port=args.port)
     started = time.perf_counter()
     warm_up()

@@ -17,7 +17,7 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
            selection: str | None = None, mode: str | None = "auto", weights: str = "replace",
            max_cache_len: int | None = None, sparse_rows: int | None = None, rotate_cache: bool | None = None,
            strict: bool = False, dump_dir: str | None = None, compiler: str = "inductor", quantize: str = "none",
-           lossless: bool = False, draft_tokens: int | None = None) -> torch.nn.Module:
+           sparsify: str = "decode", lossless: bool = False, draft_tokens: int | None = None) -> torch.nn.Module:
     """Make ``model.generate`` decode sparsely, with all that it takes: pipelines, chats, streamers, servers. Returns model.
 
     plan: a Plan, its path, or None for the one that ``calibrate`` or ``train`` attached to the model.
@@ -37,6 +37,7 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
         tried again now and then. sparsity is that of the drafts; None starts with the plan's own, and tries others. Several
         sequences at once are decoded densely. ``last_report().drafting`` says what came of it.
     draft_tokens: with lossless, draft so many tokens each time, whether it pays or not.
+    sparsify: "all" sparsifies every token, those of prompts and of ``model(input_ids)`` too, to measure what sparsity costs.
 
     What a call asks for that sparse steps cannot give (beams, assisted decoding, another cache, use_cache=False) goes to
     transformers' own loop, with one warning that says why. A model may be enabled again, with another plan or options.
@@ -48,10 +49,10 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
     settings = Settings.of(model, sparsity=sparsity, selection=selection, mode=mode, weights=weights,
                            max_cache_len=max_cache_len, sparse_rows=sparse_rows, rotate_cache=rotate_cache, strict=strict,
                            dump_dir=None if dump_dir is None else os.fspath(dump_dir), compiler=compiler,
-                           quantize=quantize, lossless=lossless, draft_tokens=draft_tokens)
+                           quantize=quantize, sparsify=sparsify, lossless=lossless, draft_tokens=draft_tokens)
     engine = engine_of(model, plan, settings)
     model.generate = Method(model, "generate", engine)
-    if weights == "replace":
+    if weights == "replace" or sparsify == "all":
         model.forward = Method(model, "forward", engine.forward)
     else:
         model.__dict__.pop("forward", None)

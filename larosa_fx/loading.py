@@ -31,13 +31,25 @@ def load_model(name: str | None, gguf_file: str | None = None, dtype: torch.dtyp
     transformers.logging.set_verbosity_error()  # a GGUF file brings pages of keys that transformers does not read
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
+        tokenizer = load_tokenizer(name, gguf_file)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=dtype)
+    except InputError:
+        raise
     except Exception as error:  # transformers and what it reads models with raise whatever they happen to raise
         raise InputError(f"cannot load the model {name!r}: {error}; give a causal LM's directory or hub id") from error
     finally:
         transformers.logging.set_verbosity(quiet)
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str, gguf_file: str | None = None) -> object:
+    """The tokenizer of a path or hub id. InputError where transformers cannot load it, with its reason."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
+    except Exception as error:  # as above
+        raise InputError(f"cannot load the tokenizer of {name!r}: {error}; save it beside the model") from error
 
 
 def read_text(path: str | os.PathLike) -> str:

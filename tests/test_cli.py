@@ -235,3 +235,48 @@ def test_sparsity_out_of_range_is_a_usage_error(directory, capsys):
     with pytest.raises(SystemExit):
         larosa("inspect", "--sparsity", "1.5")
     assert "0 <= sparsity < 1" in capsys.readouterr().err
+
+
+def test_a_pack_is_taken_where_a_model_is(directory, capsys, monkeypatch):
+    """pack, and then eval, generate and serve without the model that was packed."""
+    from larosa_fx.serving import server
+
+    def packed(*arguments):
+        return cli.main([*arguments, "--model", "packed", "--device", "cpu"])
+
+    evaluate = ["eval", "--text", "text.txt", "--window", "32", "--windows", "3", "--sparsity", "0.5", "--compiler", "eager",
+                "--json"]
+    assert larosa("calibrate", "-o", "m.larosa", "--text", "text.txt", "--window", "32", "--windows", "4") == 0
+    capsys.readouterr()
+    assert larosa(*evaluate, "--plan", "m.larosa") == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert cli.main(["pack", "model", "m.larosa", "packed", "--compiler", "eager", "--device", "cpu"]) == 0
+    assert "larosa generate, serve and eval take --model packed" in capsys.readouterr().out
+    (directory / "model").rename(directory / "away")
+    (directory / "m.larosa").unlink()
+
+    assert packed(*evaluate) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["ppl"] for row in found["rows"]] == pytest.approx([row["ppl"] for row in expected["rows"]], rel=1e-4)
+    assert found["provenance"]["dtype"] == "float32"
+
+    monkeypatch.setattr(server, "build", lambda model, tokenizer, name, **_: served.append((model, tokenizer, name)) or (
+        type("Running", (), {"run": lambda self: None})(), lambda: None))
+    served = []
+    assert packed("serve", "--sparsity", "0.3") == 0
+    ((model, tokenizer, name),) = served
+    assert name == "packed" and tokenizer.decode(tokenizer("AB").input_ids) and model.generate.__wrapped__
+
+    for arguments, said in ((["generate", "--prompt", "AB", "--plan", "m.larosa"], "leave out --plan"),
+                            (["generate", "--prompt", "AB", "--dtype", "bfloat16"], "leave out --dtype"),
+                            (["calibrate", "-o", "n.larosa", "--text", "text.txt"], "packed is a pack"),
+                            (["generate", "--prompt", " "], "the prompt is empty")):
+        assert packed(*arguments) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["pack", "away", "packed/plan.larosa", "packed"]) == 2
+    assert "there is something already" in capsys.readouterr().err
+
+
+def test_eval_needs_a_plan_or_a_pack(directory, capsys):
+    assert larosa("eval", "--text", "text.txt") == 2
+    assert "give --plan, or --model a directory that larosa pack made" in capsys.readouterr().err

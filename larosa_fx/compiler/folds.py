@@ -132,6 +132,7 @@ class FoldStore:
         self._fingerprints: weakref.WeakValueDictionary[tuple[int, ...], Fingerprint] = weakref.WeakValueDictionary()
         self._revisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._replaced: dict[int, weakref.ref] = {}
+        self._origins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter that was never there -> (whence, its name)
         self._blanks: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -145,6 +146,25 @@ class FoldStore:
         """What was folded from these parameters, among others; who holds the list keeps it."""
         ids = set(map(id, parameters))
         return [entry for key, entry in self._entries.items() if not ids.isdisjoint(key[-1])]
+
+    def made_of(self, parameters: Sequence[torch.Tensor], digest: str
+                ) -> list[tuple[tuple, list[torch.Tensor], torch.dtype, torch.Tensor]]:
+        """(expression, its parameters, their dtype, the folded tensor) of all that was folded from these parameters alone,
+        or from nothing but the rotations that ``digest`` names."""
+        own = {id(p): p for p in parameters}
+        found = [(key[0], [own[i] for i in key[-1]], key[2], entry) for key, entry in list(self._entries.items())
+                 if key[1] == digest and own.keys() >= set(key[-1])]
+        return [(*described, entry.tensor) for *described, entry in found if entry.is_of(described[1])]
+
+    def adopt(self, expression: tuple, parameters: Sequence[torch.Tensor], digest: str, dtype: torch.dtype,
+              tensor: torch.Tensor) -> Folded:
+        """Take ``tensor`` for what is folded from these parameters, as they are now. Who holds the result keeps it.
+
+        dtype: that of the weights; what is quantised is stored in another.
+        """
+        entry = Folded(tensor, [weakref.ref(p) for p in parameters], self.marks(parameters))
+        self._entries[expression, digest, dtype, tensor.device, tuple(map(id, parameters))] = entry
+        return entry
 
     # ---- changes -----------------------------------------------------------------------------------------------------
 
@@ -187,8 +207,7 @@ class FoldStore:
         if entry is not None and entry.marks == marks:
             return entry
         if any(self.is_replaced(p) for p in parameters):
-            raise RuntimeError("larosa: this model's weights were folded with weights='replace' and are gone, so another "
-                               "plan, rotation or new values cannot be folded; load the model again")
+            raise RuntimeError(self._gone(parameters))
         # What is folded outlives the call. An inference tensor could not be written to when a parameter changes.
         with torch.inference_mode(False), torch.no_grad():
             folded = _evaluate(recipe, parameters, rotations, dtype, device)
@@ -198,6 +217,15 @@ class FoldStore:
                 entry.tensor.copy_(folded)
                 entry.marks = marks
         return entry
+
+    def _gone(self, parameters: Sequence[torch.Tensor]) -> str:
+        packed = [self._origins[p] for p in parameters if p in self._origins]
+        if packed:
+            names = ", ".join(name for _, name in packed)
+            return (f"larosa: {packed[0][0]} does not hold what this graph folds {names} into: it was packed with other "
+                    "options or releases, or a parameter was changed since; load it as it was packed, or pack it again")
+        return ("larosa: this model's weights were folded with weights='replace' and are gone, so another plan, rotation or "
+                "new values cannot be folded; load the model again")
 
     def is_replaced(self, parameter: torch.Tensor) -> bool:
         ref = self._replaced.get(id(parameter))
@@ -212,21 +240,31 @@ class FoldStore:
         (``forbid_use``). Returns those that did: something was folded from them, and they had not done so before.
         """
         hosts: dict[int, torch.Tensor] = {}
-        for p in parameters:
+        for p in [p for p in parameters if not self.is_replaced(p)]:
             made = [entry.tensor for key, entry in self._entries.items() if id(p) in key[-1]]
             if made:
                 hosts[id(p)] = next((t for t in made if t.numel() >= p.numel() and t.dtype == p.dtype), None)
                 if hosts[id(p)] is None:
                     hosts[id(p)] = self._blank(p)
-        done = [p for p in parameters if id(p) in hosts and not self.is_replaced(p)]
+        done = [p for p in parameters if id(p) in hosts]
         for p in done:
             p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
-            self._replaced[id(p)] = weakref.ref(p, functools.partial(self._forget, id(p)))
+        self._give_up(done)
         # Their addresses are new, their values are not: what was folded from them stays valid.
         marks = dict(zip(map(id, done), self.marks(done), strict=True))
         for key, entry in self._entries.items():
             entry.marks = [marks.get(i, old) for i, old in zip(key[-1], entry.marks, strict=True)]
         return done
+
+    def never_there(self, parameters: Mapping[str, torch.Tensor], origin: str) -> None:
+        """Note that these parameters, by name, hold no values: ``origin`` brought what was folded from them instead."""
+        self._give_up(list(parameters.values()))
+        for name, p in parameters.items():
+            self._origins[p] = origin, name
+
+    def _give_up(self, parameters: Sequence[torch.Tensor]) -> None:
+        for p in parameters:
+            self._replaced[id(p)] = weakref.ref(p, functools.partial(self._forget, id(p)))
 
     def _blank(self, p: torch.Tensor) -> torch.Tensor:
         """Memory that nobody reads, for a parameter of p's size, dtype and device; common to all that came before it."""

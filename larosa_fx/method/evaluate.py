@@ -101,12 +101,15 @@ def paired(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float | None]:
 
 
 def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sparsities: Sequence[float], *,
-          selection: str | None = None, compiler: str = "inductor", progress: bool = True) -> list[dict[str, object]]:
+          selection: str | None = None, compiler: str = "inductor", progress: bool = True,
+          sparse: Callable[..., Callable] | None = None) -> list[dict[str, object]]:
     """Perplexity of ``model`` dense (first row) and compiled with the plan at ``plan``, every token sparsified.
 
-    Rows: method ("dense" or "larosa"), byte_sparsity (thresholds: as counted on these
-    batches; they were fitted to others), selection (``larosa_fx.compiler.options``), ppl, ratio to dense, nll, tokens,
-    window, seconds.
+    sparse: called with ``sparsity``, gives what computes with it; None compiles ``model``.
+
+    Rows: method ("dense" or "larosa"), byte_sparsity (thresholds: as counted on these batches; they were fitted to others.
+    With ``sparse`` as fitted: counting needs the model's own weights), selection (``larosa_fx.compiler.options``), ppl,
+    ratio to dense, nll, tokens, window, seconds.
     """
     loaded = Plan.load(plan)
     rows: list[dict[str, object]] = []
@@ -115,13 +118,14 @@ def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sp
         runs, label, bytes_not_read = model, "dense", 0.0
         if sparsity is not None:
             label = f"{sparsity:.0%}"
-            runs = torch.compile(_with_own_code(model, label), backend="larosa", options={
-                "plan": plan, "sparsity": sparsity, "selection": selection, "sparsify": "all", "compiler": compiler})
+            options = {"plan": plan, "sparsity": sparsity, "selection": selection, "sparsify": "all", "compiler": compiler}
+            runs = sparse(sparsity=sparsity) if sparse else torch.compile(
+                _with_own_code(model, label), backend="larosa", options=options)
         found = perplexity(runs, batches, label=label, progress=progress, device=next(model.parameters()).device)
         if sparsity is not None:
             report = backend.last_report()
             bytes_not_read = report.byte_sparsity
-            if report.selection == "threshold":
+            if report.selection == "threshold" and sparse is None:
                 bytes_not_read = reached(model, loaded, sparsity, batches)
         rows.append({"method": "dense" if sparsity is None else "larosa",
                      "byte_sparsity": bytes_not_read, "selection": None if sparsity is None else report.selection,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -11,11 +10,11 @@ import stat
 import struct
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from larosa_fx.ir import hashing
 from larosa_fx.ir.checks import check_output, check_path, open_beside, shown, why
 from larosa_fx.plan.errors import PlanError
 
@@ -25,7 +24,6 @@ FORMAT = "larosa-plan"
 VERSION = 4  # 2: maps of heads, scales, coefficients of single sites; 3: thresholds; 4: the checksum
 CHECKED = 4  # the first version that carries a checksum
 
-PIECE = 8 << 20  # bytes that are hashed at once, each piece on a thread of its own
 PREFIX = b'{"__metadata__":{"checksum":"'  # how the header begins, so that the checksum has one place in all files
 BLANK = b"0" * 64
 AT = 8 + len(PREFIX)  # that place: safetensors begin with the header's length in 8 bytes
@@ -55,9 +53,9 @@ def write(path: str | os.PathLike, header: Mapping[str, object], tensors: Mappin
                 for array in arrays.values():
                     file.write(array.reshape(-1).view(np.uint8).data)
                 file.flush()
-                checksum = _checksum(file.fileno())
+                found = _checksum(file.fileno())
                 file.seek(AT)
-                file.write(checksum)
+                file.write(found)
             # The system's clock ticks in milliseconds; two saves within one tick must not look like the same file.
             os.utime(partial, ns=(time.time_ns(),) * 2)
             os.replace(partial, target)
@@ -141,20 +139,8 @@ def _check(descriptor: int, name: str, version: int, metadata: Mapping[str, str]
 
 
 def _checksum(descriptor: int) -> bytes:
-    """SHA-256 of the SHA-256 of each PIECE of the file, 64 hexadecimal digits; its own place counts as BLANK.
-
-    Every byte of the file counts, and hardware decides about the time: pieces are read and hashed on all cores.
-    """
-    size = os.fstat(descriptor).st_size
-
-    def digest(begin: int) -> bytes:
-        piece = os.pread(descriptor, min(PIECE, size - begin), begin)
-        if begin == 0:
-            piece = piece[:AT] + BLANK + piece[AT + len(BLANK):]
-        return hashlib.sha256(piece).digest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, range(0, size, PIECE)))).hexdigest().encode()
+    """Over every byte of the file, 64 hexadecimal digits; its own place counts as BLANK."""
+    return hashing.checksum(descriptor, lambda piece: piece[:AT] + BLANK + piece[AT + len(BLANK):]).encode()
 
 
 def _tensors(file, head: Mapping[str, dict], begin: int) -> dict[str, torch.Tensor]:

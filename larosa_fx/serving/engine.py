@@ -91,7 +91,8 @@ class Kept:
     steps: dict[tuple[Options, int], Callable] = field(default_factory=dict)
 
     def hold(self, model: torch.nn.Module) -> None:
-        self.folded = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
+        found = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
+        self.folded = list(dict.fromkeys((*self.folded, *found)))
 
 
 class Engine:
@@ -130,13 +131,16 @@ class Engine:
         return result
 
     def forward(self, *args: object, **kwargs: object):
-        """The whole model over any number of tokens, densely, through the folded weights: exact up to rounding."""
+        """The whole model over any number of tokens, through the folded weights: densely, exact up to rounding, or with
+        every token sparsified."""
         if torch.compiler.is_compiling():
             raise RuntimeError("larosa: this model was enabled with weights='replace' and is compiled already; call it as "
                                "it is, or load the model again")
         if self._prompts is None:
             # Op by op: the products of a prompt keep a device busy, and a graph for all lengths is there in a moment.
-            options = replace(self.settings.options, sparsity=0.0, compiler="eager", mode=None)
+            options = replace(self.settings.options, compiler="eager", mode=None)
+            if options.sparsify != "all":
+                options = replace(options, sparsity=0.0)
             self._prompts = _compiled(_outputs, options, dynamic=True)
         with torch.no_grad(), compat.sizes_stay_apart():
             return self._prompts(self.model, *args, **kwargs)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from larosa_fx.compiler.folds import Folded
 from larosa_fx.plan import file
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
 from larosa_fx.serving.engine import Engine, Kept, Settings, attach
@@ -48,6 +49,11 @@ class _State:
 
     def __deepcopy__(self, memo: dict[int, object]) -> _State:
         return _State()
+
+
+def hold(model: torch.nn.Module, folded: list[Folded]) -> None:
+    """Keep folded tensors for as long as an enabled model lives."""
+    model.__dict__[_STATE].kept.folded = folded
 
 
 def forget(model: torch.nn.Module) -> None:

@@ -377,3 +377,16 @@ def test_deep_copies_are_models_of_their_own(saved):
     twin.model.norm.weight.mul_(2)
     assert error(compiled(twin, plan=saved(twin), sparsity=0.0)(x).logits, twin(x).logits) < 1e-5
     assert error(fast(x).logits, model(x).logits) < 1e-5
+
+
+def test_a_plan_of_some_sites_after_the_weights_are_gone(tmp_path):
+    """They were compared with the plan when the first graph was compiled; what is left of them is not the model's."""
+    model = llama()
+    dense, short, one = copy.deepcopy(model), ids(1, 5), ids(1, 1)
+    plan = larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
+    part = replace(plan, sites=[site for site in plan.sites if site.name != "layers.0.h4"],
+                   samples={name: values for name, values in plan.samples.items() if name != "layers.0.h4"})
+    fast = compiled(model, plan=str(part.save(tmp_path / "part.larosa")), weights="replace", sparsity=0.0)
+    for x in (short, one):
+        with pytest.warns(UserWarning, match=r"layers\.0\.h4 stays dense"):
+            assert error(fast(x).logits, dense(x).logits) < 1e-4

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from larosa_fx.ir import hashing
 from larosa_fx.plan import Plan, PlanError, container
 from plans import plan_of, with_thresholds
 from programs import program
@@ -70,7 +71,7 @@ def test_a_flipped_bit_anywhere_is_refused(path):
 
 def test_pieces_are_put_together(plan, path, monkeypatch):
     """Files longer than a piece, and what the checksum says about them, do not depend on how threads meet."""
-    monkeypatch.setattr(container, "PIECE", 512)
+    monkeypatch.setattr(hashing, "PIECE", 512)
     refused(path, "its content is not that of its checksum")
     plan.save(path)
     Plan.load(path)
