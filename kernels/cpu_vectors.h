@@ -23,6 +23,21 @@ typedef int32_t vi __attribute__((vector_size(VB)));
 typedef uint32_t vu __attribute__((vector_size(VB)));
 typedef uint16_t vs __attribute__((vector_size(VB)));
 
+// The same of L elements, where columns are fewer; g++ takes no size that depends on a template's parameter.
+template <int L>
+struct Lanes;
+#define LANES_OF(L)                                  \
+  template <>                                        \
+  struct Lanes<L> {                                  \
+    typedef float f __attribute__((vector_size(4 * L)));    \
+    typedef int32_t i __attribute__((vector_size(4 * L)));  \
+    typedef uint32_t u __attribute__((vector_size(4 * L))); \
+  }
+LANES_OF(4);
+LANES_OF(8);
+LANES_OF(16);
+#undef LANES_OF
+
 // memcpy instead of a pointer cast: rows of an odd N start anywhere. It compiles to one unaligned move.
 template <class V>
 INLINE V load(const void* p) {
