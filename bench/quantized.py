@@ -112,7 +112,7 @@ def main() -> None:
     texts = {name: text_windows(tokenizer, path, args.window, args.windows)
              for name, _, path in (text.partition("=") for text in args.text)}
     calibration = text_windows(tokenizer, args.calibration, args.window, args.calibration_windows)
-    calibrate(model, calibration.split(args.rows))
+    calibrate(model, calibration.split(args.rows), selection="topk")
     dense = copy.deepcopy(model)
     base = {name: window_scores(dense, ids, rows=args.rows, progress=False)[0] for name, ids in texts.items()}
     rows: list[dict[str, object]] = [

@@ -150,8 +150,9 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
 
 
 def refuses(x: Tensor, columns: int, group: int, adapter: int, gate: str, adapter_group: int | None = None) -> str:
-    """Why ``quantized_linear`` does not take x, which may be a fake tensor, with a weight, [K, N], ``group`` columns of which
-    share a scale, an adapter of so many rows and the gate; "" if it does. adapter_group: the adapter's, where it differs.
+    """Why ``quantized_linear`` does not take x, which may be a fake tensor, with a weight, [K, N], of which ``group``
+    columns share a scale, an adapter of so many rows and the gate; "" if it does. adapter_group: the adapter's, where it
+    differs.
 
     Groups, and what lies on either side of a gate, are whole vectors: ``GROUP`` columns or multiples.
     """
@@ -162,9 +163,9 @@ def refuses(x: Tensor, columns: int, group: int, adapter: int, gate: str, adapte
     return ""
 
 
-def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None, adapter_scales: Tensor | None,
-                     bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str, gain: Tensor | None,
-                     threshold: float | None) -> Tensor | None:
+def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None,
+                     adapter_scales: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float | None,
+                     gate: str, gain: Tensor | None, threshold: float | None) -> Tensor | None:
     """The op of the same name (see ``ops``), for checked arguments; None if this case, or this machine, is not served.
 
     The same inputs on the same number of threads give the same bits. MemoryError where there is no room for the scratch.
