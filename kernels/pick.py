@@ -115,6 +115,10 @@ def _native(site: Site) -> str:
     return "" if cpu.serves(site.example, site.adapter_rows, site.gate) else "there is no C++ compiler"
 
 
+def _native_quantized(site: Site) -> str:
+    return cpu.refuses(site.example, site.columns, site.group, site.adapter_rows, site.gate)
+
+
 _HALF = (torch.bfloat16, torch.float16)
 
 #: On an H200 a step of Llama-3-8B takes, sparse and dense, 6.5 and 6.2 ms at two rows, 9.0 and 6.8 at four: one row pays.
@@ -125,6 +129,8 @@ TABLE = (
            declines=_triton),
     Kernel("C++ sparse_linear", "cpu", True, ("dense",), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=cpu.MAX_ROWS,
            declines=_native),
+    Kernel("C++ quantized_linear", "cpu", True, tuple(BITS), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=cpu.MAX_ROWS,
+           declines=_native_quantized),
 )
 
 

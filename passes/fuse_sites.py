@@ -3,6 +3,9 @@
 RMSNorm's scalar is common to all channels, so it does not change which are the k largest: the selection reads the raw
 stream, times the norm's gain where it has one, and the scalar multiplies the product (and what a threshold is compared
 with). An adapter packed with a site's weight (``pack_adapters``) is read with it, every row.
+
+The site runs where the last of what it takes in stood, and reads its inputs there. So nothing may write to one of them
+between the first node that read it and that place.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from larosa_fx.ir import effects, layers
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
-from larosa_fx.ir import layers
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.site import SparseSite
@@ -26,7 +29,7 @@ def run(ctx: Context) -> PassResult:
 
     A dense site of one row is read by the same kernel, all of its channels.
     """
-    result = PassResult("fuse_sites")
+    result, memory = PassResult("fuse_sites"), effects.Memory(ctx.graph)
     makers: dict[fx.Node, SparseSite] = {}  # a node whose place a site takes -> the site
     for site in ctx.structure.sites:
         found = site.sparse
@@ -40,15 +43,30 @@ def run(ctx: Context) -> PassResult:
             more = absorb(found)
             if more is None or more.output in makers or more.example is None:
                 continue
+            if not _reads_what_was_read(more, site.sparse, memory):
+                result.skip(site.name, f"something writes to what it reads before it could take in its {what}")
+                continue
             if ctx.device.pick(more, ctx.structure.device).whole:
                 found = more
                 result.count("adapters" if found.adapter and what == "residuals" else what)
         maker = makers.get(found.x)
         # What made x read the residual itself, so that is complete before x is.
-        early = found.adapter is not None and maker is not None and maker.x is found.residual
+        early = (found.adapter is not None and maker is not None and maker.x is found.residual
+                 and memory.is_constant([found.residual], maker.output, found.output))
         site.sparse = makers[found.output] = replace(found, whole=True, kernel=choice.kernel, early=early)
         result.count("sites")
     return result
+
+
+def _reads_what_was_read(more: SparseSite, bare: SparseSite, memory: effects.Memory) -> bool:
+    """Whether the inputs of the extended site hold, where it runs, what they held where the nodes that it takes in ran.
+
+    Its weights do: nothing writes to parameters in a graph that is folded.
+    """
+    reads_x = bare.product if more.x is bare.x else bare.x  # the product, or the norm before it
+    reads_residual = more.adapter.product if more.adapter else more.output
+    return memory.is_constant([more.x], reads_x, more.output) and (
+        more.residual is None or memory.is_constant([more.residual], reads_residual, more.output))
 
 
 def _norm(f: SparseSite) -> SparseSite | None:

@@ -20,7 +20,7 @@ from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site, StreamNode, Structure, weight_placeholders
+from larosa_fx.ir.structure import Site, StreamNode, Structure
 
 
 def run(ctx: Context) -> PassResult:
@@ -40,8 +40,9 @@ def run(ctx: Context) -> PassResult:
     structure.obstacles += _centring_obstacles(structure)
     structure.obstacles += [(str(value.node), "something writes in place to the residual stream here")
                             for value in stream if value.node in written]
-    structure.written = [str(node) for site in sites for node in (site.input, site.norm, *weight_placeholders(site))
-                         if node in written]
+    read = {node for site in sites for node in (site.input, site.norm)}
+    structure.written = [node.meta.get(g.PARAMETER, str(node)) for node in graph.nodes
+                         if node in written and (node in read or g.PARAMETER in node.meta)]
     for what, n in (("layers", structure.layers), ("sites", len(sites)), ("norms", len(readers)),
                     ("linears", sum(len(s.linears) for s in sites))):
         result.count(what, n)
@@ -112,7 +113,10 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
             if all(g.dtype(n) == g.dtype(node) or not g.dtype(n).is_floating_point for n in weights):
                 groups.setdefault(node.args[0], []).append(node)
             else:
-                result.skip(node, "it computes in another dtype than its weight has")
+                result.skip(node, f"it computes in {g.dtype(node)} and its weight is of another dtype: torch.autocast, or a "
+                                  "cast in forward; load the model in the dtype that it is to compute in")
+        elif why := _why_no_linear(node):
+            result.skip(node, why)
     root_of = {linear: norm for norm, linears in readers.items() for linear in linears}  # linear -> norm, or the stream
     root_of |= {linear: tensor for tensor, linears in groups.items() if tensor in stream_like
                 for linear in linears if linear not in root_of}
@@ -170,6 +174,26 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
         sites.remove(site)
         result.skip(site.linears[0], f"more than one {site.name}")
     return sorted(sites, key=lambda s: (s.layer, s.kind)), set(readers) - followed
+
+
+def _why_no_linear(node: fx.Node) -> str | None:
+    """Why a call that multiplies by parameters cannot be treated as a linear; None where it does nothing of the kind."""
+    if (layers.is_linear(node) or g.is_binary(node, (operator.matmul, torch.matmul, torch.mm, "matmul", "mm"))) and (
+            isinstance(node.args[1], fx.Node)):
+        return ex.why_no_weight(node.args[1])
+    return _holds_linears(node)
+
+
+def _holds_linears(node: object) -> str | None:
+    """What a call is that multiplies by several matrices itself, as torch's own modules for attention do; else None."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or ex.is_weight(node):
+        return None
+    matrices = [n for n in node.all_input_nodes if g.PARAMETER in n.meta and len(g.shape(n)) == 2]
+    if len(matrices) < 2:
+        return None
+    return (f"{getattr(node.target, '__name__', node.target)} holds {len(matrices)} linears inside of one call, "
+            f"{matrices[0].meta[g.PARAMETER]} the first (nn.MultiheadAttention and its kin): linears are found where "
+            "forward calls them itself")
 
 
 def _leading_back(graph: fx.Graph, stream_like: set[fx.Node]) -> set[fx.Node]:
@@ -253,9 +277,16 @@ def _stream(norms: list[fx.Node]) -> tuple[list[StreamNode], list[tuple[str, str
             by_node[norm.args[0]].norms.append(norm)
         else:
             source = _chain(norm.args[0])[0].node
+            held = filter(None, (_holds_linears(_unwrapped(term)) for term in source.all_input_nodes))
+            what = f": {why}" if (why := next(held, None)) else ""
             obstacles.append((str(source), "the residual stream passes something that is no sum with linears' outputs "
-                                           "here, so a rotation cannot be carried past it"))
+                                           f"here, so a rotation cannot be carried past it{what}"))
     return chain, list(dict.fromkeys(obstacles))
+
+
+def _unwrapped(node: fx.Node) -> fx.Node:
+    """The call that node is one of the outputs of, turned or not."""
+    return g.peel(node, lambda n: g.calls(n, operator.getitem, *g.TRANSPOSES, "contiguous"))
 
 
 def _chain(node: fx.Node) -> list[StreamNode]:

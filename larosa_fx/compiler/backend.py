@@ -19,7 +19,7 @@ from larosa_fx.compiler import policy
 from larosa_fx.compiler.capture import Capture, capture
 from larosa_fx.compiler.folds import STORE, Binding, Fingerprint, Folded, stamp
 from larosa_fx.compiler.options import Options
-from larosa_fx.compiler.pipeline import Runner, disabled, transform
+from larosa_fx.compiler.pipeline import PassError, Runner, disabled, transform
 from larosa_fx.compiler.policy import LarosaError
 from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
@@ -177,31 +177,51 @@ class CompiledGraph:
         run = Runner(self.options.dump_dir, disabled(self.options.disable))
         captured = capture(self._gm, self._mask, run)
         self._guard(captured, args)
-        decision = policy.decide(captured.structure, captured.refusal, plan, captured.weights(args),
-                                 [args[i] for i in self._parameters], strict=self.options.strict,
-                                 rotate_cache=self.options.rotate_cache, disabled=run.disabled)
-        report = Report(decision.treatment, decision.reason, sparsify=self.options.sparsify, passes=run.results,
-                        nodes_before=run.nodes_before)
-        self._binding, self._kept = None, []
+        decide = partial(policy.decide, captured.structure, plan=plan, weights=captured.weights(args),
+                         parameters=[args[i] for i in self._parameters], strict=self.options.strict,
+                         rotate_cache=self.options.rotate_cache, disabled=run.disabled)
+        decision = decide(captured.refusal)
+        if not decision.dense:
+            try:
+                gm, inputs, report = self._sparse(captured, decision, plan, run, args)
+            except PassError as error:  # the graph as Dynamo gave it is whole: passes rewrite a clone
+                decision = decide(str(error))
         if decision.dense:
-            gm, inputs = g.clone(self._gm, self._mask), list(args)
-            report.nodes_after = len(gm.graph.nodes)
-        else:
-            captured.structure.sites = decision.sites
-            self._weights = captured.weights(range(len(self._mask)))
-            binding = self._rewrite(captured, plan, run, report)
-            report.reason = "; ".join(filter(None, (report.reason, policy.unserved(
-                report.unserved, len(report.sites), sparsify=self.options.sparsify, strict=self.options.strict))))
-            specs = binding.specs(args)
-            report.bytes_added = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in specs)
-            if self.options.weights == "replace":
-                report.bytes_added -= sum(args[i].nbytes for i in binding.replaceable(args))
-            gm, inputs = captured.gm, [args[i] for i in binding.kept()] + compat.fake_tensors(args, specs)
-            # The plan's own matrices come with each binding: a graph holds no plan.
-            self._binding, self._kept = replace(binding, rotations={}), binding.kept()
+            gm, inputs, report = self._dense(decision, run, args)
         self.report = _last_report = report
         log.info("%s", report.summary())
         self._call = self._compile(gm, inputs)
+
+    def _dense(self, decision: policy.Decision, run: Runner, args: Sequence[object]
+               ) -> tuple[fx.GraphModule, list[object], Report]:
+        """The graph as it came, what it is compiled with, and the report."""
+        gm = g.clone(self._gm, self._mask)
+        self._binding, self._kept = None, []
+        return gm, list(args), replace(self._report(decision, run), nodes_after=len(gm.graph.nodes))
+
+    def _sparse(self, captured: Capture, decision: policy.Decision, plan: Plan, run: Runner, args: Sequence[object]
+                ) -> tuple[fx.GraphModule, list[object], Report]:
+        """The graph rewritten as decided, what it is compiled with, and the report."""
+        report = self._report(decision, run)
+        captured.structure.sites = decision.sites
+        self._weights = captured.weights(range(len(self._mask)))
+        binding = self._rewrite(captured, plan, run, report)
+        report.reason = "; ".join(filter(None, (report.reason, policy.unserved(
+            report.unserved, len(report.sites), sparsify=self.options.sparsify, strict=self.options.strict))))
+        try:
+            specs = binding.specs(args)
+        except Exception as error:
+            raise PassError.of("folding", error) from error
+        report.bytes_added = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in specs)
+        if self.options.weights == "replace":
+            report.bytes_added -= sum(args[i].nbytes for i in binding.replaceable(args))
+        # The plan's own matrices come with each binding: a graph holds no plan.
+        self._binding, self._kept = replace(binding, rotations={}), binding.kept()
+        return captured.gm, [args[i] for i in binding.kept()] + compat.fake_tensors(args, specs), report
+
+    def _report(self, decision: policy.Decision, run: Runner) -> Report:
+        return Report(decision.treatment, decision.reason, sparsify=self.options.sparsify, passes=run.results,
+                      nodes_before=run.nodes_before)
 
     def _guard(self, captured: Capture, args: Sequence[object]) -> None:
         """Make Dynamo compile anew where the plan that counts for a site's weights leads to another graph than now."""

@@ -44,6 +44,18 @@ from larosa_fx.passes import (
 log = logging.getLogger("larosa_fx")
 
 
+class PassError(RuntimeError):
+    """A pass, or what reads its outcome, failed on a graph that nobody had thought of.
+
+    The message names what failed, what it raised, and the way out.
+    """
+
+    @classmethod
+    def of(cls, what: str, error: Exception, way_out: str = "") -> PassError:
+        return cls(f"{what} fails on this graph, {type(error).__name__}: {error}. This is a fault of larosa_fx: please "
+                   f"report it, with the model{way_out}")
+
+
 @dataclass(frozen=True)
 class Pass:
     """One pass. ``when``: the treatments it belongs to; it runs under no other. ``needed``: why no one may leave it out,
@@ -138,15 +150,20 @@ class Runner:
 
     def _run(self, step: Pass, ctx: Context) -> None:
         started = time.perf_counter()
-        result = step.module.run(ctx)
+        try:
+            result = step.module.run(ctx)
+            ctx.graph.lint()
+        except fold_maps.HalfRotatedError:
+            raise  # no failure: what was asked for would be wrong
+        except Exception as error:
+            way_out = "" if step.needed else f"; options={{'disable': '{step.name}'}} leaves the pass out"
+            raise PassError.of(f"pass {step.name}", error, way_out) from error
         result.seconds = time.perf_counter() - started
-        ctx.graph.lint()
         self.results.append(result)
         self._dump(ctx, f"{len(self.results):02d}-{step.name}")
         log.info("%s (%.3f s)", result, result.seconds)
         for what, reason in result.skipped:
             log.debug("%s left %s alone: %s", result.name, what, reason)
-
 
     def _dump(self, ctx: Context, name: str) -> None:
         if self._dumps is None and not compat.tracing():

@@ -6,7 +6,8 @@
 | the plan's sites, a stream that it cannot be carried along          | online           | report  | raises |
 | a plan with rotation "online" or "none"                             | online/unrotated |         |        |
 | some of the plan's sites, in each of its layers, with its weights   | those sites only | warns   | raises |
-| no plan, other sites, other shapes, or what ``Capture.refusal`` says | dense           | warns   | raises |
+| no plan, other sites, other shapes, or what ``refusal`` says        | dense            | warns   | raises |
+| a pass that fails                                                   | dense            | warns   | raises |
 | sites that no sparse kernel takes (rows, dtype, device)             | those dense      | warns   | raises |
 | other weights than the plan was made for                            | as above         | warns   | raises |
 | Dynamo's limit of compilations                                      | eager, dense     | warns   | raises |

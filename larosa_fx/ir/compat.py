@@ -136,6 +136,40 @@ def is_plain(example: torch.Tensor) -> bool:
     return type(example) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
+def is_trace_failure(error: BaseException) -> bool:
+    """Whether Dynamo raised it because it could not trace a model, not because a backend failed (2.11 to 2.13)."""
+    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+    return isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where Dynamo cut a model into several graphs: the function, and the file that it stands in."""
+
+    function: str
+    file: str
+
+
+def resumed_in(graph: fx.Graph) -> Cut | None:
+    """The function behind whose graph break this graph begins; None where it begins with a function of the model's own.
+
+    Dynamo gives the rest of a function a name of its own, which the nodes' stack traces hold (2.11 to 2.13).
+    """
+    for node in graph.nodes:
+        found = re.search(r'File "([^"\n]+)", line \d+, in torch_dynamo_resume_in_(\w+)_at_\d+', node.stack_trace or "")
+        if found:
+            return Cut(found[2], found[1])
+    return None
+
+
+def freezes_weights() -> bool:
+    """Whether Dynamo makes weights constants of the graph now, for Inductor to compute with (2.11 to 2.13)."""
+    from torch._inductor import config
+
+    return bool(config.freezing) and not torch.is_grad_enabled()
+
+
 def guard(node: fx.Node, holds: Callable[[object], bool], why: str) -> bool:
     """Make Dynamo compile anew as soon as ``holds(value)`` is false of what the placeholder ``node`` stands for.
 
@@ -330,6 +364,12 @@ def mark_growing(tensor: torch.Tensor, dims: Sequence[int]) -> None:
 def is_offloaded(model: torch.nn.Module) -> bool:
     """Whether accelerate keeps weights of a model elsewhere until they are needed (``device_map``, ``disk_offload``)."""
     return any(getattr(_align_hook(module), "offload", False) for module in model.modules())
+
+
+def hooked(model: torch.nn.Module) -> str | None:
+    """The name of a module around which accelerate moves weights or activations, where Dynamo does not follow; else None."""
+    return next((name or type(module).__name__ for name, module in model.named_modules()
+                 if _align_hook(module) is not None), None)
 
 
 def execution_device(model: torch.nn.Module) -> torch.device:

@@ -91,6 +91,19 @@ def is_weight(node: object) -> bool:
             and (_is_lossless(node) if node.target in _CASTS else not node.kwargs))
 
 
+def why_no_weight(node: fx.Node) -> str | None:
+    """What folding cannot evaluate in an expression of parameters alone; None where it can, or where it depends on more."""
+    expression = list(g.upstream(node, lambda n: False))
+    leaves = [n for n in expression if n.op in ("placeholder", "get_attr")]
+    if is_weight(node) or not leaves or not all(map(is_weight, leaves)):
+        return None
+    first = next(n for n in expression if not is_weight(n) and all(map(is_weight, n.all_input_nodes)))
+    of = f"{leaves[0].meta.get(g.PARAMETER, leaves[0])} is computed with"
+    if g.is_cast(first):
+        return f"{of} as {g.dtype(first)}, which rounds it; folding would leave the rounding out"
+    return f"{of} behind {getattr(first.target, '__name__', first.target)}, which folding cannot evaluate"
+
+
 def _is_lossless(cast: fx.Node) -> bool:
     """Whether a cast's dtype holds every value that the parameters behind it can have."""
     if g.value(cast) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 
 import torch
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from larosa_fx.compiler.capture import Capture, capture
 from larosa_fx.compiler.pipeline import CALIBRATE, Runner
+from larosa_fx.compiler.refusal import HOOKS
 from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.checks import check_choice, check_sparsity
@@ -59,6 +60,7 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
     tokens = [_check_batch(batch) for batch in batches]
     if not tokens:
         raise ValueError("calibrate needs at least one batch of input_ids, [B, T]")
+    _check_model(model)
     session = _Streamed(model) if compat.is_offloaded(model) else _Session(model)
     device = compat.execution_device(model)
     training = model.training
@@ -127,12 +129,13 @@ class _Session:
             with torch.no_grad(), compat.uncompiled(model), tqdm(
                     tokens, "calibrating", unit="batch", disable=not progress) as bar:
                 for batch in bar:
-                    captured(batch.to(device), **options)
+                    _call(captured, model, batch.to(device), options)
         finally:
             _session.reset(token)
         if self.capture is None:
-            raise RuntimeError("larosa cannot calibrate this model: Dynamo did not trace it (TORCH_LOGS=dynamo says why); "
-                               "pass the model itself, not what torch.compile or a wrapper made of it")
+            raise RuntimeError("larosa cannot calibrate this model: Dynamo did not trace it, or found nothing in it to "
+                               "compute (TORCH_LOGS=dynamo says why); pass the model itself, not what torch.compile or a "
+                               "wrapper made of it")
 
     def begin(self, captured: Capture, args: Sequence[object]) -> None:
         if captured.refusal is not None:
@@ -253,6 +256,30 @@ def _groups(members: Mapping[str, Sequence], channels: int, budget: int | None, 
 
 def _channels(structure: Structure) -> int:
     return structure.inner_sites()[0].in_features
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    """RuntimeError where it is plain without a trace that there is nothing to calibrate."""
+    if next(model.parameters(), None) is None:
+        raise RuntimeError(f"larosa cannot calibrate this model: {type(model).__name__} has no parameters")
+    if not compat.is_offloaded(model) and (where := compat.hooked(model)) is not None:
+        raise RuntimeError(f"larosa cannot calibrate this model: {HOOKS} ({where} has one)")
+
+
+def _call(captured: Callable, model: torch.nn.Module, input_ids: torch.Tensor, options: Mapping[str, object]) -> None:
+    """Run the captured model. Where it fails as the model itself does on these tokens, the model's own error is raised."""
+    try:
+        captured(input_ids, **options)
+    except RuntimeError as untraced:
+        if not compat.is_trace_failure(untraced):
+            raise
+        try:
+            model(input_ids, **options)
+        except Exception as error:
+            raise RuntimeError("larosa cannot calibrate this model: called with input_ids alone it raises "
+                               f"{type(error).__name__}: {error}. Pass a module whose forward takes input_ids and adds what "
+                               "else the model needs") from error
+        raise
 
 
 def _check_batch(batch: object) -> torch.Tensor:

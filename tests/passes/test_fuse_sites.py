@@ -129,6 +129,30 @@ def test_a_second_reader_keeps_what_it_reads(find, kept):
     assert result.counts == {"sites": 4 * LAYERS, "norms": 2 * LAYERS, "gates": LAYERS, "residuals": 2 * LAYERS, **kept}
 
 
+def write_behind(norm, value):
+    """Makes the graph add ``value`` to what the norm reads, in place, as soon as it has read it."""
+    with norm.graph.inserting_after(norm):
+        norm.graph.call_method("add_", (norm.args[0], value))
+
+
+@pytest.mark.parametrize("site", [1, 3], ids=["layers.0.h3", "layers.1.h3"])
+def test_a_stream_that_is_written_to_behind_its_norm(site):
+    """In the gate's place the site would read what was written: the gate stays outside."""
+    _, result = fused("llama", "none", edit=lambda p: write_behind(p.structure.inner_sites()[site].norm, 0.5))
+    assert result.counts["norms"] == 2 * LAYERS and result.counts["gates"] == LAYERS - 1
+    assert any("something writes to what it reads" in reason for _, reason in result.skipped)
+
+
+def test_a_write_that_comes_before_the_norm_changes_nothing():
+    def write_before(p):
+        norm = p.structure.inner_sites()[1].norm
+        with p.gm.graph.inserting_before(norm):
+            p.gm.graph.call_method("add_", (norm.args[0], 0.5))
+
+    _, result = fused("llama", "none", edit=write_before)
+    assert result.counts["norms"] == 2 * LAYERS
+
+
 def test_nothing_to_fuse_in_prefill():
     p = program("llama", tokens=5)
     done = rewrite(p, "layer", "fuse_sites", k=halved(p), fuses=everything)

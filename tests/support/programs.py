@@ -13,11 +13,11 @@ import torch
 import transformers
 from torch import fx
 
-from larosa_fx.compiler.capture import capture
+from larosa_fx.compiler.capture import Capture, capture
 from larosa_fx.compiler.folds import Binding
 from larosa_fx.compiler.pipeline import Runner, transform
 from larosa_fx.ir import graph as g
-from larosa_fx.ir.context import Context, PlanView
+from larosa_fx.ir.context import PlanView
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.site import SparseSite
 from larosa_fx.ir.structure import Structure
@@ -53,22 +53,12 @@ CASES = [(family, granularity) for family in SITES for granularity in (*FOLDED, 
 
 
 @dataclass
-class Program:
+class Program(Capture):
     """A captured graph in canonical form, what it is called with, and what it must go on to return."""
 
-    context: Context
-    refusal: str | None
     args: Sequence[object]
     expected: Sequence[torch.Tensor]
     source: fx.GraphModule
-
-    @property
-    def gm(self) -> fx.GraphModule:
-        return self.context.gm
-
-    @property
-    def structure(self) -> Structure:
-        return self.context.structure
 
     def fresh(self) -> Program:
         """The program before any pass behind matching; Dynamo is not asked again."""

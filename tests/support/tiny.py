@@ -33,5 +33,5 @@ def error(got, expected):
     return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
-def compiled(model, compiler="eager", **options):
-    return torch.compile(model, backend="larosa", fullgraph=True, options={"compiler": compiler, **options})
+def compiled(model, compiler="eager", fullgraph=True, **options):
+    return torch.compile(model, backend="larosa", fullgraph=fullgraph, options={"compiler": compiler, **options})
