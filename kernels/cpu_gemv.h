@@ -5,10 +5,13 @@
 
 #include "cpu_formats.h"
 #include "cpu_gates.h"
+#include "cpu_rows.h"
 #include "cpu_threads.h"
 
 constexpr int64_t NARROW = 1024;   // bytes: the rows of a narrower slab are mostly waiting for their first line
 constexpr int64_t BLOCK = 512;     // channels that several rows work through together
+constexpr int64_t MANY = 16;       // rows that may share what they read
+constexpr int64_t COMMON[2] = {7, 4};  // products, those by zero among them, over products of their own at which they do
 constexpr int64_t ROWS = 64;
 
 // F: the weight's format. A residual adapter that is no part of the weight has 8 bits: of each list, entries from ``own``
@@ -30,6 +33,7 @@ struct Gemv {
   int64_t next, items, halves, outs, slab, slabs, splits;
   float* partial;         // [splits, rows, columns] if splits > 1
   int* arrived;           // [slabs] if splits > 1
+  Union* unions;          // [splits], or null
 
   // Item = one slab of outputs x one range of every row's list.
   void item(int64_t i) {
@@ -39,7 +43,12 @@ struct Gemv {
     for (int64_t c = c0; c < c1; c += tile) {
       int64_t width = min(tile, c1 - c);
       memset(sums, 0, rows * halves * tile * sizeof(float));
-      add<F, false>(weight, sums, tile, width, split, c);
+      if constexpr (F::ORDERED) {
+        if (unions)
+          for (int64_t h = 0; h < halves; h++)
+            unions[split].template add<D>(sums + h * rows * tile, tile, width, rows, weight.w + c + h * outs, weight.stride);
+      }
+      if (!unions) add<F, false>(weight, sums, tile, width, split, c);
       if (!F::ORDERED) add<Int8<D>, true>(adapter, sums, tile, width, split, c);
       for (int64_t m = 0; m < rows; m++) {
         float* sum = sums + m * tile;
@@ -116,6 +125,33 @@ struct Gemv {
     }
   }
 
+  // Where several rows want much in common, all of them are given all that any of them wants, with a value of zero for what
+  // it has not listed: so a weight's row is fetched and widened once. A zero times a finite weight leaves a sum as it is,
+  // so what a row's neighbours list shows in no bit of its result. Sets ``unions``, one a split, where that pays.
+  void unite(int64_t listed) {
+    unions = nullptr;
+    if (!F::ORDERED || rows < 2 || rows > MANY) return;
+    int64_t channels = 0;
+    for (int64_t i = 0; i < rows * stride; i++) channels = max(channels, i % stride < length[i / stride] ? index[i] + 1 : 0);
+    const int64_t most = min(listed, splits * channels);
+    char* memory = (char*)malloc(splits * sizeof(Union) + (channels + most * (1 + rows)) * sizeof(float));
+    if (!memory) return;  // it works without
+    Union* each = (Union*)memory;
+    int32_t *scratch = (int32_t*)(each + splits), *lists = scratch + channels;
+    float* values = (float*)(lists + most);
+    memset(scratch, -1, channels * sizeof(int32_t));
+    int64_t count = 0;
+    for (int64_t split = 0; split < splits; split++) {
+      int64_t from[ROWS], to[ROWS];
+      for (int64_t m = 0; m < rows; m++) from[m] = start(m, split), to[m] = start(m, split + 1);
+      each[split] = {lists + count, values + count * rows, 0};
+      if (!each[split].unite(index, v, stride, rows, from, to, scratch, channels)) return free(memory);
+      count += each[split].count;
+    }
+    if (count * rows * COMMON[1] > listed * COMMON[0]) return free(memory);
+    unions = each;
+  }
+
   template <class W>
   __attribute__((noinline)) void run(const W& w, float* acc, int64_t width, int64_t m, int64_t j, int64_t end, int64_t c) {
     const float* x = v + m * stride;
@@ -151,9 +187,10 @@ struct Gemv {
 
   // Deals out the work and does it. Returns whether there was memory for the partial sums.
   bool multiply(int64_t threads) {
-    int64_t listed = 0, longest = 0;
-    for (int64_t m = 0; m < rows; m++) listed += length[m], longest = max(longest, length[m]);
-    if (listed * columns * F::BITS / 8 < SERIAL) threads = 1;
+    int64_t listed = 0;
+    for (int64_t m = 0; m < rows; m++) listed += length[m];
+    // How a row's list is split, and so its bits, depends on no other row: on what lists may hold, not on what they do.
+    if (stride * columns * F::BITS / 8 < SERIAL) threads = 1;
     halves = gate ? 2 : 1, outs = columns / halves;
     // Whole rows stream better than narrow slabs, so a few threads share a slab and split the list. Only a few, unless
     // the rows are short: adding up the splits is work, too.
@@ -161,7 +198,7 @@ struct Gemv {
     slabs = max(1, min(threads / splits, outs * F::BITS / 8 / NARROW));
     slab = max(SLICE, ((outs + slabs - 1) / slabs + SLICE - 1) / SLICE * SLICE);
     slabs = (outs + slab - 1) / slab;
-    splits = max(1, min(threads / slabs, longest / 32));
+    splits = max(1, min(threads / slabs, stride / 32));
     items = slabs * splits;
 
     int64_t sums = splits > 1 ? splits * rows * columns : 0;
@@ -169,7 +206,9 @@ struct Gemv {
     if (!partial) return false;
     arrived = (int*)(partial + sums);
     memset(arrived, 0, slabs * sizeof(int));
+    unite(listed);
     parallel(*this, (int)threads);
+    free(unions);
     free(partial);
     return true;
   }

@@ -259,6 +259,27 @@ def test_linear_threads(native, threads, dtype, around, leading, n, gen, make_li
 
 
 @needs_compiler
+@pytest.mark.parametrize("rows", [2, 5, 7, 16])
+@pytest.mark.parametrize(("k", "threshold"), [(700, None), (600, None), (90, None), (700, 0.1), (700, 1.0), (700, 2.2)])
+def test_linear_rows_do_not_see_their_neighbours(kernels, threads, dtype, rows, k, threshold, gen):
+    """Whatever they have in common: all channels, most, few, or one row far more than the others, on any threads."""
+    x = torch.randn(rows, 700, generator=gen).to(dtype)
+    x[-1] *= 3
+    weight = torch.randn(700 + rows, 394, generator=gen).to(dtype)  # its last columns fill no vector
+    residual = torch.randn(rows, rows, generator=gen).to(dtype)
+    for n in (1, 2, 3):
+        threads(n)
+        y = kernels.sparse_linear(x, k, weight, None, residual, None, "", threshold=threshold)
+        gated = kernels.sparse_linear(x, k, weight[:700], None, None, 1e-5, "silu", threshold=threshold)
+        for m in range(rows):
+            alone = slice(m, m + 1)
+            assert torch.equal(y[alone], kernels.sparse_linear(
+                x[alone], k, weight, None, residual[alone], None, "", threshold=threshold))
+            assert torch.equal(gated[alone], kernels.sparse_linear(x[alone], k, weight[:700], None, None, 1e-5, "silu",
+                                                                   threshold=threshold))
+
+
+@needs_compiler
 def test_linear_selects_from_x_times_gain(kernels, check_gain):
     check_gain(functools.partial(_linear, kernels))
 
