@@ -6,8 +6,9 @@
 Weights are random: the time depends on shapes and on k, not on values. The compiled forward is called as transformers'
 ``generate`` calls it, with a static cache, after an eager prefill; the next token never visits the host. A row holds:
 
-- model, layers, dtype, device, rotation, variant ("dense-eager", "dense-max-autotune", "larosa", "larosa-threshold", ...),
-  sparsity (asked for), byte_sparsity (share of the decoder layers' weight bytes not read: as compiled, or, of thresholds,
+- model, layers, dtype, device, rotation, variant ("dense-eager", "dense-max-autotune", "larosa", "larosa-threshold",
+  "larosa-int4", "larosa-int4-threshold", ...), bits (that a weight of a decoder layer takes, its scales included);
+- sparsity (asked for), byte_sparsity (share of the decoder layers' weight bytes not read: as compiled, or, of thresholds,
   counted over decoding steps of the eager model);
 - ms_per_token (median), p20, p80, tokens_per_second, host_ms_per_token: what it takes to launch a step without waiting
   for it; where that is not clearly below ms_per_token, the host sets the pace;
@@ -43,7 +44,10 @@ from transformers import StaticCache
 import provenance
 from larosa_fx.compiler import backend
 from larosa_fx.compiler.folds import STORE, Folded
+from larosa_fx.ir.report import Report
+from larosa_fx.ir.site import format_of
 from larosa_fx.ir.structure import BASES
+from larosa_fx.kernels.quantization import BITS
 from larosa_fx.loading import load_model
 from larosa_fx.method.calibrate import calibrate
 from larosa_fx.method.metering import metered
@@ -80,7 +84,10 @@ VARIANTS = {
     "cpu": ("dense-eager", "dense-default", "dense-max-autotune", "larosa"),
 }
 DENSE = ("dense-eager", "dense-default", "dense-reduce-overhead", "dense-max-autotune")
-SELECTION = {"larosa": "topk", "larosa-threshold": "threshold"}
+# Of larosa's variants: how channels are selected, and what weights are stored in.
+SPARSE = {f"larosa{bits}{selected}": (selection, bits[1:] or "none")
+          for bits in ("", *(f"-{name}" for name in BITS))
+          for selected, selection in (("", "topk"), ("-threshold", "threshold"))}
 # Of logit_error at sparsity 0. Random layers hardly contract, so roundings add up: the dense model, compiled, is already
 # 5.6e-2 from the eager one in bfloat16 over 32 layers.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 2e-2, torch.float32: 1e-3}
@@ -130,33 +137,34 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
     if needed > setting.cache:
         raise ValueError(f"{needed} positions do not fit into a cache of {setting.cache}")
     # At 0 there is nothing to select, whichever way.
-    cases = [(variant, sparsity) for variant in variants for sparsity in (sparsities if variant in SELECTION else [None])
-             if sparsity != 0 or variant == "larosa" or "larosa" not in variants]
+    cases = [(variant, sparsity) for variant in variants for sparsity in (sparsities if variant in SPARSE else [None])
+             if sparsity != 0 or (other := variant.removesuffix("-threshold")) == variant or other not in variants]
     folded: list[Folded] = []  # held from one sparsity to the next, which needs the same
     with torch.no_grad():
         expected = Decoding(model, setting).step(model).float()
-        if not SELECTION.keys().isdisjoint(variants):
+        if not SPARSE.keys().isdisjoint(variants):
             # Other rotations would take the same time; these are made where the model is, without statistics.
             ids = torch.randint(model.config.vocab_size, (1, 256), device=model.device)
             plan = calibrate(model, [ids], rotation=setting.rotation, basis="hadamard", progress=False,
-                             selection="threshold" if "larosa-threshold" in variants else "topk")
+                             selection="threshold" if any(v.endswith("-threshold") for v in variants) else "topk")
         for variant, sparsity in cases:
             torch.compiler.reset()
             gc.collect()
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
-            row: Row = {"variant": variant, "rotation": None, "sparsity": sparsity, "byte_sparsity": 0.0}
+            row: Row = {"variant": variant, "rotation": None, "sparsity": sparsity, "byte_sparsity": 0.0,
+                        "bits": 8.0 * model.dtype.itemsize}
             row |= _timed(model, _forward(model, variant, sparsity, setting.mode), setting, expected)
             touched = _dense_bytes(model)
-            if variant in SELECTION:
+            if variant in SPARSE:
                 report = backend.last_report()
                 row |= {"rotation": setting.rotation, "byte_sparsity": report.byte_sparsity}
-                if variant == "larosa-threshold":
+                if variant.endswith("-threshold"):
                     row["byte_sparsity"] = _reached(model, plan, sparsity, setting)
                 folded[:] = STORE.entries()
                 elements = sum(s.channels * s.outputs for s in report.sites)
-                touched += (_rotations(report) * model.config.hidden_size ** 2 - round(row["byte_sparsity"] * elements)
-                            ) * model.dtype.itemsize
+                row["bits"] = 8 * sum(s.weight_bytes for s in report.sites) / elements
+                touched += _changed_bytes(model, report, row["byte_sparsity"], SPARSE[variant][1] != "none")
             rate = touched / row["ms_per_token"] * 1e3
             yield row | {"weight_bytes_touched": touched, "achieved_gb_per_s": rate / 1e9,
                          "share_of_byte_limit": rate / bandwidth}
@@ -165,8 +173,9 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
 def _forward(model: torch.nn.Module, variant: str, sparsity: float | None, mode: str | None) -> Callable:
     if variant == "dense-eager":
         return model
-    if variant in SELECTION:
-        options = {"sparsity": sparsity, "selection": SELECTION[variant]} | ({"mode": mode} if mode else {})
+    if variant in SPARSE:
+        selection, stored = SPARSE[variant]
+        options = {"sparsity": sparsity, "selection": selection, "quantize": stored} | ({"mode": mode} if mode else {})
         return torch.compile(model.__call__, backend="larosa", options=options, fullgraph=True)
     return torch.compile(model.__call__, mode=variant.removeprefix("dense-"), fullgraph=True)
 
@@ -219,6 +228,19 @@ def _dense_bytes(model: torch.nn.Module) -> int:
     table = model.get_input_embeddings().weight
     tied = table is model.get_output_embeddings().weight
     return sum(p.nbytes for p in model.parameters()) - (0 if tied else table.nbytes - table[0].nbytes)
+
+
+def _changed_bytes(model: torch.nn.Module, report: Report, byte_sparsity: float, quantized: bool) -> int:
+    """What a step reads more than the dense model: adapters, and less: rows that are skipped, bits that are saved."""
+    size, hidden = model.dtype.itemsize, model.config.hidden_size
+    sites = sum(s.weight_bytes for s in report.sites)
+    change = round((1 - byte_sparsity) * sites) - sum(s.channels * s.outputs for s in report.sites) * size
+    small = format_of("int8" if quantized else "none", model.dtype, hidden)
+    change += _rotations(report) * hidden * small.row_bytes(hidden)
+    if report.count("lower_head", "linears in 8 bits"):
+        outputs = model.get_output_embeddings().out_features
+        change += hidden * (format_of("int8", model.dtype, outputs).row_bytes(outputs) - outputs * size)
+    return change
 
 
 def _reached(model: torch.nn.Module, plan: Plan, sparsity: float, setting: Setting) -> float:
@@ -280,11 +302,11 @@ def merge(rows: Sequence[Row], new: Row) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """One model's rows for people."""
     return tabulate(
-        [[r["variant"], f"{r['byte_sparsity']:.1%}", f"{r['ms_per_token']:.3f}", f"{r['p20']:.3f}", f"{r['p80']:.3f}",
-          f"{r['host_ms_per_token']:.3f}", f"{r['tokens_per_second']:.1f}",
+        [[r["variant"], f"{r['bits']:.3g}", f"{r['byte_sparsity']:.1%}", f"{r['ms_per_token']:.3f}",
+          f"{r['p20']:.3f}", f"{r['p80']:.3f}", f"{r['host_ms_per_token']:.3f}", f"{r['tokens_per_second']:.1f}",
           f"{r['ratio_to_best_dense']:.2f}" if r["ratio_to_best_dense"] else "-", f"{r['achieved_gb_per_s']:.0f}",
           f"{r['share_of_byte_limit']:.0%}", f"{r['logit_error']:.1e}", f"{r['compile_seconds']:.0f}"] for r in rows],
-        ["variant", "not read", "ms", "p20", "p80", "host ms", "tokens/s", "x best dense", "GB/s", "of limit",
+        ["variant", "bits", "not read", "ms", "p20", "p80", "host ms", "tokens/s", "x best dense", "GB/s", "of limit",
          "logit error", "compile s"], disable_numparse=True)
 
 
@@ -298,7 +320,8 @@ def page(text: str, name: str, rows: Sequence[Row]) -> str:
         column = row["variant"].replace("dense-", "dense, ") if dense else f"{row['sparsity']:.0%} not read"
         faster = "" if dense else f" ({row['ratio_to_best_dense']:.2f}x)"
         turned = "" if row.get("rotation") in (None, "layer") else f", rotation={row['rotation']}"
-        selected = ", thresholds" if row["variant"] == "larosa-threshold" else ""
+        selection, stored = SPARSE.get(row["variant"], ("topk", "none"))
+        selected = (", thresholds" if selection == "threshold" else "") + ("" if stored == "none" else f", {stored}")
         columns[column] = (row["sparsity"], "") if not dense else (-1, DENSE.index(row["variant"]))
         case = cases.setdefault(f"{row['model']}, {row['dtype']}{turned}{selected}", {})
         case[column] = f"{row['ms_per_token']:.3g}{faster}"
@@ -316,7 +339,7 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", default=["llama-2-7b"], choices=[*MODELS, SMOLLM2], metavar="NAME",
                         help=f"of {', '.join([*MODELS, SMOLLM2])}")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.75])
-    known = {*SELECTION, *(variant for variants in VARIANTS.values() for variant in variants)}
+    known = {*SPARSE, *(variant for variants in VARIANTS.values() for variant in variants)}
     parser.add_argument("--variants", nargs="+", choices=sorted(known))
     parser.add_argument("--rotation", default="layer", choices=list(BASES))
     parser.add_argument("--mode", help="Inductor's for larosa; max-autotune on a GPU, its default on a CPU")
@@ -355,7 +378,8 @@ def main() -> int:
             print(f"{name} {dtype} {row['variant']} {row['byte_sparsity']:.0%}: {row['ms_per_token']:.3f} ms", flush=True)
             if args.json:
                 provenance.write_results(args.json, rows, provenance=header)
-            if not row["logit_error"] < (TOLERANCE[model.dtype] if row["byte_sparsity"] == 0 else math.inf):
+            exact = row["byte_sparsity"] == 0 and SPARSE.get(row["variant"], ("", "none"))[1] == "none"
+            if not row["logit_error"] < (TOLERANCE[model.dtype] if exact else math.inf):
                 wrong.append(row)
         print(f"\n{name}, {about['layers']} layers, {dtype}\n{table(measured)}\n", flush=True)
         del model

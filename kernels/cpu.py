@@ -28,8 +28,11 @@ from larosa_fx.kernels import cache, reference
 
 log = logging.getLogger(__name__)
 
-# With more rows the caller's one dense product wins, or soon will: together the rows leave few channels unread.
-MAX_ROWS = 8
+# What the kernels take. Fewer pay, see pick.
+MAX_ROWS = 16
+
+# Columns that share a scale, at least, and what their number is a multiple of; FEWEST in the kernels.
+GROUP = 32
 
 _NAME = "cpu_kernels"
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
@@ -143,6 +146,47 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     )  # fmt: skip
     if error:
         raise MemoryError("sparse_linear: no memory for the partial sums")
+    return out
+
+
+def refuses(x: Tensor, columns: int, group: int, adapter: int, gate: str, adapter_group: int | None = None) -> str:
+    """Why ``quantized_linear`` does not take x, which may be a fake tensor, with a weight, [K, N], of which ``group``
+    columns share a scale, an adapter of so many rows and the gate; "" if it does. adapter_group: the adapter's, where it
+    differs.
+
+    Groups, and what lies on either side of a gate, are whole vectors: ``GROUP`` columns or multiples.
+    """
+    if not serves(x, adapter, gate):
+        return "there is an adapter behind a gate, or no C++ compiler"
+    if (columns // 2 if gate else columns) % GROUP or group % GROUP or (adapter and (adapter_group or group) % GROUP):
+        return f"its groups, and the outputs, are multiples of {GROUP}"
+    return ""
+
+
+def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None,
+                     adapter_scales: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float | None,
+                     gate: str, gain: Tensor | None, threshold: float | None) -> Tensor | None:
+    """The op of the same name (see ``ops``), for checked arguments; None if this case, or this machine, is not served.
+
+    The same inputs on the same number of threads give the same bits. MemoryError where there is no room for the scratch.
+    """
+    *lead, channels = x.shape
+    bits = 4 if weight.dtype == torch.uint8 else 8
+    columns = weight.shape[1] * 8 // bits
+    adapted = 0 if adapter is None else len(adapter)
+    group, adapter_group = columns // scales.shape[1], columns // adapter_scales.shape[1] if adapted else GROUP
+    if columns == 0 or channels > reference.MAX_CHANNELS or refuses(x, columns, group, adapted, gate, adapter_group):
+        return None
+    out = x.new_empty((*lead, columns // 2 if gate else columns))
+    tensors = (x, weight, scales, adapter, adapter_scales, bias, residual, gain)
+    inputs = [None if t is None else t.contiguous() for t in tensors]
+    error = _load().larosa_quantized(
+        *[None if t is None else t.data_ptr() for t in inputs], out.data_ptr(), x.shape[:-1].numel(), channels, adapted,
+        columns, bits, group, adapter_group, k, -1.0 if threshold is None else threshold, -1.0 if eps is None else eps,
+        reference.GATE_CODES[gate], _DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if error:
+        raise MemoryError("quantized_linear: no memory for the partial sums")
     return out
 
 
@@ -301,6 +345,8 @@ def _open(path: Path) -> ctypes.CDLL:
         library.larosa_gemv.argtypes, library.larosa_gemv.restype = [p, p, p, p, n, n, n, n, n, n], ctypes.c_int
         library.larosa_linear.argtypes = [p, p, p, p, p, p, n, n, n, n, n, ctypes.c_double, ctypes.c_double, n, n, n]
         library.larosa_linear.restype = ctypes.c_int
+        library.larosa_quantized.argtypes = [*[p] * 9, *[n] * 8, ctypes.c_double, ctypes.c_double, n, n, n]
+        library.larosa_quantized.restype = ctypes.c_int
         library.larosa_dense.argtypes, library.larosa_dense.restype = [p, p, p, n, n, n, n], ctypes.c_int
         library.larosa_attention.argtypes = [*[p] * 10, *[n] * 6, ctypes.c_double, n, n]
         library.larosa_attention.restype = ctypes.c_int

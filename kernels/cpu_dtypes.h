@@ -4,8 +4,8 @@
 #include "cpu_vectors.h"
 
 // Key: the integer whose order is the order of magnitudes (sign bit cleared). get and put move PAIR elements between
-// memory and two vectors of floats, in whatever order is cheapest: accumulators stay in that order until put. Bits: the
-// type that selection works on, where only the bits count.
+// memory and two vectors of floats, in whatever order is cheapest: accumulators stay in that order until put; place is
+// where element i of PAIR then is. Bits: the type that selection works on, where only the bits count.
 constexpr int PAIR = 2 * LANES;
 
 struct Float {
@@ -16,6 +16,7 @@ struct Float {
   static constexpr Key MASK = 0x7fffffff;
   INLINE void get(const T* p, vf& a, vf& b) { a = load<vf>(p), b = load<vf>(p + LANES); }
   INLINE void put(T* p, vf a, vf b) { store(p, a), store(p + LANES, b); }
+  INLINE constexpr int place(int i) { return i; }
   INLINE float get1(T x) { return x; }
   INLINE T put1(float x) { return x; }
 #if defined(__AVX512F__)
@@ -36,6 +37,7 @@ struct BFloat {
     a = (vf)(x << 16), b = (vf)(x & 0xffff0000);
   }
   INLINE void put(T* p, vf a, vf b) { store(p, (round(a) >> 16) | (round(b) & 0xffff0000)); }
+  INLINE constexpr int place(int i) { return i % 2 * LANES + i / 2; }
   INLINE float get1(T x) { return bits_float((uint32_t)x << 16); }
   INLINE T put1(float x) {
     uint32_t u = float_bits(x);
@@ -58,6 +60,7 @@ struct Half {
   typedef uint16_t Key;
   typedef vs VKey;
   static constexpr Key MASK = 0x7fff;
+  INLINE constexpr int place(int i) { return i; }
 #if defined(__F16C__)
   INLINE float get1(T x) { return _cvtsh_ss(x); }
   INLINE T put1(float x) { return (T)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }

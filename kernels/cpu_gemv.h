@@ -3,85 +3,55 @@
 
 #include <stdlib.h>
 
-#include "cpu_dtypes.h"
+#include "cpu_formats.h"
 #include "cpu_gates.h"
+#include "cpu_rows.h"
 #include "cpu_threads.h"
 
-// acc[0..width) += sum over r in [0, R) of v[r] * w[index[r] * stride + (0..width)), one r after the other in every
-// column, so how rows are grouped leaves the bits alone. ahead: the rows of the next group, prefetched meanwhile: the
-// hardware does not see where the next row will start, which costs short rows a third of the bandwidth.
-template <class D, int R>
-INLINE void add_rows(float* acc, int64_t width, const float* v, const int32_t* index, const typename D::T* w,
-                     int64_t stride, const int32_t* ahead) {
-  typedef typename D::T T;
-  constexpr int LINE = 64 / sizeof(T), STEP = LINE > PAIR ? LINE : PAIR, PAIRS = STEP / PAIR;
-  const T *row[R], *next[R];
-  for (int r = 0; r < R; r++) row[r] = w + index[r] * stride, next[r] = w + ahead[r] * stride;
-  int64_t c = 0;
-  for (; c + STEP <= width; c += STEP) {
-    vf sum[2 * PAIRS];
-    for (int s = 0; s < 2 * PAIRS; s++) sum[s] = load<vf>(acc + c + s * LANES);
-    for (int r = 0; r < R; r++) {
-      for (int s = 0; s < PAIRS; s++) {
-        vf a, b;
-        D::get(row[r] + c + s * PAIR, a, b);
-        sum[2 * s] += a * v[r], sum[2 * s + 1] += b * v[r];
-      }
-      for (int l = 0; l < STEP; l += LINE) __builtin_prefetch(next[r] + c + l);
-    }
-    for (int s = 0; s < 2 * PAIRS; s++) store(acc + c + s * LANES, sum[s]);
-  }
-  for (; c + PAIR <= width; c += PAIR) {
-    vf p = load<vf>(acc + c), q = load<vf>(acc + c + LANES);
-    for (int r = 0; r < R; r++) {
-      vf a, b;
-      D::get(row[r] + c, a, b);
-      p += a * v[r], q += b * v[r];
-    }
-    store(acc + c, p), store(acc + c + LANES, q);
-  }
-  for (; c < width; c++)
-    for (int r = 0; r < R; r++) acc[c] += D::get1(row[r][c]) * v[r];
-}
-
-constexpr int GROUP = 8;           // rows fused a pass: accumulators are loaded and stored once for all of them
-constexpr int64_t ACC = 4096;      // accumulators of one item, on its stack: half of a 32 KB L1
-constexpr int64_t SLICE = 64;      // slabs and tiles are whole slices: a multiple of PAIR and of a cache line
 constexpr int64_t NARROW = 1024;   // bytes: the rows of a narrower slab are mostly waiting for their first line
 constexpr int64_t BLOCK = 512;     // channels that several rows work through together
-constexpr int64_t ROWS = ACC / SLICE;
+constexpr int64_t MANY = 16;       // rows that may share what they read
+constexpr int64_t COMMON[2] = {7, 4};  // products, those by zero among them, over products of their own at which they do
+constexpr int64_t ROWS = 64;
 
-template <class D>
+// F: the weight's format. A residual adapter that is no part of the weight has 8 bits: of each list, entries from ``own``
+// on are its rows.
+template <class D, class F>
 struct Gemv {
   typedef typename D::T T;
+  static constexpr int64_t SLICE = F::ORDERED ? 64 : 128;  // slabs and tiles are whole slices, and those whole cache lines
   const float* v;         // [rows, stride], widened
   const int32_t* index;   // [rows, stride]
-  const T* w;             // [channels, columns]
+  F weight;               // [channels, columns]
+  Int8<D> adapter;        // [.., columns]
   T* out;                 // [rows, outs]: gate(half of the columns) * the other half, or all of them
   int64_t rows, columns, stride;
   int64_t gate = NONE;
   const T* bias = nullptr;      // [columns]
   const T* residual = nullptr;  // [rows, outs]
-  int64_t length[ROWS];         // of every row's list
+  int64_t length[ROWS], own[ROWS];  // of every row's list
   int64_t next, items, halves, outs, slab, slabs, splits;
   float* partial;         // [splits, rows, columns] if splits > 1
   int* arrived;           // [slabs] if splits > 1
+  Union* unions;          // [splits], or null
 
   // Item = one slab of outputs x one range of every row's list.
   void item(int64_t i) {
     int64_t s = i % slabs, split = i / slabs, c0 = s * slab, c1 = min(outs, c0 + slab);
     int64_t tile = ACC / (rows * halves) / SLICE * SLICE;
-    alignas(VB) float acc[ACC];
+    alignas(VB) float sums[ACC];
     for (int64_t c = c0; c < c1; c += tile) {
       int64_t width = min(tile, c1 - c);
-      memset(acc, 0, rows * halves * tile * sizeof(float));
-      for (int64_t h = 0; h < halves; h++)
-        if (rows == 1)
-          run(acc + h * tile, width, 0, start(0, split), start(0, split + 1), c + h * outs);
-        else
-          blocked(acc + h * rows * tile, tile, width, split, c + h * outs);
+      memset(sums, 0, rows * halves * tile * sizeof(float));
+      if constexpr (F::ORDERED) {
+        if (unions)
+          for (int64_t h = 0; h < halves; h++)
+            unions[split].template add<D>(sums + h * rows * tile, tile, width, rows, weight.w + c + h * outs, weight.stride);
+      }
+      if (!unions) add<F, false>(weight, sums, tile, width, split, c);
+      if (!F::ORDERED) add<Int8<D>, true>(adapter, sums, tile, width, split, c);
       for (int64_t m = 0; m < rows; m++) {
-        float* sum = acc + m * tile;
+        float* sum = sums + m * tile;
         if (splits == 1)
           finish(m, c, sum, sum + rows * tile, width);
         else
@@ -102,38 +72,94 @@ struct Gemv {
       }
   }
 
+  // Adds this split's rows of a matrix, [c, c + width) of each half, to sums, [halves, rows, tile]. LAST: those entries of a
+  // list that are not the weight's own.
+  template <class W, bool LAST>
+  void add(const W& w, float* sums, int64_t tile, int64_t width, int64_t split, int64_t c) {
+    int64_t from[ROWS], to[ROWS], some = 0;
+    for (int64_t m = 0; m < rows; m++) {
+      from[m] = start(m, split), to[m] = start(m, split + 1);
+      if (LAST)
+        from[m] = max(from[m], own[m]);
+      else
+        to[m] = min(to[m], own[m]);
+      some |= from[m] < to[m];
+    }
+    if (!some) return;
+    for (int64_t h = 0; h < halves; h++) {
+      float* to_sums = sums + h * rows * tile;
+      int64_t at = c + h * outs;
+      if constexpr (W::ORDERED) {
+        several(w, to_sums, tile, width, from, to, at);
+      } else {
+        alignas(VB) float acc[ACC + ACC / FEWEST];
+        int64_t pitch = W::pitch(tile);
+        memset(acc, 0, rows * pitch * sizeof(float));
+        several(w, acc, pitch, width, from, to, at);
+        for (int64_t m = 0; m < rows; m++) w.settle(acc + m * pitch, width, at, to_sums + m * tile);
+      }
+    }
+  }
+
   // Where a split of a row's list begins.
   int64_t start(int64_t m, int64_t split) { return length[m] * split / splits; }
 
   // Several rows: their lists advance together, a block of channels at a time, so that what one row has fetched is
   // still in the cache when the next one wants it. Lists that do not ascend are only slower.
-  void blocked(float* acc, int64_t tile, int64_t width, int64_t split, int64_t c) {
-    int64_t at[ROWS], end[ROWS];
-    for (int64_t m = 0; m < rows; m++) at[m] = start(m, split), end[m] = start(m, split + 1);
+  template <class W>
+  void several(const W& w, float* acc, int64_t pitch, int64_t width, const int64_t* from, const int64_t* to, int64_t c) {
+    if (rows == 1) return run(w, acc, width, 0, from[0], to[0], c);
+    int64_t at[ROWS];
+    for (int64_t m = 0; m < rows; m++) at[m] = from[m];
     bool more = true;
     for (int64_t limit = BLOCK; more; limit += BLOCK) {
       more = false;
       for (int64_t m = 0; m < rows; m++) {
         const int32_t* list = index + m * stride;
         int64_t j = at[m];
-        while (j < end[m] && list[j] < limit) j++;
-        run(acc + m * tile, width, m, at[m], j, c);
+        while (j < to[m] && list[j] < limit) j++;
+        run(w, acc + m * pitch, width, m, at[m], j, c);
         at[m] = j;
-        more |= j < end[m];
+        more |= j < to[m];
       }
     }
   }
 
-  void run(float* acc, int64_t width, int64_t m, int64_t j, int64_t end, int64_t c) {
+  // Where several rows want much in common, all of them are given all that any of them wants, with a value of zero for what
+  // it has not listed: so a weight's row is fetched and widened once. A zero times a finite weight leaves a sum as it is,
+  // so what a row's neighbours list shows in no bit of its result. Sets ``unions``, one a split, where that pays.
+  void unite(int64_t listed) {
+    unions = nullptr;
+    if (!F::ORDERED || rows < 2 || rows > MANY) return;
+    int64_t channels = 0;
+    for (int64_t i = 0; i < rows * stride; i++) channels = max(channels, i % stride < length[i / stride] ? index[i] + 1 : 0);
+    const int64_t most = min(listed, splits * channels);
+    char* memory = (char*)malloc(splits * sizeof(Union) + (channels + most * (1 + rows)) * sizeof(float));
+    if (!memory) return;  // it works without
+    Union* each = (Union*)memory;
+    int32_t *scratch = (int32_t*)(each + splits), *lists = scratch + channels;
+    float* values = (float*)(lists + most);
+    memset(scratch, -1, channels * sizeof(int32_t));
+    int64_t count = 0;
+    for (int64_t split = 0; split < splits; split++) {
+      int64_t from[ROWS], to[ROWS];
+      for (int64_t m = 0; m < rows; m++) from[m] = start(m, split), to[m] = start(m, split + 1);
+      each[split] = {lists + count, values + count * rows, 0};
+      if (!each[split].unite(index, v, stride, rows, from, to, scratch, channels)) return free(memory);
+      count += each[split].count;
+    }
+    if (count * rows * COMMON[1] > listed * COMMON[0]) return free(memory);
+    unions = each;
+  }
+
+  template <class W>
+  __attribute__((noinline)) void run(const W& w, float* acc, int64_t width, int64_t m, int64_t j, int64_t end, int64_t c) {
     const float* x = v + m * stride;
     const int32_t* list = index + m * stride;
-    const T* base = w + c;
-    for (; j + 2 * GROUP <= end; j += GROUP)
-      add_rows<D, GROUP>(acc, width, x + j, list + j, base, columns, list + j + GROUP);
     for (; j + GROUP <= end; j += GROUP)
-      add_rows<D, GROUP>(acc, width, x + j, list + j, base, columns, list + j);
-    for (; j + 4 <= end; j += 4) add_rows<D, 4>(acc, width, x + j, list + j, base, columns, list + j);
-    for (; j < end; j++) add_rows<D, 1>(acc, width, x + j, list + j, base, columns, list + j);
+      W::template add<GROUP>(w, acc, width, x + j, list + j, c, j + 2 * GROUP <= end ? list + j + GROUP : list + j);
+    for (; j + 4 <= end; j += 4) W::template add<4>(w, acc, width, x + j, list + j, c, list + j);
+    for (; j < end; j++) W::template add<1>(w, acc, width, x + j, list + j, c, list + j);
   }
 
   // out[m][c..) from the sums of its columns, a, and behind a gate those of the other half, b.
@@ -161,17 +187,18 @@ struct Gemv {
 
   // Deals out the work and does it. Returns whether there was memory for the partial sums.
   bool multiply(int64_t threads) {
-    int64_t listed = 0, longest = 0;
-    for (int64_t m = 0; m < rows; m++) listed += length[m], longest = max(longest, length[m]);
-    if (listed * columns * (int64_t)sizeof(T) < SERIAL) threads = 1;
+    int64_t listed = 0;
+    for (int64_t m = 0; m < rows; m++) listed += length[m];
+    // How a row's list is split, and so its bits, depends on no other row: on what lists may hold, not on what they do.
+    if (stride * columns * F::BITS / 8 < SERIAL) threads = 1;
     halves = gate ? 2 : 1, outs = columns / halves;
     // Whole rows stream better than narrow slabs, so a few threads share a slab and split the list. Only a few, unless
     // the rows are short: adding up the splits is work, too.
     splits = threads % 4 == 0 ? 4 : threads % 3 == 0 ? 3 : threads % 2 == 0 ? 2 : 1;
-    slabs = max(1, min(threads / splits, outs * (int64_t)sizeof(T) / NARROW));
+    slabs = max(1, min(threads / splits, outs * F::BITS / 8 / NARROW));
     slab = max(SLICE, ((outs + slabs - 1) / slabs + SLICE - 1) / SLICE * SLICE);
     slabs = (outs + slab - 1) / slab;
-    splits = max(1, min(threads / slabs, longest / 32));
+    splits = max(1, min(threads / slabs, stride / 32));
     items = slabs * splits;
 
     int64_t sums = splits > 1 ? splits * rows * columns : 0;
@@ -179,7 +206,9 @@ struct Gemv {
     if (!partial) return false;
     arrived = (int*)(partial + sums);
     memset(arrived, 0, slabs * sizeof(int));
+    unite(listed);
     parallel(*this, (int)threads);
+    free(unions);
     free(partial);
     return true;
   }
@@ -197,8 +226,8 @@ static int gemv(const void* values, const int32_t* index, const void* weight, vo
   float* wide = (float*)malloc(rows * k * sizeof(float) + 1);
   if (!wide) return 2;
   for (int64_t j = 0; j < rows * k; j++) wide[j] = D::get1(((const T*)values)[j]);
-  Gemv<D> job = {wide, index, (const T*)weight, (T*)out, rows, columns, k};
-  for (int64_t m = 0; m < rows; m++) job.length[m] = k;
+  Gemv<D, Dense<D>> job = {wide, index, {(const T*)weight, columns}, {}, (T*)out, rows, columns, k};
+  for (int64_t m = 0; m < rows; m++) job.length[m] = job.own[m] = k;
   bool done = job.multiply(threads);
   free(wide);
   return done ? 0 : 2;

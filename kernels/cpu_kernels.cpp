@@ -8,6 +8,7 @@
 #include "cpu_attention.h"
 #include "cpu_dense.h"
 #include "cpu_dtypes.h"
+#include "cpu_formats.h"
 #include "cpu_gemv.h"
 #include "cpu_linear.h"
 #include "cpu_select.h"
@@ -48,8 +49,21 @@ extern "C" int larosa_gemv(const void* values, const int32_t* indices, const voi
 extern "C" int larosa_linear(const void* x, const void* weight, const void* bias, const void* residual, const void* gain,
                              void* out, int64_t rows, int64_t channels, int64_t adapter, int64_t columns, int64_t k,
                              double threshold, double eps, int64_t gate, int64_t dtype, int64_t threads) {
-  auto f = dtype == FP32 ? linear<Float> : dtype == FP16 ? linear<Half> : linear<BFloat>;
-  return f(x, weight, bias, residual, gain, out, rows, channels, adapter, columns, k, threshold, eps, gate, threads);
+  auto f = dtype == FP32 ? dense_linear<Float> : dtype == FP16 ? dense_linear<Half> : dense_linear<BFloat>;
+  return f(x, weight, adapter, out, rows, columns, {bias, residual, gain, channels, k, threshold, eps, gate}, threads);
+}
+
+// The same over weights of 8 bits, int8 [channels, columns] with scales [channels, columns / share], or 4, two to a byte,
+// with scale and offset side by side, [channels, columns / share, 2]; the adapter apart, int8 [adapted, columns] with scales
+// [adapted, columns / adapter_share]. Both shares, and what lies on either side of a gate, are multiples of FEWEST.
+extern "C" int larosa_quantized(const void* x, const void* weight, const void* scales, const void* adapter,
+                                const void* adapter_scales, const void* bias, const void* residual, const void* gain,
+                                void* out, int64_t rows, int64_t channels, int64_t adapted, int64_t columns, int64_t bits,
+                                int64_t share, int64_t adapter_share, int64_t k, double threshold, double eps, int64_t gate,
+                                int64_t dtype, int64_t threads) {
+  auto f = dtype == FP32 ? quantized<Float> : dtype == FP16 ? quantized<Half> : quantized<BFloat>;
+  return f(x, weight, scales, adapter, adapter_scales, adapted, out, rows, columns, bits, share, adapter_share,
+           {bias, residual, gain, channels, k, threshold, eps, gate}, threads);
 }
 
 // x [channels], weight [columns, channels] -> out [columns]. Returns 0, or 2 if there is no memory for x in floats.

@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__F16C__) || defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -23,6 +23,21 @@ typedef int32_t vi __attribute__((vector_size(VB)));
 typedef uint32_t vu __attribute__((vector_size(VB)));
 typedef uint16_t vs __attribute__((vector_size(VB)));
 
+// The same of L elements, where columns are fewer; g++ takes no size that depends on a template's parameter.
+template <int L>
+struct Lanes;
+#define LANES_OF(L)                                  \
+  template <>                                        \
+  struct Lanes<L> {                                  \
+    typedef float f __attribute__((vector_size(4 * L)));    \
+    typedef int32_t i __attribute__((vector_size(4 * L)));  \
+    typedef uint32_t u __attribute__((vector_size(4 * L))); \
+  }
+LANES_OF(4);
+LANES_OF(8);
+LANES_OF(16);
+#undef LANES_OF
+
 // memcpy instead of a pointer cast: rows of an odd N start anywhere. It compiles to one unaligned move.
 template <class V>
 INLINE V load(const void* p) {
@@ -33,6 +48,18 @@ INLINE V load(const void* p) {
 template <class V>
 INLINE void store(void* p, V v) {
   memcpy(p, &v, sizeof v);
+}
+
+// LANES signed bytes as integers. The compilers' own conversion goes byte by byte where they do not see the instruction.
+INLINE vi widen_bytes(const void* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(load<__m128i>(p));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  typedef int8_t bytes __attribute__((vector_size(LANES)));
+  return __builtin_convertvector(load<bytes>(p), vi);
+#endif
 }
 
 // The sum of a vector's elements, by halves: one after the other they would wait for each other.

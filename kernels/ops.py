@@ -136,6 +136,13 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
 quantized_linear = _op(reference.quantized_linear)
 
 
+@_kernel("quantized_linear", "cpu")
+def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
+      gain=None, threshold=None):
+    reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
+    return cpu.quantized_linear(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
+
+
 @_kernel("quantized_linear", "cuda")
 def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
       gain=None, threshold=None):

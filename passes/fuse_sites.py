@@ -27,15 +27,18 @@ from larosa_fx.ir.site import SparseSite
 def run(ctx: Context) -> PassResult:
     """Extend each site by what the device's kernel computes in the same launch; ``emit_sites`` writes the outcome.
 
-    A dense site of one row is read by the same kernel, all of its channels.
+    A dense site of few rows is read by the same kernel, all of its channels: of one token, or of the few that verify drafts.
     """
     result, memory = PassResult("fuse_sites"), effects.Memory(ctx.graph)
     makers: dict[fx.Node, SparseSite] = {}  # a node whose place a site takes -> the site
     for site in ctx.structure.sites:
         found = site.sparse
-        if found.form != "sparse GEMV" and not (found.k == found.channels and found.rows == 1):
+        dense = found.k == found.channels and isinstance(found.rows, int)  # a prompt's number of rows is not asked for
+        if found.form != "sparse GEMV" and not dense:
             continue
         choice = ctx.device.pick(found, ctx.structure.device)
+        if not choice.whole and dense and found.rows > 1:
+            continue  # torch's own product is as good
         if not choice.whole:
             result.skip(site.name, choice.reason or f"{choice.kernel} computes the product alone")
             continue

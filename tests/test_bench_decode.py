@@ -41,6 +41,24 @@ def test_thresholds_are_counted():
     assert threshold["weight_bytes_touched"] - topk["weight_bytes_touched"] == pytest.approx(more, abs=8)
 
 
+def test_bits_and_bytes_of_quantised_weights():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 4096}
+    dense, plain, eight, four = rows(["dense-eager", "larosa", "larosa-int8", "larosa-int4"], [0.0], **sizes)
+    assert (dense["bits"], plain["bits"]) == (32, 32)
+    groups = {"int8": 1, "int4": 2}  # numbers of 32 bits that a group of columns has beside its weights
+    outputs = [(64, 128), (64, 64), (64, 256), (128, 64)]  # of a layer's sites: channels, columns; two of 4 heads are shared
+    for row, bits in ((eight, "int8"), (four, "int4")):
+        weights = sum(k * n for k, n in outputs)
+        scales = sum(k * (2 if n % 128 == 0 and n > 128 else 1) * groups[bits] for k, n in outputs)
+        assert row["bits"] == pytest.approx(int(bits[3:]) + 32 * scales / weights)
+        adapters = 3 * 64 * (64 + 4)  # int8 with a scale a row
+        head = 64 * (4096 + 4096 // 128 * 4)
+        embedding, gains = 64, 5 * 64
+        assert row["weight_bytes_touched"] == pytest.approx(
+            2 * weights * row["bits"] / 8 + adapters + head + 4 * (embedding + gains), abs=8)
+    assert four["bits"] < eight["bits"] and four["logit_error"] > eight["logit_error"] > 1e-4
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_touched(tied):
     dense, sparse = rows(["dense-eager", "larosa"], tie_word_embeddings=tied)

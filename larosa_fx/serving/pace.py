@@ -17,7 +17,7 @@ import torch
 
 from larosa_fx.ir.report import Drafting
 
-MOST = 8  # tokens a cycle drafts at most
+MOST = 7  # tokens a cycle drafts at most
 #: Tokens of a verification, the pending one among them. Each is a graph of its own, so there are few; a cycle that drafts
 #: fewer tokens than the next one holds has it filled up.
 WIDTHS = (3, 5, MOST + 1)

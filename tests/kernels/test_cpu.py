@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from larosa_fx.kernels import cache, cpu, reference
+from larosa_fx.kernels.quantization import dequantize, quantize
 
 _CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or "g++"]
 needs_compiler = pytest.mark.skipif(not shutil.which(_CXX[0]), reason=f"needs a C++ compiler, {_CXX[0]} is not there")
@@ -258,6 +259,27 @@ def test_linear_threads(native, threads, dtype, around, leading, n, gen, make_li
 
 
 @needs_compiler
+@pytest.mark.parametrize("rows", [2, 5, 7, 16])
+@pytest.mark.parametrize(("k", "threshold"), [(700, None), (600, None), (90, None), (700, 0.1), (700, 1.0), (700, 2.2)])
+def test_linear_rows_do_not_see_their_neighbours(kernels, threads, dtype, rows, k, threshold, gen):
+    """Whatever they have in common: all channels, most, few, or one row far more than the others, on any threads."""
+    x = torch.randn(rows, 700, generator=gen).to(dtype)
+    x[-1] *= 3
+    weight = torch.randn(700 + rows, 394, generator=gen).to(dtype)  # its last columns fill no vector
+    residual = torch.randn(rows, rows, generator=gen).to(dtype)
+    for n in (1, 2, 3):
+        threads(n)
+        y = kernels.sparse_linear(x, k, weight, None, residual, None, "", threshold=threshold)
+        gated = kernels.sparse_linear(x, k, weight[:700], None, None, 1e-5, "silu", threshold=threshold)
+        for m in range(rows):
+            alone = slice(m, m + 1)
+            assert torch.equal(y[alone], kernels.sparse_linear(
+                x[alone], k, weight, None, residual[alone], None, "", threshold=threshold))
+            assert torch.equal(gated[alone], kernels.sparse_linear(x[alone], k, weight[:700], None, None, 1e-5, "silu",
+                                                                   threshold=threshold))
+
+
+@needs_compiler
 def test_linear_selects_from_x_times_gain(kernels, check_gain):
     check_gain(functools.partial(_linear, kernels))
 
@@ -320,6 +342,127 @@ def test_gates_everywhere(kernels, dtype, gate, shift):
     bound = 0.51 * torch.finfo(dtype).eps * exact.abs() + 2.0**-21 * x.abs().clamp(max=10) + torch.finfo(dtype).tiny
     assert ((y - exact).abs() <= bound)[(exact.abs() < limit) & x.isfinite()].all()
     assert torch.equal(y.isposinf(), exact.to(dtype).isposinf())
+
+
+# ---- quantized_linear ----
+
+
+def _stored(args, bits, group, adapter_group=None):
+    """(the op's arguments, those of ``sparse_linear`` over what is stored, in float64)."""
+    x, k, weight, bias, residual, eps, gate, _, gain, *threshold = args
+    channels = x.shape[-1]
+    own = quantize(weight[:channels], bits, group, x.dtype)
+    adapter = quantize(weight[channels:], 8, adapter_group or group, x.dtype) if len(weight) > channels else (None, None)
+    exact = [_exact(*part) for part in (own, adapter) if part[0] is not None]
+    quantized = x, k, *own, *adapter, bias, residual, eps, gate, gain, *(threshold or [None])
+    return quantized, (x, k, torch.cat(exact), bias, residual, eps, gate, False, gain, *threshold)
+
+
+def _exact(weight, scales):
+    return dequantize(weight, scales.double())
+
+
+# Columns and group: groups end within a half, a tile, or a vector's columns, too.
+_WIDTHS = [(64, 32), (192, 64), (192, 192), (576, 64), (1152, 64), (4224, 128), (8448, 384)]
+bits_of = pytest.mark.parametrize("bits", [8, 4])
+
+
+@needs_compiler
+@bits_of
+def test_quantized(kernels, dtype, around, bits, gen, make_linear, with_threshold, check_linear):
+    for at in torch.randperm(len(_WIDTHS), generator=gen)[:3].tolist():
+        columns, group = _WIDTHS[at]
+        for leading in ((), (3,)):
+            args = make_linear(around, leading, 300, 141, columns, 37, dtype, gen)
+            for chosen in (args, with_threshold(args, 0.4)):
+                stored, exact = _stored(chosen, bits, group, 32)
+                check_linear(exact, kernels.quantized_linear(*stored))
+
+
+@needs_compiler
+@bits_of
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+def test_quantized_threads(native, threads, around, n, bits, gen, make_linear, check_linear):
+    """Every way to deal out slabs and splits; the same bits each time."""
+    threads(n)
+    for leading in ((1, 1), (8,)):
+        args, exact = _stored(make_linear(around, leading, 1200, 555, 2304, 300, torch.bfloat16, gen), bits, 64)
+        y = native.quantized_linear(*args)
+        check_linear(exact, y)
+        for _ in range(3):
+            assert torch.equal(native.quantized_linear(*args), y)
+
+
+@needs_compiler
+@bits_of
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_quantized_lists_of_any_length(native, threads, dtype, n, bits, gen, make_linear, with_threshold, check_linear):
+    threads(n)
+    x, *rest = make_linear((None, "", True, "adapter"), (8,), 1200, 1, 1152, 300, dtype, gen)
+    args = with_threshold((x * torch.tensor([1, 0, 3, 0.1, 1, 0, 10, 1]).to(dtype)[:, None], *rest), 0.5)
+    args, exact = _stored(args, bits, 128)
+    y = native.quantized_linear(*args)
+    check_linear(exact, y)
+    assert torch.equal(native.quantized_linear(*args), y)
+
+
+@needs_compiler
+@bits_of
+def test_quantized_reads_listed_rows_only(native, dtype, bits, gen, make_linear):
+    (x, k, weight, scales, *rest), _ = _stored(make_linear((None,), (1,), 900, 300, 256, 0, dtype, gen), bits, 64)
+    y = native.quantized_linear(x, k, weight, scales, *rest)
+    listed = native.topk_select(x, k)[1][0].long()
+    poisoned = torch.full_like(scales, float("nan"))
+    poisoned[listed] = scales[listed]
+    assert torch.equal(native.quantized_linear(x, k, weight, poisoned, *rest), y)
+    poisoned[listed[7]] = float("nan")
+    assert native.quantized_linear(x, k, weight, poisoned, *rest).isnan().all()
+
+
+@needs_compiler
+def test_quantized_every_stored_number(kernels, dtype):
+    """Each of the 16 and 256 numbers in each of a word's places, with a scale and offset that leave it exact."""
+    one = torch.ones(1, dtype=dtype)
+    pairs = torch.arange(256, dtype=torch.uint8).repeat(2)[None]
+    scales = torch.tensor([0.5, -3.0], dtype=dtype).expand(1, 16, 2).contiguous()
+    y = kernels.quantized_linear(one, 1, pairs, scales, None, None, None, None, None, "", None, None)
+    assert torch.equal(y.double(), _exact(pairs, scales)[0])
+    numbers = torch.arange(-128, 128, dtype=torch.int8)[None]
+    scales = torch.tensor([[2.0, 0.5] * 4], dtype=dtype)
+    y = kernels.quantized_linear(one, 1, numbers, scales, None, None, None, None, None, "", None, None)
+    assert torch.equal(y.double(), _exact(numbers, scales)[0])
+
+
+@needs_compiler
+@bits_of
+def test_quantized_empty(native, bits, gen):
+    weight, scales = quantize(torch.randn(6, 64, generator=gen), bits, 32, torch.float32)
+    around = None, None, None, None, None, "", None
+    assert native.quantized_linear(torch.ones(0, 6), 2, weight, scales, *around, None).shape == (0, 64)
+    none = native.quantized_linear(torch.ones(2, 6), 6, weight, scales, *around, 9.0)
+    assert torch.equal(none, torch.zeros(2, 64))
+
+
+@needs_compiler
+@bits_of
+def test_what_quantized_does_not_serve(native, bits, gen):
+    """And the op takes plain torch."""
+    def served(columns, group, x, gate=""):
+        weight, scales = quantize(torch.randn(6, columns, generator=gen), bits, group, x.dtype)
+        arguments = x, 3, weight, scales, None, None, None, None, None, gate
+        refused = native.refuses(x, columns, group, 0, gate)
+        y = native.quantized_linear(*arguments, None, None)
+        assert (y is None) == bool(refused)
+        found = torch.ops.larosa.quantized_linear(*arguments)
+        torch.testing.assert_close(found, reference.quantized_linear(*arguments), rtol=1e-2, atol=1e-2)
+        return y is not None
+
+    x = torch.ones(1, 6)
+    assert served(96, 32, x) and served(64, 32, x, "silu") and served(64, 64, x.bfloat16())
+    assert not served(96, 48, x) and not served(80, 16, x) and not served(96, 32, x, "silu")
+    assert not served(64, 32, x.double()) and not served(64, 32, torch.ones(cpu.MAX_ROWS + 1, 6))
+    assert "adapter behind a gate" in native.refuses(x, 64, 32, 4, "silu")
+    assert "multiples of 32" in native.refuses(x, 64, 32, 4, "", 16)
 
 
 # ---- dense_gemv ----

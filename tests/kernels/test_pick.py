@@ -74,11 +74,12 @@ def test_without_a_compiler(monkeypatch):
 
 def test_no_kernel_is_picked_for_more_than_it_takes():
     assert all(kernel.pays <= kernel.takes for kernel in TABLE)
-    assert crossover("cpu") == cpu.MAX_ROWS and crossover("cuda") == 1 and crossover("mps") == 0
+    assert crossover("cpu") == 8 and crossover("cuda") == 1 and crossover("mps") == 0
     launchers = {"NVRTC sparse_linear": lambda n: cuda_linear.serves(torch.empty(n, 1, 32), 64, 0, False, ""),
                  "Triton gather": lambda n: triton_gemv.serves(torch.empty(n, 1, 32), 64),
                  "NVRTC quantized_linear": lambda n: not cuda_quantized.refuses(
                      torch.empty(n, 1, 32), 8, 64, 32, 0, False, ""),
-                 "C++ sparse_linear": lambda n: cpu.serves(torch.empty(n, 1, 32), 0, "")}
+                 "C++ sparse_linear": lambda n: cpu.serves(torch.empty(n, 1, 32), 0, ""),
+                 "C++ quantized_linear": lambda n: not cpu.refuses(torch.empty(n, 1, 32), 64, 32, 0, "")}
     for kernel in TABLE:
         assert not launchers[kernel.name](kernel.takes + 1)

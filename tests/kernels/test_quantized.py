@@ -31,7 +31,20 @@ def test_four_bits_lose_no_more_than_rounding_to_the_whole_range():
     low, step = grouped.amin(-1, keepdim=True), (grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)) / 15
     nearest = (((grouped - low) / step).round() * step + low).view_as(weight)
     found = dequantize(*quantize(weight, 4, 128, torch.float32))
-    assert (found - weight).square().sum() < 0.95 * (nearest - weight).square().sum()
+    assert (found - weight).square().sum() < 0.9 * (nearest - weight).square().sum()
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_the_steps_of_four_bits_fit_their_numbers(group):
+    """No other scale and offset of a group, for the numbers that are stored, errs by a hundredth less on the whole."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    stored, scales = quantize(weight, 4, group, torch.float32)
+    numbers = dequantize(stored, torch.tensor([1.0, 0.0]).expand_as(scales).contiguous()).view(-1, group, 1).double()
+    grouped = weight.view(-1, group, 1)
+    design = torch.cat([numbers, torch.ones_like(numbers)], -1)
+    best = design @ torch.linalg.lstsq(design, grouped).solution
+    found = dequantize(stored, scales).double().view_as(grouped)
+    assert (found - grouped).square().sum() < 1.01 * (best - grouped).square().sum()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
