@@ -61,8 +61,8 @@ def test_weights_that_are_given_up_take_no_memory(fresh_dynamo):
     assert torch.equal(fast(x).logits, first)
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("sparsity, dtype, most", [  # in bfloat16 rounding on the way decides which channels are largest
+    (0.0, torch.float32, 2e-5), (0.5, torch.float32, 2e-5), (0.0, torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("bits", BITS)
 def test_a_step_on_a_cpu_agrees_with_products_over_what_is_stored(bits, sparsity, dtype, most, fresh_dynamo, monkeypatch):
     """Sites and head by the C++ kernels, against torch's products over the same weights, dequantised."""
@@ -87,11 +87,11 @@ def test_a_step_on_a_cpu_agrees_with_products_over_what_is_stored(bits, sparsity
 @pytest.mark.parametrize("bits", BITS)
 def test_generation_on_a_cpu(bits, fresh_dynamo):
     """A prompt over dequantised weights, steps by the kernels: the tokens of the model that holds what is stored."""
-    model = llama(**WIDE)
+    model, x = llama(**WIDE), ids(1, 6)
     larosa_fx.calibrate(model, batches(), rotation="none", progress=False, selection="topk")
-    expected = stored(model, BITS[bits]).generate(ids(1, 6), max_new_tokens=8, do_sample=False)
+    expected = stored(model, BITS[bits]).generate(x, max_new_tokens=8, do_sample=False)
     larosa_fx.enable(model, quantize=bits, sparsity=0.0, compiler="eager")
-    assert torch.equal(model.generate(ids(1, 6), max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(model.generate(x, max_new_tokens=8, do_sample=False), expected)
     assert {site.kernel for site in larosa_fx.last_report().sites} == {"C++ quantized_linear"}
 
 
