@@ -1,7 +1,10 @@
 """A residual adapter becomes more rows of the weight that writes beside it: r A + y W = [r, y] . [A; W].
 
 Graphs read their part of the packed tensor as a view, or all of it at once (``fuse_sites``): prefill and decode share it.
-Where weights are quantised an adapter keeps tensors of its own, in 8 bits.
+
+Where weights are quantised an adapter has tensors of its own, twice 8 bits: r A = [r, r] . [A_8; A - A_8]. The stream goes
+through all adapters, and its few large channels would make the rounding of 8 bits noise beside all others; the noise of
+a weight enters a branch alone.
 """
 
 from __future__ import annotations
@@ -31,12 +34,16 @@ def run(ctx: Context) -> PassResult:
         if adapted is None:
             continue
         residual, adapter = adapted.args
-        width = g.shape(residual)[-1]
+        width = g.sizes(residual)[-1]
         if not sparse.weight.packs:
+            quantised = sparse.weight.adapter()
             with graph.inserting_before(adapted):
-                stored, matrix = sparse.weight.adapter().emit(graph, adapter)
+                halves = ex.weight_call(graph, ex.in_two, adapter, quantised.group, quantised.dtype)
+                stored, matrix = quantised.emit(graph, halves)
+                twice = graph.call_function(torch.cat, ([residual, residual], -1))
+            adapted.update_arg(0, twice)
             adapted.update_arg(1, matrix)
-            site.sparse = replace(sparse, beside=Adapter(stored, adapted, residual, width))
+            site.sparse = replace(sparse, beside=Adapter(stored, adapted, twice, 2 * width))
             result.count("adapters")
             continue
         with graph.inserting_after(leaves[-1]):

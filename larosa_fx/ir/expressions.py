@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from larosa_fx.ir import graph as g
-from larosa_fx.kernels.quantization import quantize
+from larosa_fx.kernels.quantization import dequantize, quantize
 
 ROTATION = "larosa_rotation"  # meta key of get_attr nodes that hold a rotation, or another matrix of a plan: its name
 
@@ -50,6 +50,12 @@ def stored(w: torch.Tensor, bits: int, group: int, dtype: torch.dtype, part: int
     return quantize(w, bits, group, dtype)[part]
 
 
+def in_two(w: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """w, [D, N], as 8 bits hold it, and below it what they leave over: [2 D, N], whose halves add up to w."""
+    coarse = dequantize(*quantize(w, 8, group, dtype)).to(w.dtype)
+    return torch.cat([coarse, w - coarse])
+
+
 #: Functions allowed in a weight expression: linear algebra on parameters and rotations, folded in fp64.
 WEIGHT_FUNCTIONS: dict[object, Callable] = {
     torch.matmul: torch.matmul,
@@ -68,6 +74,7 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
     pick_blocks: pick_blocks,
     scale_channels: scale_channels,
     stored: stored,
+    in_two: in_two,
     "float": lambda x, *_: x,  # casts that lose nothing (see is_weight) are the identity in fp64
     "to": lambda x, *_: x,
 }

@@ -77,7 +77,10 @@ class DenseFormat:
 
 @dataclass(frozen=True)
 class QuantizedFormat:
-    """8 or 4 bits with scales of each row's groups of columns (``kernels.quantization``); adapters take 8."""
+    """8 or 4 bits with scales of each row's groups of columns (``kernels.quantization``); adapters take twice 8.
+
+    See ``passes.pack_adapters``.
+    """
 
     bits: int
     group: int

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import larosa_fx
+from larosa_fx.ir.expressions import in_two
 from larosa_fx.kernels import cpu
 from larosa_fx.kernels.quantization import BITS, dequantize, quantize
 from tiny import batches, error, ids, llama
@@ -48,6 +49,15 @@ def test_rotated_weights_are_rounded_once(bits, fresh_dynamo):
     assert report.bytes_read == sum(
         s.channels * (s.outputs * BITS[bits] // 8 + s.outputs // 128 * (2 if bits == "int4" else 1) * 4) for s in
         report.sites)
+
+
+def test_an_adapter_in_two_halves_is_what_it_was():
+    """Near the identity, as rotations of neighbouring layers are, 8 bits are too few: the diagonal sets their step."""
+    skew = torch.triu(torch.randn(128, 128, dtype=torch.float64) * 0.03, 1)
+    adapter = torch.linalg.matrix_exp(skew - skew.T)
+    halves = dequantize(*quantize(in_two(adapter, 64, torch.bfloat16), 8, 64, torch.bfloat16)).double()
+    assert (halves[:128] + halves[128:] - adapter).abs().max() < 4e-5
+    assert (halves[:128] - adapter).abs().max() > 2e-3
 
 
 def test_weights_that_are_given_up_take_no_memory(fresh_dynamo):
