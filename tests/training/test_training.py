@@ -230,11 +230,10 @@ def test_thresholds_are_fitted_to_text_that_was_not_trained_on(start, monkeypatc
 
 def test_thresholds_are_fitted_to_text_from_everywhere(monkeypatch):
     monkeypatch.setattr(thresholds, "TEXT", 12)
-    monkeypatch.setattr(thresholds, "TOKENS", 6)
     rows = torch.arange(20)[:, None].expand(20, 2)
-    pieces = thresholds._pieces([rows[:10], torch.zeros(1, 3), rows[10:]])
+    pieces = thresholds._pieces([rows[:10], torch.zeros(1, 3), rows[10:]], 6)
     assert [p[:, 0].tolist() for p in pieces] == [[0, 7, 15], [3, 11, 19], [0]]
-    assert [p[:, 0].tolist() for p in thresholds._pieces([rows[:1].repeat(1, 9)])] == [[0]]  # a row beyond both limits
+    assert [p[:, 0].tolist() for p in thresholds._pieces([rows[:1].repeat(1, 9)], 6)] == [[0]]  # a row beyond both limits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
