@@ -23,7 +23,8 @@ def real(tmp_path_factory):
     except smollm2.DownloadError as error:
         pytest.skip(f"no model to test on: {str(error).splitlines()[0]}")
     model, tokenizer = load_model(None)
-    plan = larosa_fx.calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 4), progress=False)
+    ids = encode(tokenizer, corpus.calibration_text())
+    plan = larosa_fx.calibrate(model, windows(ids, 512, 4), selection="topk", progress=False)
     path = plan.save(tmp_path_factory.mktemp("smollm2") / "plan.larosa")
     return model, str(path), windows(encode(tokenizer, corpus.held_out_text()), 512, 3)
 
@@ -51,3 +52,9 @@ def test_sparse_is_the_method_in_plain_words(real):
     found = verify.at_sparsity(copy.deepcopy(model).double(), path, texts[0], compiler="eager")
     assert found.close == 1 and found.error <= 1e-5 and abs(found.ppl_ratio - 1) <= 1e-5
     assert larosa_fx.last_report().byte_sparsity == pytest.approx(0.5, abs=1e-4)
+
+
+def test_the_plan_that_comes_along_is_this_models(real):
+    plan = larosa_fx.Plan.load(smollm2.trained_plan())
+    plan.check_weights({site.name: [real[0].get_parameter(name) for name in site.weights] for site in plan.sites})
+    assert plan.selection == "threshold" and plan.rotation == "model" and len(plan.sites) == 120
