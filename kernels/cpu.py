@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -129,24 +130,15 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
 
     The same inputs on the same number of threads give the same bits. MemoryError where there is no room for the scratch.
     """
-    *lead, channels = x.shape
-    rows, (listed, columns) = x.shape[:-1].numel(), weight.shape
+    channels, rows, (listed, columns) = x.shape[-1], x.shape[:-1].numel(), weight.shape
     adapter = listed - channels
     if rows > MAX_ROWS or not x.is_cpu or x.dtype not in _DTYPES or (adapter and gate) or listed > reference.MAX_CHANNELS:
         return None
     library = _load()
     if library is None:
         return None
-    out = x.new_empty((*lead, columns // 2 if gate else columns))
-    inputs = [None if t is None else t.contiguous() for t in (x, weight, bias, residual, gain)]
-    error = library.larosa_linear(
-        *[None if t is None else t.data_ptr() for t in inputs], out.data_ptr(),
-        rows, channels, adapter, columns, k, -1.0 if threshold is None else threshold, -1.0 if eps is None else eps,
-        reference.GATE_CODES[gate], _DTYPES[x.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-    if error:
-        raise MemoryError("sparse_linear: no memory for the partial sums")
-    return out
+    return _site("sparse_linear", library.larosa_linear, (x, weight, bias, residual, gain),
+                 (rows, channels, adapter, columns, k), columns, eps, gate, threshold)
 
 
 def refuses(x: Tensor, columns: int, group: int, adapter: int, gate: str, adapter_group: int | None = None) -> str:
@@ -170,23 +162,31 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
 
     The same inputs on the same number of threads give the same bits. MemoryError where there is no room for the scratch.
     """
-    *lead, channels = x.shape
-    bits = 4 if weight.dtype == torch.uint8 else 8
+    channels, bits = x.shape[-1], 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
     adapted = 0 if adapter is None else len(adapter)
     group, adapter_group = columns // scales.shape[1], columns // adapter_scales.shape[1] if adapted else GROUP
     if columns == 0 or channels > reference.MAX_CHANNELS or refuses(x, columns, group, adapted, gate, adapter_group):
         return None
-    out = x.new_empty((*lead, columns // 2 if gate else columns))
-    tensors = (x, weight, scales, adapter, adapter_scales, bias, residual, gain)
+    return _site("quantized_linear", _load().larosa_quantized,
+                 (x, weight, scales, adapter, adapter_scales, bias, residual, gain),
+                 (x.shape[:-1].numel(), channels, adapted, columns, bits, group, adapter_group, k), columns, eps, gate,
+                 threshold)
+
+
+def _site(op: str, function: Callable, tensors: Sequence[Tensor | None], sizes: Sequence[int], columns: int,
+          eps: float | None, gate: str, threshold: float | None) -> Tensor:
+    """Call a C function that computes a site of ``tensors``, x the first. MemoryError that names ``op`` for lack of room."""
+    x = tensors[0]
+    out = x.new_empty((*x.shape[:-1], columns // 2 if gate else columns))
     inputs = [None if t is None else t.contiguous() for t in tensors]
-    error = _load().larosa_quantized(
-        *[None if t is None else t.data_ptr() for t in inputs], out.data_ptr(), x.shape[:-1].numel(), channels, adapted,
-        columns, bits, group, adapter_group, k, -1.0 if threshold is None else threshold, -1.0 if eps is None else eps,
-        reference.GATE_CODES[gate], _DTYPES[x.dtype], torch.get_num_threads(),
+    error = function(
+        *[None if t is None else t.data_ptr() for t in inputs], out.data_ptr(), *sizes,
+        -1.0 if threshold is None else threshold, -1.0 if eps is None else eps, reference.GATE_CODES[gate], _DTYPES[x.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
     if error:
-        raise MemoryError("quantized_linear: no memory for the partial sums")
+        raise MemoryError(f"{op}: no memory for the partial sums")
     return out
 
 

@@ -19,9 +19,10 @@ from larosa_fx.compiler.backend import LarosaError
 from larosa_fx.ir.checks import check_output, check_sparsity, make_directory
 from larosa_fx.ir.structure import BASES, SELECTIONS
 from larosa_fx.kernels.quantization import BITS
-from larosa_fx.packing import PLAN, is_pack
+from larosa_fx.packing import is_pack
 from larosa_fx.plan import Plan
 from larosa_fx.plan.plan import library_versions
+from larosa_fx.serving.pack_files import PLAN
 from larosa_fx.smollm2 import DownloadError
 from larosa_fx.training.options import TrainingOptions
 
@@ -373,7 +374,8 @@ def _planned(args: argparse.Namespace):
         Plan.load(plan).thresholds_at(args.sparsity, args.selection)  # complain before loading a model
     model, tokenizer = _load(args)
     if plan is None:
-        calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24))
+        calibrate(model, windows(encode(tokenizer, corpus.calibration_text()), 512, 24),
+                  selection=args.selection or "threshold")  # thresholds take ten passes more
     return model, tokenizer, plan
 
 

@@ -60,8 +60,11 @@ def run(args: Namespace) -> int:
 
     _headline("Perplexity on held-out text, every token sparsified")
     sparsities = sorted({*SPARSITIES, args.sparsity})
-    losses = {form.name: evaluate.sweep(model, form.plan, tests, sparsities, selection=form.selection, compiler="eager",
-                                        progress=args.verbose) for form in forms}
+    losses, dense = {}, None
+    for form in forms:
+        losses[form.name] = evaluate.sweep(model, form.plan, tests, sparsities, selection=form.selection, compiler="eager",
+                                           progress=args.verbose, dense=dense)
+        dense = losses[form.name][0]
     print(_loss_table(losses, sparsities))
 
     _headline("Decoding, batch 1")

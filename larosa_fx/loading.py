@@ -31,11 +31,8 @@ def load_model(name: str | None, gguf_file: str | None = None, dtype: torch.dtyp
     transformers.logging.set_verbosity_error()  # a GGUF file brings pages of keys that transformers does not read
     transformers.utils.logging.disable_progress_bar()
     try:
-        transformers.AutoConfig.from_pretrained(name, gguf_file=gguf_file)  # is there a model at all?
         tokenizer = load_tokenizer(name, gguf_file)  # before the weights, which take longest
         model = transformers.AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=dtype)
-    except InputError:
-        raise
     except Exception as error:  # transformers and what it reads models with raise whatever they happen to raise
         raise InputError(f"cannot load the model {name!r}: {error}; give a causal LM's directory or hub id") from error
     finally:

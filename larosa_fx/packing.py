@@ -9,12 +9,10 @@ import torch
 
 from larosa_fx.enable import enable
 from larosa_fx.ir.checks import check_path
-from larosa_fx.plan import file
-from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
+from larosa_fx.plan.plan import Plan
+from larosa_fx.serving.pack_files import INDEX, SHARD_BYTES
 
 # What serves imports transformers' generation and with it Inductor, which takes seconds, so functions import it.
-
-INDEX, PLAN = "larosa.json", "plan.larosa"  # of a pack, under these names
 
 
 def is_pack(path: object) -> bool:
@@ -24,7 +22,7 @@ def is_pack(path: object) -> bool:
 
 def pack(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, path: str | os.PathLike, *,
          tokenizer: object | None = None, quantize: str = "none", compiler: str = "inductor",
-         shard_bytes: int = 5_000_000_000) -> Path:
+         shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a model to a new directory from which ``load`` has it back without its original weights. Returns the path.
 
     It holds what folding made of the weights, what was not folded, the plan, the configuration, a model card, and, signed
@@ -38,12 +36,9 @@ def pack(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, path: st
     there is no plan or it is another model's; LarosaError where nothing can be folded.
     """
     from larosa_fx.serving import pack as packs
+    from larosa_fx.serving.state import plan_of
 
-    if isinstance(plan, str | os.PathLike):
-        plan = file.current(os.path.abspath(plan))
-    plan = plan or ATTACHED.find(model.parameters())
-    if plan is None:
-        raise PlanError("no plan: call larosa_fx.calibrate(model, batches) first, or pass plan=PATH")
+    plan = plan_of(model, plan)
     target = Path(os.path.abspath(check_path("the pack", path)))
     packs.pack(model, plan, target, tokenizer, quantize=quantize, compiler=compiler, shard_bytes=shard_bytes)
     enable(model, plan, quantize=quantize, compiler=compiler)

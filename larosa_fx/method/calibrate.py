@@ -72,7 +72,7 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
         if structure.skipped:
             linear, reason = structure.skipped[0]
             log.warning("%d linears stay dense, %s the first: %s", len(structure.skipped), linear, reason)
-        sites = [PlanSite.of(site, rotation).renamed(session.names) for site in structure.sites]
+        sites = session.sites(rotation)
         check_shares("the plan", sites, sparsity, coefficients)  # before the work, not after it
         members = structure.bases(rotation)
         matrices: dict[str, torch.Tensor] = {}
@@ -144,6 +144,10 @@ class _Session:
         self.weights = captured.weights(args)
         self.names = _names_in(self._model, captured, args)
 
+    def sites(self, rotation: str) -> list[PlanSite]:
+        """The sites that were found, for a plan of this rotation, with the model's own names."""
+        return [PlanSite.of(site, rotation).renamed(self.names) for site in self.capture.structure.sites]
+
     def samples(self) -> dict[str, torch.Tensor]:
         """A few values of each site's weights, by which a plan knows its model."""
         return {name: sample(tensors) for name, tensors in self.weights.items()}
@@ -177,20 +181,17 @@ class _Streamed(_Session):
         if self.capture is None:
             super().run(tokens, progress=False)
         else:
-            streaming.watch(self._streamed, self._sites(), self.observe, tokens, progress)
+            streaming.watch(self._streamed, self.sites("layer"), self.observe, tokens, progress)
 
     def samples(self) -> dict[str, torch.Tensor]:
         samples = {}
-        for site in self._sites():
+        for site in self.sites("none"):
             with streaming.present(self._streamed, site.weights) as tensors:
                 samples[site.name] = sample(tensors).cpu()
         return samples
 
     def attach(self, plan: Plan) -> None:
         pass
-
-    def _sites(self) -> list[PlanSite]:
-        return [PlanSite.of(site, "layer").renamed(self.names) for site in self.capture.structure.sites]
 
 
 _session: ContextVar[_Session] = ContextVar("larosa_calibration")

@@ -41,6 +41,14 @@ def windows(ids: torch.Tensor, window: int, limit: int | None = None) -> list[to
     return list(flat[: flat.numel() // window * window].reshape(-1, 1, window))[:limit]
 
 
+def by_length(batches: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Batches, [B, T] each, by T: all their rows in one, in order."""
+    held: dict[int, list[torch.Tensor]] = {}
+    for batch in batches:
+        held.setdefault(batch.shape[1], []).append(batch)
+    return {length: torch.cat(rows) for length, rows in held.items()}
+
+
 @torch.no_grad()
 def perplexity(model: Callable, batches: Sequence[torch.Tensor], *, label: str = "perplexity", progress: bool = True,
                device: torch.device | str | None = None) -> Perplexity:
@@ -102,18 +110,20 @@ def paired(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float | None]:
 
 def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sparsities: Sequence[float], *,
           selection: str | None = None, compiler: str = "inductor", progress: bool = True,
-          sparse: Callable[..., Callable] | None = None) -> list[dict[str, object]]:
+          sparse: Callable[..., Callable] | None = None, dense: dict[str, object] | None = None
+          ) -> list[dict[str, object]]:
     """Perplexity of ``model`` dense (first row) and compiled with the plan at ``plan``, every token sparsified.
 
-    sparse: called with ``sparsity``, gives what computes with it; None compiles ``model``.
+    sparse: called with ``sparsity``, gives what computes with it; None compiles ``model``. dense: the first row of an
+    earlier sweep over the same batches; None measures it.
 
     Rows: method ("dense" or "larosa"), byte_sparsity (thresholds: as counted on these batches; they were fitted to others.
     With ``sparse`` as fitted: counting needs the model's own weights), selection (``larosa_fx.compiler.options``), ppl,
     ratio to dense, nll, tokens, window, seconds.
     """
     loaded = Plan.load(plan)
-    rows: list[dict[str, object]] = []
-    for sparsity in (None, *sparsities):
+    rows: list[dict[str, object]] = [dense] if dense else []
+    for sparsity in ([] if dense else [None]) + list(sparsities):
         started = time.perf_counter()
         runs, label, bytes_not_read = model, "dense", 0.0
         if sparsity is not None:

@@ -15,6 +15,7 @@ from accelerate.utils import align_module_device
 from tqdm.auto import tqdm
 
 from larosa_fx.ir import compat
+from larosa_fx.method.evaluate import by_length
 from larosa_fx.method.reference import Affine, Replacement, headless, replaced
 from larosa_fx.plan.plan import PlanSite
 
@@ -59,8 +60,4 @@ def watch(model: torch.nn.Module, sites: Sequence[PlanSite], observe: Callable[[
 
 def joined(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Batches of the same length in one, up to TOKENS tokens; a row has at least its length."""
-    by_length: dict[int, list[torch.Tensor]] = {}
-    for batch in batches:
-        by_length.setdefault(batch.shape[1], []).append(batch)
-    return [piece for length, held in by_length.items()
-            for piece in torch.cat(held).split(max(1, TOKENS // length))]
+    return [piece for length, rows in by_length(batches).items() for piece in rows.split(max(1, TOKENS // length))]

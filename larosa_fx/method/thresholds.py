@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from larosa_fx.ir import compat
+from larosa_fx.method.evaluate import by_length
 from larosa_fx.method.reference import at_least, headless, mapped
 from larosa_fx.plan.plan import LEVELS, Plan, PlanSite
 
@@ -80,12 +81,8 @@ def _pieces(batches: Sequence[torch.Tensor], most: int) -> list[torch.Tensor]:
 
     Each piece is from everywhere, since texts may stand one behind the other.
     """
-    by_length: dict[int, list[torch.Tensor]] = {}
-    for batch in batches:
-        by_length.setdefault(batch.shape[1], []).append(batch.cpu())
     pieces = []
-    for length, held in by_length.items():
-        rows = torch.cat(held)
+    for length, rows in by_length([batch.cpu() for batch in batches]).items():
         rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), max(1, TEXT // length)), dtype=torch.float64).long()]
         count = -(-rows.numel() // max(most, length))
         pieces += [rows[i::count] for i in range(count)]

@@ -11,8 +11,8 @@ tensors belong to the call; so each is a single NaN that looks as large as the p
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,7 +43,8 @@ def pack(model: torch.nn.Module, plan: Plan, path: Path, tokenizer: object | Non
     _check_output(path)
     _check_model(model)
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        scratch.mkdir()
         try:
             _save_small(scratch, model, plan, tokenizer)  # first: where that fails the model still has its weights
             _fold(model, plan, quantize, compiler)
@@ -51,7 +52,6 @@ def pack(model: torch.nn.Module, plan: Plan, path: Path, tokenizer: object | Non
             if compiler != "eager":
                 index.caches = machine.save(scratch, model.device)
             index.write(scratch)
-            os.chmod(scratch, 0o777 & ~_umask())
             os.replace(scratch, path)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -190,12 +190,6 @@ model.generate(**tokenizer("...", return_tensors="pt"), max_new_tokens=128)
 
 `larosa serve --model PATH` serves it, `larosa generate --model PATH --prompt ...` answers once.
 """
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

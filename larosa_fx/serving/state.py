@@ -18,11 +18,7 @@ _STATE = "_larosa"  # the attribute of a model that holds its state
 def engine_of(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, settings: Settings) -> Engine:
     """The model's engine for these settings; the one there is, unless the plan is another. Attaches the plan."""
     state: _State = model.__dict__.setdefault(_STATE, _State())
-    if isinstance(plan, str | os.PathLike):
-        plan = file.current(os.path.abspath(plan))
-    plan = plan or ATTACHED.find(model.parameters())
-    if plan is None:
-        raise PlanError("no plan: call larosa_fx.calibrate(model, batches) first, or pass plan=PATH")
+    plan = plan_of(model, plan)
     plan.thresholds_at(settings.options.sparsity, settings.options.selection)  # which it may not have
     attach(plan, model)
     engine = state.engines.get(settings)
@@ -30,6 +26,16 @@ def engine_of(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, set
         engine = state.engines[settings] = Engine(model, plan, settings, state.kept)
     engine.plan = plan  # which may be another object of the same content
     return engine
+
+
+def plan_of(model: torch.nn.Module, plan: Plan | str | os.PathLike | None) -> Plan:
+    """A Plan, the one at a path as it is now, or for None the one attached to the model. PlanError where there is none."""
+    if isinstance(plan, str | os.PathLike):
+        plan = file.current(os.path.abspath(plan))
+    plan = plan or ATTACHED.find(model.parameters())
+    if plan is None:
+        raise PlanError("no plan: call larosa_fx.calibrate(model, batches) first, or pass plan=PATH")
+    return plan
 
 
 def _alike(a: Plan, b: Plan, settings: Settings) -> bool:
