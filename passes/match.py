@@ -317,15 +317,25 @@ def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
         return [node]
     if g.is_position_map(node) or g.is_sum_of_positions(node):
         return _writers(node.args[0], node)
-    if g.is_binary(node, (*g.MULS, operator.truediv, torch.div, "div")):
-        value, factor = node.args
-        if node.target in g.MULS and _is_factor(value):
-            value, factor = factor, value
-        return _writers(value, node) if _is_factor(factor) and not _is_factor(value) else None
+    if (value := _scaled(node)) is not None:
+        return _writers(value, node)
     if g.is_binary(node, g.ADDS):
         a, b = (_writers(arg, node) for arg in node.args)
         return None if a is None or b is None else a + b
     return None
+
+
+def _scaled(node: fx.Node) -> object | None:
+    """What node holds, all channels of a position scaled alike or set to zero together; None where it holds no such thing."""
+    if g.calls(node, torch.masked_fill, "masked_fill"):  # as transformers 5.17 does where a token's expert is elsewhere
+        value, mask, fill = (g.argument(node, i, name) for i, name in enumerate(("input", "mask", "value")))
+        return value if _is_factor(mask) and fill == 0 else None
+    if not g.is_binary(node, (*g.MULS, operator.truediv, torch.div, "div")):
+        return None
+    value, factor = node.args
+    if node.target in g.MULS and _is_factor(value):
+        value, factor = factor, value
+    return value if _is_factor(factor) and not _is_factor(value) else None
 
 
 def _is_factor(x: object) -> bool:

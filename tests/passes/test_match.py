@@ -142,6 +142,18 @@ def test_scaled_branches_are_writers():
         assert all(layers.is_linear(writer) for writer in value.writers)
 
 
+@pytest.mark.parametrize(("size", "fill", "folds"), [(1, 0.0, True), (1, 1.0, False), (D, 0.0, False)])
+def test_a_branch_with_some_rows_set_to_zero_is_one(size, fill, folds):
+    """All channels of a token together, as transformers 5.17 leaves out a token whose expert is elsewhere."""
+    def fill_some(output, _seen):
+        return output.masked_fill((torch.arange(5 * size) % 2 == 0).view(5, size), fill)
+
+    p = hooked("model.layers.0.mlp.down_proj", fill_some)
+    assert bool(p.structure.obstacles) != folds
+    if folds:
+        p.check(rewrite(p, "layer").binding)
+
+
 class Parallel(nn.Module):
     """Attention and MLP read one norm, and both are added to the stream (GPT-J, Cohere, with an RMSNorm)."""
 
