@@ -192,6 +192,17 @@ def _(x, weight):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+# ---- wide_matmul ---------------------------------------------------------------------------------------------------
+
+wide_matmul = _op(reference.wide_matmul)
+
+
+@torch.library.register_fake("larosa::wide_matmul")
+def _(x, weight):
+    reference.check_matmul(x, weight)
+    return torch.matmul(x, weight)
+
+
 # ---- decode_attention ----------------------------------------------------------------------------------------------
 
 decode_attention = _op(reference.decode_attention, mutates_args=("keys", "values"))

@@ -41,6 +41,10 @@ MAX_CHANNELS = 2**31 - 1
 _CHUNK = 1024
 
 
+# Elements of a weight that ``wide_matmul`` widens at a time: 32 MiB of float32.
+_BLOCK = 2**23
+
+
 def check_select(x: Tensor, k: int) -> None:
     """Raise TypeError or ValueError unless ``topk_select(x, k)`` is defined."""
     if x.dtype not in BITS:
@@ -195,6 +199,18 @@ def check_dense(x: Tensor, weight: Tensor) -> None:
                          f"got {tuple(x.shape)} and {tuple(weight.shape)}")
     if x.device != weight.device:
         raise ValueError(f"dense_gemv: all tensors must be on one device, got {x.device} and {weight.device}")
+
+
+def check_matmul(x: Tensor, weight: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``wide_matmul`` is defined for these types and shapes."""
+    if x.dtype not in BITS or weight.dtype != x.dtype:
+        raise TypeError(f"wide_matmul: x and weight must have one dtype of {', '.join(map(str, BITS))}, "
+                        f"got {x.dtype} and {weight.dtype}")
+    if weight.dim() < 2 or x.dim() < 1 or x.shape[-1] != weight.shape[-2]:
+        raise ValueError("wide_matmul: x must be [..., K] and weight [..., K, N], "
+                         f"got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"wide_matmul: all tensors must be on one device, got {x.device} and {weight.device}")
 
 
 def check_attention(
@@ -453,6 +469,32 @@ def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
     """
     check_dense(x, weight)
     return F.linear(x, weight)
+
+
+def wide_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight``, multiplied in float32, for processors that cannot multiply 16-bit floats.
+
+    There torch's own product of a [K, N] weight falls back to scalar code, a hundred times slower than float32's.
+
+    Args:
+        x: [..., K], bfloat16, float16, float32 or float64.
+        weight: [K, N], or with leading dimensions as ``torch.matmul`` takes them, in x's dtype.
+
+    Returns:
+        [..., N] in x's dtype, accumulated in float32 (float64 for float64) and rounded once. The wide copy of a weight is
+        made a block of columns at a time.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape is not as above, or the tensors are on several devices.
+    """
+    check_matmul(x, weight)
+    wide = _wide(x.dtype)
+    if weight.dim() != 2 or weight.dtype == wide:
+        return torch.matmul(x.to(wide), weight.to(wide)).to(x.dtype)
+    columns = max(_BLOCK // max(len(weight), 1), 1)
+    blocks = [torch.matmul(x.to(wide), block.to(wide)).to(x.dtype) for block in weight.split(columns, dim=1)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
 def linear_around(

@@ -326,7 +326,7 @@ def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
 
 
 def _scaled(node: fx.Node) -> object | None:
-    """What node holds, all channels of a position scaled alike or set to zero together; None where it holds no such thing."""
+    """What node scales by a factor a position, or sets to zero there; None where it does neither."""
     if g.calls(node, torch.masked_fill, "masked_fill"):  # as transformers 5.17 does where a token's expert is elsewhere
         value, mask, fill = (g.argument(node, i, name) for i, name in enumerate(("input", "mask", "value")))
         return value if _is_factor(mask) and fill == 0 else None

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +21,47 @@ def seed(request):
 
 
 def pytest_addoption(parser):
-    # Here, because pytest asks the folders below this one too late.
-    parser.addoption("--all-kernels", action="store_true", help="every case of tests/kernels, not about one in eight")
+    parser.addoption("--all-cases", action="store_true", help="every case of every grid, not a sample")
+
+
+_KERNELS = Path(__file__).parent / "kernels"
+_SMALL = 6  # cases of a grid that are run all
+_SHARE, _SMALL_OF_KERNELS = 8, 24  # a case of a kernel takes milliseconds
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of every grid some of its cases, always the same ones; all of them with ``--all-cases``.
+
+    Each value of each of the grid's axes (family, rotation, pass, kind of row, dtype, ...) is among them. Of the kernels'
+    grids it is one case in eight, at least.
+    """
+    if config.getoption("--all-cases"):
+        return
+    grids = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec"):
+            # A device is no axis: where it is missing, its cases are skipped and stand for nothing.
+            grids[item.path, item.originalname, item.callspec.params.get("device")].append(item)
+    left_out = set()
+    for (path, *_), grid in grids.items():
+        of_kernels = _KERNELS in path.parents
+        if len(grid) > (_SMALL_OF_KERNELS if of_kernels else _SMALL):
+            left_out |= {*grid} - drawn(grid, len(grid) // _SHARE if of_kernels else 0)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def drawn(grid, least):
+    """The cases of a grid that are run by default, a set: by the hash of their names, and so that no value is missing."""
+    order = sorted(grid, key=lambda item: zlib.crc32(item.name.encode()))
+    chosen, seen = set(), set()
+    for item in order:
+        values = {(name, str(value)) for name, value in item.callspec.params.items()}
+        if not values <= seen:
+            chosen.add(item)
+            seen |= values
+    more = (item for item in order if item not in chosen)
+    return chosen | {item for item, _ in zip(more, range(least - len(chosen)), strict=False)}
 
 
 @pytest.fixture

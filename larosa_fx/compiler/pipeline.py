@@ -39,6 +39,7 @@ from larosa_fx.passes import (
     merge_siblings,
     pack_adapters,
     rotate_online,
+    widen_products,
 )
 
 log = logging.getLogger("larosa_fx")
@@ -96,6 +97,7 @@ COMPILE = (
     Pass(emit_sites, needed="it is what sparsifies; pass sparsity=0.0 for a dense model"),
     Pass(fuse_attention),
     Pass(lower_head),
+    Pass(widen_products),
     Pass(defer_counters),
     Pass(fold_weights, needed="without it weights would be folded anew for every token"),
 )

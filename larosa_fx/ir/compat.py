@@ -170,6 +170,12 @@ def freezes_weights() -> bool:
     return bool(config.freezing) and not torch.is_grad_enabled()
 
 
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether torch has fast products of a dtype on this CPU, whichever way a matrix lies (2.11 to 2.13)."""
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return asked is None or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, asked)())
+
+
 def guard(node: fx.Node, holds: Callable[[object], bool], why: str) -> bool:
     """Make Dynamo compile anew as soon as ``holds(value)`` is false of what the placeholder ``node`` stands for.
 

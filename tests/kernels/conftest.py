@@ -2,8 +2,6 @@
 
 import os
 import zlib
-from collections import defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -36,42 +34,6 @@ def _denormal(shape, dtype, g):
     mantissa = int(-np.log2(torch.finfo(dtype).eps))
     sign = torch.randint(2, shape, generator=g) * torch.iinfo(_INT[dtype]).min
     return (torch.randint(1 << mantissa, shape, generator=g) + sign).to(_INT[dtype]).view(dtype)
-
-
-_SHARE, _SMALL = 8, 24
-
-
-def pytest_collection_modifyitems(config, items):
-    """Of every grid in this folder about one case in eight, always the same ones; all of them with ``--all-kernels``.
-
-    Each value of each of the grid's axes (kind of row, dtype, build, shape, surroundings) is among them.
-    """
-    if config.getoption("--all-kernels"):
-        return
-    grids = defaultdict(list)
-    for item in items:
-        if Path(__file__).parent in item.path.parents and hasattr(item, "callspec"):
-            # A device is no axis: where it is missing, its cases are skipped and stand for nothing.
-            grids[item.path, item.originalname, item.callspec.params.get("device")].append(item)
-    left_out = set()
-    for grid in grids.values():
-        if len(grid) > _SMALL:
-            left_out |= {*grid} - drawn(grid)
-    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-    items[:] = [item for item in items if item not in left_out]
-
-
-def drawn(grid):
-    """The cases of a grid that are run by default, a set: by the hash of their names, and so that no value is missing."""
-    order = sorted(grid, key=lambda item: zlib.crc32(item.name.encode()))
-    chosen, seen = set(), set()
-    for item in order:
-        values = {(name, str(value)) for name, value in item.callspec.params.items()}
-        if not values <= seen:
-            chosen.add(item)
-            seen |= values
-    more = (item for item in order if item not in chosen)
-    return chosen | {item for item, _ in zip(more, range(len(grid) // _SHARE - len(chosen)), strict=False)}
 
 
 # Every kind of row the selection may meet: name -> f(shape, dtype, generator).

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from larosa_fx.kernels import nvrtc, reference
-from larosa_fx.kernels.ops import decode_attention, dense_gemv, sparse_gemv, sparse_linear, topk_select
+from larosa_fx.kernels.ops import decode_attention, dense_gemv, sparse_gemv, sparse_linear, topk_select, wide_matmul
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
 
@@ -43,6 +43,10 @@ def _dense(dtype):
     return {"x": torch.randn(1, 64).to(dtype), "weight": torch.randn(48, 64).to(dtype)}
 
 
+def _matmul(dtype):
+    return {"x": torch.randn(1, 64).to(dtype), "weight": torch.randn(64, 48).to(dtype)}
+
+
 def _attention(dtype):
     def draw(*shape):
         return torch.randn(shape).to(dtype)
@@ -53,7 +57,8 @@ def _attention(dtype):
             "cos": draw(1, 1, 1, 64), "sin": draw(1, 1, 1, 64)}
 
 
-OPS = {topk_select: _select, sparse_gemv: _gemv, sparse_linear: _linear, dense_gemv: _dense, decode_attention: _attention}
+OPS = {topk_select: _select, sparse_gemv: _gemv, sparse_linear: _linear, dense_gemv: _dense, wide_matmul: _matmul,
+       decode_attention: _attention}
 
 # What may befall a tensor among them: name -> f(tensor).
 HARM = {

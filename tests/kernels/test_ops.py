@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from larosa_fx.kernels import reference
-from larosa_fx.kernels.ops import dense_gemv, sparse_gemv, sparse_linear, topk_select
+from larosa_fx.kernels.ops import dense_gemv, sparse_gemv, sparse_linear, topk_select, wide_matmul
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = pytest.param("cuda", marks=needs_cuda)
@@ -446,6 +446,37 @@ def test_dense_refuses(device):
     ]:
         with pytest.raises(error, match=match):
             dense_gemv(*args)
+
+
+# ---- wide_matmul ----
+
+
+@pytest.mark.parametrize("block", [1, 7 * 70, 2**23])  # a column at a time, seven, all
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
+def test_wide(device, leading, block, gen, check_gemv, monkeypatch):
+    monkeypatch.setattr(reference, "_BLOCK", block)
+    every = torch.arange(70, dtype=torch.int32, device=device).expand(*leading, 70)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        x, weight = torch.randn(*leading, 70, generator=gen), torch.randn(70, 33, generator=gen)
+        x, weight = (t.to(dtype).to(device) for t in (x, weight))
+        check_gemv(x, every, weight, wide_matmul(x, weight))
+        torch.library.opcheck(wide_matmul, (x, weight))
+
+
+def test_wide_takes_a_matrix_for_each_head(device):
+    x, weight = torch.randn(2, 4, 1, 8, device=device).half(), torch.randn(4, 8, 8, device=device).half()
+    torch.testing.assert_close(wide_matmul(x, weight), torch.matmul(x.double(), weight.double()).half())
+
+
+def test_wide_refuses(device):
+    x, w = torch.ones(1, 8, device=device), torch.ones(8, 6, device=device)
+    for error, match, args in [
+        (ValueError, r"\[\.\.\., K\] and weight \[\.\.\., K, N\], got \(1, 8\) and \(6, 8\)", (x, w.t())),
+        (TypeError, "one dtype of .* got torch.float32 and torch.float16", (x, w.half())),
+        (ValueError, "one device", (x, w.to("meta"))),
+    ]:
+        with pytest.raises(error, match=match):
+            wide_matmul(*args)
 
 
 # ---- registration, compilation ----

@@ -245,7 +245,7 @@ def test_threshold_bits_are_those_of_each_row_alone(over, gemv, dtype, gen, make
 def test_all_of_this_in_the_interpreter(request):
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["--all-kernels"] * request.config.getoption("--all-kernels")
+    command += ["--all-cases"] * request.config.getoption("--all-cases")
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     print(done.stdout[-20000:], done.stderr[-2000:])
     if "only 0-dimensional arrays can be converted" in done.stdout:
