@@ -1,4 +1,4 @@
-"""Time of a decoding step at batch 1, dense and at several sparsities side by side, for models of real shapes.
+"""Time of a decoding step, dense and at several sparsities side by side, for models of real shapes.
 
     python bench/decode.py --model llama-2-7b llama-3-8b --json bench/results/decode-DEVICE.json
     python bench/decode.py --device cpu --model llama-3.2-1b --sparsity 0.25 0.4 0.5 --json bench/results/decode-cpu.json
@@ -6,13 +6,16 @@
 Weights are random: the time depends on shapes and on k, not on values. The compiled forward is called as transformers'
 ``generate`` calls it, with a static cache, after an eager prefill; the next token never visits the host. A row holds:
 
-- model, layers, dtype, device, rotation, variant ("dense-eager", "dense-max-autotune", "larosa", "larosa-threshold",
-  "larosa-int4", "larosa-int4-threshold", ...), bits (that a weight of a decoder layer takes, its scales included);
+- model, layers, dtype, device, batch (sequences), rotation, variant ("dense-eager", "dense-max-autotune", "larosa",
+  "larosa-threshold", "larosa-int4", "larosa-int4-threshold", ...; "dense-int8" and "dense-int4" are torchao's weight-only
+  formats under torch.compile's max-autotune, int4 as tinygemm takes it, in groups of 128), bits (that a weight of a decoder
+  layer takes, its scales included);
 - sparsity (asked for), byte_sparsity (share of the decoder layers' weight bytes not read: as compiled, or, of thresholds,
   counted over decoding steps of the eager model);
 - ms_per_token (median), p20, p80, tokens_per_second, host_ms_per_token: what it takes to launch a step without waiting
   for it; where that is not clearly below ms_per_token, the host sets the pace;
-- ratio_to_best_dense: how many times faster than the fastest dense variant of the same model in the file, in any dtype;
+- ratio_to_best_dense: how many times faster than the fastest dense variant of the same model and batch in the file, in any
+  dtype of 16 bits or more;
 - weight_bytes_touched a step, head and adapters included, achieved_gb_per_s, and share_of_byte_limit: against a plain
   read of memory measured in the same run;
 - logit_error: largest difference to the eager dense logits of the first step over the largest of them; compile_seconds
@@ -25,6 +28,7 @@ renews the table between ``<!-- decode: FILE -->`` and ``<!-- end -->`` in docs/
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import itertools
 import json
@@ -84,6 +88,7 @@ VARIANTS = {
     "cpu": ("dense-eager", "dense-default", "dense-max-autotune", "larosa"),
 }
 DENSE = ("dense-eager", "dense-default", "dense-reduce-overhead", "dense-max-autotune")
+QUANTIZED = ("dense-int8", "dense-int4")
 # Of larosa's variants: how channels are selected, and what weights are stored in.
 SPARSE = {f"larosa{bits}{selected}": (selection, bits[1:] or "none")
           for bits in ("", *(f"-{name}" for name in BITS))
@@ -107,6 +112,7 @@ class Setting:
     cache: int = 1024
     rotation: str = "layer"
     mode: str | None = None  # Inductor's, for larosa
+    batch: int = 1
 
 
 class Decoding:
@@ -114,14 +120,14 @@ class Decoding:
 
     def __init__(self, model: torch.nn.Module, setting: Setting) -> None:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (1, setting.prompt), generator=generator).to(model.device)
+        ids = torch.randint(model.config.vocab_size, (setting.batch, setting.prompt), generator=generator).to(model.device)
         self.cache = StaticCache(config=model.config, max_cache_len=setting.cache)
-        self.position = torch.full((1, 1), setting.prompt, device=model.device)
+        self.position = torch.full((1, 1), setting.prompt, device=model.device)  # the same of all sequences, as is the mask
         self.mask = (torch.arange(setting.cache, device=model.device) <= setting.prompt)[None, None, None]
         self.token = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
     def step(self, forward: Callable) -> torch.Tensor:
-        """Logits [1, 1, V] of one step; they may be overwritten by the next."""
+        """Logits [B, 1, V] of one step; they may be overwritten by the next."""
         logits = forward(input_ids=self.token, past_key_values=self.cache, position_ids=self.position,
                          attention_mask=self.mask, logits_to_keep=1, use_cache=True, return_dict=True).logits
         torch.argmax(logits, -1, out=self.token)
@@ -154,8 +160,12 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
                 torch.cuda.empty_cache()
             row: Row = {"variant": variant, "rotation": None, "sparsity": sparsity, "byte_sparsity": 0.0,
                         "bits": 8.0 * model.dtype.itemsize}
-            row |= _timed(model, _forward(model, variant, sparsity, setting.mode), setting, expected)
-            touched = _dense_bytes(model)
+            measured = rounded(model, variant) if variant in QUANTIZED else model
+            row |= _timed(measured, _forward(measured, variant, sparsity, setting.mode), setting, expected)
+            touched = _dense_bytes(measured)
+            if variant in QUANTIZED:
+                weights = [module.weight for module in _linears(measured)]
+                row["bits"] = 8 * sum(map(_nbytes, weights)) / sum(weight.numel() for weight in weights)
             if variant in SPARSE:
                 report = backend.last_report()
                 row |= {"rotation": setting.rotation, "byte_sparsity": report.byte_sparsity}
@@ -177,7 +187,19 @@ def _forward(model: torch.nn.Module, variant: str, sparsity: float | None, mode:
         selection, stored = SPARSE[variant]
         options = {"sparsity": sparsity, "selection": selection, "quantize": stored} | ({"mode": mode} if mode else {})
         return torch.compile(model.__call__, backend="larosa", options=options, fullgraph=True)
-    return torch.compile(model.__call__, mode=variant.removeprefix("dense-"), fullgraph=True)
+    mode = "max-autotune" if variant in QUANTIZED else variant.removeprefix("dense-")
+    return torch.compile(model.__call__, mode=mode, fullgraph=True)
+
+
+def rounded(model: torch.nn.Module, variant: str) -> torch.nn.Module:
+    """A copy whose linears, the head among them, are torchao's (an extra: pip install --no-deps torchao==0.18.0)."""
+    from torchao import quantization as torchao
+
+    config = torchao.Int8WeightOnlyConfig() if variant == "dense-int8" else torchao.Int4WeightOnlyConfig(
+        group_size=128, int4_packing_format="tile_packed_to_4d")
+    model = copy.deepcopy(model)
+    torchao.quantize_(model, config)
+    return model
 
 
 def _timed(model: torch.nn.Module, forward: Callable, setting: Setting, expected: torch.Tensor) -> Row:
@@ -206,7 +228,7 @@ def _timed(model: torch.nn.Module, forward: Callable, setting: Setting, expected
     steps = [between(a, b) for a, b in itertools.pairwise(marks)]
     quintiles = statistics.quantiles(steps, n=5)
     median = statistics.median(steps)
-    return {"ms_per_token": median, "p20": quintiles[0], "p80": quintiles[-1], "tokens_per_second": 1e3 / median,
+    return {"ms_per_token": median, "p20": quintiles[0], "p80": quintiles[-1], "tokens_per_second": setting.batch * 1e3 / median,
             "host_ms_per_token": host, "logit_error": error, "compile_seconds": compile_seconds}
 
 
@@ -227,7 +249,20 @@ def _dense_bytes(model: torch.nn.Module) -> int:
     """Bytes of all weights a dense step reads: of an embedding table that is not the head as well, one row."""
     table = model.get_input_embeddings().weight
     tied = table is model.get_output_embeddings().weight
-    return sum(p.nbytes for p in model.parameters()) - (0 if tied else table.nbytes - table[0].nbytes)
+    return sum(map(_nbytes, model.parameters())) - (0 if tied else table.nbytes - table[0].nbytes)
+
+
+def _nbytes(weight: torch.Tensor) -> int:
+    """Of what a tensor holds, which of a quantised one is less than its dtype says."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight.nbytes
+    return sum(_nbytes(part) for name in weight.__tensor_flatten__()[0] if (part := getattr(weight, name)) is not None)
+
+
+def _linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Of the decoder's layers."""
+    head = model.get_output_embeddings()
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
 
 
 def _changed_bytes(model: torch.nn.Module, report: Report, byte_sparsity: float, quantized: bool) -> int:
@@ -235,8 +270,10 @@ def _changed_bytes(model: torch.nn.Module, report: Report, byte_sparsity: float,
     size, hidden = model.dtype.itemsize, model.config.hidden_size
     sites = sum(s.weight_bytes for s in report.sites)
     change = round((1 - byte_sparsity) * sites) - sum(s.channels * s.outputs for s in report.sites) * size
-    small = format_of("int8" if quantized else "none", model.dtype, hidden)
-    change += _rotations(report) * hidden * small.row_bytes(hidden)
+    # Beside a quantised weight an adapter has twice 8 bits.
+    packed = report.count("pack_adapters", "adapters") if quantized else 0
+    change += packed * 2 * hidden * format_of("int8", model.dtype, hidden).row_bytes(hidden)
+    change += (_rotations(report) - packed) * hidden * hidden * size
     if report.count("lower_head", "linears in 8 bits"):
         outputs = model.get_output_embeddings().out_features
         change += hidden * (format_of("int8", model.dtype, outputs).row_bytes(outputs) - outputs * size)
@@ -289,11 +326,11 @@ def merge(rows: Sequence[Row], new: Row) -> list[Row]:
         return *model(row), row["dtype"], row["variant"], row["rotation"], row["sparsity"]
 
     def model(row: Row) -> tuple:
-        return row["model"], row["layers"], row["device"]
+        return row["model"], row["layers"], row["device"], row.get("batch", 1)
 
     merged = [row for row in rows if case(row) != case(new)] + [new]
     beside = [row for row in merged if model(row) == model(new)]
-    best = min((row["ms_per_token"] for row in beside if row["variant"].startswith("dense")), default=None)
+    best = min((row["ms_per_token"] for row in beside if row["variant"] in DENSE), default=None)
     for row in beside:
         row["ratio_to_best_dense"] = best and best / row["ms_per_token"]
     return merged
@@ -322,8 +359,9 @@ def page(text: str, name: str, rows: Sequence[Row]) -> str:
         turned = "" if row.get("rotation") in (None, "layer") else f", rotation={row['rotation']}"
         selection, stored = SPARSE.get(row["variant"], ("topk", "none"))
         selected = (", thresholds" if selection == "threshold" else "") + ("" if stored == "none" else f", {stored}")
-        columns[column] = (row["sparsity"], "") if not dense else (-1, DENSE.index(row["variant"]))
-        case = cases.setdefault(f"{row['model']}, {row['dtype']}{turned}{selected}", {})
+        columns[column] = (row["sparsity"], "") if not dense else (-1, (*DENSE, *QUANTIZED).index(row["variant"]))
+        many = f", batch {batch}" if (batch := row.get("batch", 1)) > 1 else ""
+        case = cases.setdefault(f"{row['model']}, {row['dtype']}{many}{turned}{selected}", {})
         case[column] = f"{row['ms_per_token']:.3g}{faster}"
     ordered = sorted(columns, key=columns.get)
     lines = [["ms/token", *ordered], ["---"] * (len(ordered) + 1)] + [
@@ -339,8 +377,9 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", default=["llama-2-7b"], choices=[*MODELS, SMOLLM2], metavar="NAME",
                         help=f"of {', '.join([*MODELS, SMOLLM2])}")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0, 0.25, 0.4, 0.5, 0.75])
-    known = {*SPARSE, *(variant for variants in VARIANTS.values() for variant in variants)}
+    known = {*SPARSE, *QUANTIZED, *(variant for variants in VARIANTS.values() for variant in variants)}
     parser.add_argument("--variants", nargs="+", choices=sorted(known))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences side by side")
     parser.add_argument("--rotation", default="layer", choices=list(BASES))
     parser.add_argument("--mode", help="Inductor's for larosa; max-autotune on a GPU, its default on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -358,8 +397,7 @@ def main() -> int:
         path.write_text(page(path.read_text(), args.json.name, json.loads(args.json.read_text())["rows"]))
         return 0
     kind = torch.device(args.device).type
-    setting = Setting(args.prompt, args.tokens, args.cache, args.rotation,
-                      args.mode or ("max-autotune" if kind == "cuda" else None))
+    mode = args.mode or ("max-autotune" if kind == "cuda" else None)
     bandwidth = read_bandwidth(args.device)
     origin = {"device": provenance.device(args.device), "commit": provenance.commit(), "torch": torch.__version__,
               "command": provenance.command()}
@@ -370,18 +408,21 @@ def main() -> int:
     wrong = []
     for name, dtype in itertools.product(args.model, args.dtype):
         model = build(name, args.layers, getattr(torch, dtype), args.device)
-        about = {"model": name, "layers": model.config.num_hidden_layers, "dtype": dtype}
-        measured: list[Row] = []
-        for row in measure(model, args.variants or VARIANTS[kind], args.sparsity, setting, bandwidth=bandwidth):
-            row = about | row | origin
-            rows, measured = merge(rows, row), [*measured, row]
-            print(f"{name} {dtype} {row['variant']} {row['byte_sparsity']:.0%}: {row['ms_per_token']:.3f} ms", flush=True)
-            if args.json:
-                provenance.write_results(args.json, rows, provenance=header)
-            exact = row["byte_sparsity"] == 0 and SPARSE.get(row["variant"], ("", "none"))[1] == "none"
-            if not row["logit_error"] < (TOLERANCE[model.dtype] if exact else math.inf):
-                wrong.append(row)
-        print(f"\n{name}, {about['layers']} layers, {dtype}\n{table(measured)}\n", flush=True)
+        for batch in args.batch:
+            about = {"model": name, "layers": model.config.num_hidden_layers, "dtype": dtype, "batch": batch}
+            setting = Setting(args.prompt, args.tokens, args.cache, args.rotation, mode, batch)
+            measured: list[Row] = []
+            for row in measure(model, args.variants or VARIANTS[kind], args.sparsity, setting, bandwidth=bandwidth):
+                row = about | row | origin
+                rows, measured = merge(rows, row), [*measured, row]
+                print(f"{name} {dtype} x {batch} {row['variant']} {row['byte_sparsity']:.0%}: {row['ms_per_token']:.3f} ms",
+                      flush=True)
+                if args.json:
+                    provenance.write_results(args.json, rows, provenance=header)
+                exact = row["byte_sparsity"] == 0 and row["bits"] == 8 * model.dtype.itemsize
+                if not row["logit_error"] < (TOLERANCE[model.dtype] if exact else math.inf):
+                    wrong.append(row)
+            print(f"\n{name}, {about['layers']} layers, {dtype}, batch {batch}\n{table(measured)}\n", flush=True)
         del model
     for row in wrong:
         print(f"WRONG: {row['model']} {row['variant']} at {row['byte_sparsity']:.0%}: logit error {row['logit_error']:.1e}")

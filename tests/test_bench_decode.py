@@ -51,7 +51,7 @@ def test_bits_and_bytes_of_quantised_weights():
         weights = sum(k * n for k, n in outputs)
         scales = sum(k * (2 if n % 128 == 0 and n > 128 else 1) * groups[bits] for k, n in outputs)
         assert row["bits"] == pytest.approx(int(bits[3:]) + 32 * scales / weights)
-        adapters = 3 * 64 * (64 + 4)  # int8 with a scale a row
+        adapters = 3 * 2 * 64 * (64 + 4)  # twice int8 with a scale a row
         head = 64 * (4096 + 4096 // 128 * 4)
         embedding, gains = 64, 5 * 64
         assert row["weight_bytes_touched"] == pytest.approx(
@@ -100,6 +100,28 @@ def test_the_page_of_figures_shows_the_results_that_are_there():
         results = root / "bench" / "results" / name
         if results.exists():
             assert decode.page(text, name, json.loads(results.read_text())["rows"]) == text
+
+
+def test_sequences_side_by_side():
+    """A step of several sequences is compared with their own logits, and its ratio with dense steps of as many."""
+    setting = decode.Setting(prompt=8, tokens=4, cache=64, batch=3)
+    about = {"model": "tiny", "layers": 2, "dtype": "float32", "device": "cpu"}
+    one, three = ([about | {"batch": setting.batch} | row for row in decode.measure(
+        tiny.llama(), ["dense-eager", "larosa"], [0.0], setting, bandwidth=1e9)] for setting in (SETTING, setting))
+    assert three[1]["logit_error"] < 1e-4
+    assert three[1]["tokens_per_second"] == pytest.approx(3e3 / three[1]["ms_per_token"])
+    merged = []
+    for row in (*one, *three):
+        merged = decode.merge(merged, row)
+    assert [row["ratio_to_best_dense"] for row in merged[::2]] == [1, 1] and len(merged) == 4
+
+
+def test_other_peoples_8_bits():
+    pytest.importorskip("torchao")
+    (row,) = rows(["dense-int8"], hidden_size=64, intermediate_size=128)
+    weights, outputs = 2 * 64 * (64 * 3 + 3 * 128), 2 * (64 * 2 + 2 * 32 + 2 * 128 + 64)
+    assert row["bits"] == pytest.approx(8 * (weights + 4 * outputs) / weights, rel=0.02)
+    assert 1e-4 < row["logit_error"] < 0.1
 
 
 def test_too_many_positions_are_refused():
