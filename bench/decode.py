@@ -228,8 +228,9 @@ def _timed(model: torch.nn.Module, forward: Callable, setting: Setting, expected
     steps = [between(a, b) for a, b in itertools.pairwise(marks)]
     quintiles = statistics.quantiles(steps, n=5)
     median = statistics.median(steps)
-    return {"ms_per_token": median, "p20": quintiles[0], "p80": quintiles[-1], "tokens_per_second": setting.batch * 1e3 / median,
-            "host_ms_per_token": host, "logit_error": error, "compile_seconds": compile_seconds}
+    return {"ms_per_token": median, "p20": quintiles[0], "p80": quintiles[-1],
+            "tokens_per_second": setting.batch * 1e3 / median, "host_ms_per_token": host, "logit_error": error,
+            "compile_seconds": compile_seconds}
 
 
 def _clock(cuda: bool) -> tuple[Callable, Callable]:

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import StaticCache
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, StaticCache
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
@@ -97,7 +99,7 @@ def test_values_that_lie_in_the_cache_mapped(pair):
 
 
 def test_an_end_in_a_draft(pair):
-    """Each token in turn ends the sequence, the last of a cycle and those amid drafts, and stop strings do."""
+    """Each token in turn ends the sequence, the last of a cycle and those amid drafts."""
     model, dense = pair
     prompt = ids(1, 9)
     whole = dense.generate(prompt, **SETTINGS)[0, 9:].tolist()
@@ -105,6 +107,21 @@ def test_an_end_in_a_draft(pair):
         got = lossless(model, prompt, 0.1, eos_token_id=stop, return_dict_in_generate=True)
         assert got.sequences[0, 9:].tolist() == whole[:whole.index(stop) + 1]
         assert int(got.past_key_values.get_seq_length()) == got.sequences.shape[1] - 1
+
+
+def test_a_string_that_ends_it(pair):
+    """Of several tokens, wherever in a cycle they fall."""
+    model, dense = pair
+    prompt, letters = ids(1, 9), [chr(ord("0") + i) for i in range(64)]
+    words = Tokenizer(WordLevel({c: i for i, c in enumerate(letters)}, "?"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    whole = dense.generate(prompt, **SETTINGS)[0, 9:].tolist()
+    for first in range(3):
+        ending = {"tokenizer": tokenizer, "stop_strings": ["".join(letters[i] for i in whole[first:first + 2])]}
+        expected = dense.generate(prompt, **ending, **SETTINGS)
+        assert 9 < expected.shape[1] < 9 + len(whole)
+        assert torch.equal(lossless(model, prompt, 0.1, **ending), expected)
 
 
 def test_a_chat_in_a_cache_of_the_users(pair):
