@@ -28,6 +28,8 @@ def run(ctx: Context) -> PassResult:
             _start(ctx.graph, structure, value)
         for linear in value.writers:
             _writer(ctx.graph, linear)
+        for added in value.biases:
+            layers.edit_added_bias(added, lambda bias: ex.weight_call(ctx.graph, ex.centred, bias, -1))
         for norm in value.norms:
             x, dims, _, _, eps = norm.args
             norm.target, norm.args = F.rms_norm, (x, dims, None, eps)

@@ -39,6 +39,8 @@ def run(ctx: Context) -> PassResult:
         if value.basis is not None:
             for linear in value.writers:
                 rotate.writer(linear, value.basis)
+            for added in value.biases:
+                rotate.bias(added, value.basis)
             for linear in (linear for norm in value.norms for linear in structure.readers[norm]):
                 rotate.reader(linear, value.basis)
             result.count("writers", len(value.writers))
@@ -113,6 +115,10 @@ class _Rotator:
         layers.edit_weight(linear, lambda weight: ex.weight_call(
             self.graph, torch.matmul, ex.weight_call(self.graph, torch.t, q), weight))
         layers.edit_bias(linear, lambda bias: bias and ex.weight_call(self.graph, torch.matmul, bias, q))
+
+    def bias(self, added: fx.Node, basis: str) -> None:
+        q = self._q(basis)
+        layers.edit_added_bias(added, lambda bias: ex.weight_call(self.graph, torch.matmul, bias, q))
 
     def table(self, embedding: fx.Node, basis: str) -> None:
         with self.graph.inserting_before(embedding):

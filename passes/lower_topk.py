@@ -3,6 +3,9 @@
 Or S all |x| that reach a threshold, which is k of them on average (``larosa_fx.method.thresholds``). The decision is a
 value, ``ir.site.SparseSite``; the graph stays dense until ``emit_sites`` writes it.
 
+Where a site's channels are split over ranks, a threshold keeps the channels that it keeps on one rank, and a Top-K becomes
+one on each rank, of its share of k.
+
 All weights take the [K, N] layout here, dense or sparse, so that graphs of prefill and decode share one folded tensor.
 """
 
@@ -39,8 +42,9 @@ def run(ctx: Context) -> PassResult:
         product, output = layers.replace_linear(
             ctx.graph, linear, lambda x, _, matrix=matrix: ctx.graph.call_function(torch.matmul, (x, matrix)))
         k = plan.k[site.name]
-        threshold = None if plan.thresholds is None or k == site.in_features else plan.thresholds[site.name]
-        bare = SparseSite.of(site.name, product, output, bias, k, site.out_features, threshold, weight, stored)
+        threshold = None if plan.thresholds is None or k == site.whole[0] else plan.thresholds[site.name]
+        bare = SparseSite.of(site.name, product, output, bias, site.shard.share(k) if site.shard else k, site.out_features,
+                             threshold, weight, stored, site.shard)
         site.sparse, site.linears = _decide(ctx, bare), [output]
         result.count(site.sparse.form)
         if site.sparse.form == "dense":

@@ -21,7 +21,7 @@ from larosa_fx.compiler.folds import STORE, Binding, Fingerprint, Folded, stamp
 from larosa_fx.compiler.options import Options
 from larosa_fx.compiler.pipeline import PassError, Runner, disabled, transform
 from larosa_fx.compiler.policy import LarosaError
-from larosa_fx.ir import compat
+from larosa_fx.ir import compat, shards
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Device, PlanView
 from larosa_fx.ir.report import Report
@@ -120,6 +120,7 @@ class CompiledGraph:
         self._mask = g.parameter_mask(example_inputs)
         self._path = None if options.plan is None else os.path.abspath(options.plan)  # whatever directory is entered later
         self._parameters = [i for i, is_parameter in enumerate(self._mask) if is_parameter]
+        self._group = shards.group(example_inputs)
         self._states: dict[tuple[int, ...], _State] = {}
         self._build(example_inputs)
         _live.add(self)
@@ -129,6 +130,8 @@ class CompiledGraph:
         _calls.number += 1
         _last_report = self.report
         parameters = [args[i] for i in self._parameters]
+        if self._group is not None:
+            parameters = list(map(shards.local, parameters))
         ids = tuple(map(id, parameters))
         state = self._states.get(ids)
         if state is None or state.epoch != _epoch(self._path) or state.revision != STORE.revision or (
@@ -156,10 +159,10 @@ class CompiledGraph:
             policy.changed_weights(plan, {name: [args[i] for i in positions] for name, positions in self._weights.items()},
                                    strict=self.options.strict)
             binding = replace(self._binding, rotations=plan.matrices, digest=plan.digest)
-            replaces = self.options.weights == "replace"
-            leaving = {id(args[i]) for i in binding.replaceable(args)} if replaces else ()
-            fingerprint = STORE.fingerprint([p for p in binding.sources(args) if id(p) not in leaving])
-            folded = binding.fold(args, replace=replaces)
+            replaces, here = self.options.weights == "replace", list(map(shards.local, args))
+            leaving = {id(here[i]) for i in binding.replaceable(here)} if replaces else ()
+            fingerprint = STORE.fingerprint([p for p in binding.sources(here) if id(p) not in leaving])
+            folded = binding.fold(here, replace=replaces)
         states = self._states
         refs = [weakref.ref(p, lambda _: states.pop(ids, None)) for p in parameters]
         states[ids] = _State(folded, fingerprint, stamp(parameters), revision, epoch, refs, fits)
@@ -209,12 +212,13 @@ class CompiledGraph:
         report.reason = "; ".join(filter(None, (report.reason, policy.unserved(
             report.unserved, len(report.sites), sparsify=self.options.sparsify, strict=self.options.strict))))
         try:
-            specs = binding.specs(args)
+            specs = binding.specs(list(map(shards.local, args)))
         except Exception as error:
             raise PassError.of("folding", error) from error
         report.bytes_added = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in specs)
         if self.options.weights == "replace":
-            report.bytes_added -= sum(args[i].nbytes for i in binding.replaceable(args))
+            here = list(map(shards.local, args))
+            report.bytes_added -= sum(here[i].nbytes for i in binding.replaceable(here))
         # The plan's own matrices come with each binding: a graph holds no plan.
         self._binding, self._kept = replace(binding, rotations={}), binding.kept()
         return captured.gm, [args[i] for i in binding.kept()] + compat.fake_tensors(args, specs), report

@@ -20,6 +20,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from larosa_fx.ir import shards
 from larosa_fx.ir.recipe import FoldError, Recipe
 from larosa_fx.plan.rotations import orthonormal
 
@@ -122,8 +123,9 @@ class Folded:
 class FoldStore:
     """Folded tensors of all live models, shared by every graph that needs the same expression of the same parameters.
 
-    Entries are held weakly: they live as long as a compiled graph that reads them. ``revision`` counts all calls of
-    ``touch``, for whichever parameters: while it stands still, nobody said that values changed.
+    Of a parameter that is split over several ranks the part here, ``shards.local``, is what is folded and known by its
+    identity. Entries are held weakly: they live as long as a compiled graph that reads them. ``revision`` counts all calls
+    of ``touch``, for whichever parameters: while it stands still, nobody said that values changed.
     """
 
     def __init__(self) -> None:
@@ -144,7 +146,7 @@ class FoldStore:
 
     def folded_from(self, parameters: Sequence[torch.Tensor]) -> list[Folded]:
         """What was folded from these parameters, among others; who holds the list keeps it."""
-        ids = set(map(id, parameters))
+        ids = {id(shards.local(p)) for p in parameters}
         return [entry for key, entry in self._entries.items() if not ids.isdisjoint(key[-1])]
 
     def made_of(self, parameters: Sequence[torch.Tensor], digest: str
@@ -171,11 +173,12 @@ class FoldStore:
     def touch(self, parameters: Iterable[torch.Tensor]) -> None:
         """Note that these parameters' values may have changed: what was folded from them is folded anew when needed."""
         self.revision += 1
-        for p in parameters:
+        for p in map(shards.local, parameters):
             self._revisions[p] = self.revision
 
     def marks(self, parameters: Sequence[torch.Tensor]) -> list[tuple[int, int, int]]:
         """The stamps, each with the revision at which the parameter was touched last."""
+        parameters = [shards.local(p) for p in parameters]
         return [(*pair, self._revisions.get(p, 0)) for pair, p in zip(stamp(parameters), parameters, strict=True)]
 
     def fingerprint(self, parameters: Sequence[torch.Tensor]) -> Fingerprint:
@@ -188,7 +191,7 @@ class FoldStore:
 
     def fingerprints_of(self, parameters: Sequence[torch.Tensor]) -> list[Fingerprint]:
         """The fingerprints that cover one of these parameters; none where nothing is folded from them."""
-        ids = set(map(id, parameters))
+        ids = {id(shards.local(p)) for p in parameters}
         return [found for key, found in self._fingerprints.items() if not ids.isdisjoint(key)]
 
     # ---- folding -----------------------------------------------------------------------------------------------------
@@ -228,6 +231,7 @@ class FoldStore:
                 "new values cannot be folded; load the model again")
 
     def is_replaced(self, parameter: torch.Tensor) -> bool:
+        parameter = shards.local(parameter)
         ref = self._replaced.get(id(parameter))
         return ref is not None and ref() is parameter
 

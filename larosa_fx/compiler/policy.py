@@ -116,9 +116,9 @@ def _common_sites(sites: Sequence[Site], plan: Plan, weights: Mapping[str, Seque
     planned = {site.name: site for site in plan.sites}
     for site in sites:
         ours = planned.get(site.name)
-        if ours is not None and (ours.in_features, ours.out_features) != (site.in_features, site.out_features):
+        if ours is not None and (ours.in_features, ours.out_features) != site.whole:
             return [], (f"the plan does not fit the model: {site.name} is {ours.in_features} -> {ours.out_features} in the "
-                        f"plan and {site.in_features} -> {site.out_features} in the graph")
+                        f"plan and {site.whole[0]} -> {site.whole[1]} in the graph")
     common = [site for site in sites if site.name in planned]
     if len(common) == len(sites) == len(planned):
         return common, ""

@@ -136,6 +136,55 @@ def is_plain(example: torch.Tensor) -> bool:
     return type(example) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether x is a DTensor, or Dynamo's example of one. Who has none has not loaded what makes them (2.11 to 2.13)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local_tensor(x: torch.Tensor) -> torch.Tensor:
+    """The tensor that a DTensor holds here, not a view of it as ``to_local`` gives (2.11 to 2.13)."""
+    return x._local_tensor
+
+
+def is_plain_shard(placement: object) -> bool:
+    """Whether each rank has one piece, cut as ``torch.chunk`` cuts, and not several (2.11 to 2.13)."""
+    from torch.distributed.tensor import Shard
+
+    return type(placement) is Shard
+
+
+def summed_over_ranks(node: object) -> fx.Node | None:
+    """x where node waits for the sum of all ranks' x, as Dynamo writes ``dist.all_reduce(x)`` (2.11 to 2.13)."""
+    if not (is_collective(node, "wait_tensor") and is_collective(node.args[0], "all_reduce")):
+        return None
+    x, kind, *_ = node.args[0].args
+    return x if kind == "sum" else None
+
+
+def is_collective(node: object, *names: str) -> bool:
+    """Whether node exchanges tensors between ranks by one of torch's functional collectives (2.11 to 2.13)."""
+    if not isinstance(node, fx.Node) or not is_operator(node.target) or not torch.distributed.is_available():
+        return False
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return any(packet is getattr(torch.ops._c10d_functional, name) for name in names)
+
+
+def wraps_local(node: object) -> bool:
+    """Whether node makes a DTensor of what this rank has (2.11 to 2.13)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(node, fx.Node) and node.target == module.DTensor.from_local
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Within it tensors are real, also while Dynamo or AOTAutograd traces with fake ones (2.11 to 2.13)."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        yield
+
+
 def is_trace_failure(error: BaseException) -> bool:
     """Whether Dynamo raised it because it could not trace a model, not because a backend failed (2.11 to 2.13)."""
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException

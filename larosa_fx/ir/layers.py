@@ -70,6 +70,11 @@ def bias_of(linear: fx.Node) -> fx.Node | None:
     return g.argument(linear, 2, "bias") if is_linear(linear) else None
 
 
+def is_bias(x: object, added: fx.Node) -> bool:
+    """Whether x is a vector of parameters, one for each channel of the sum ``added`` that it is a term of."""
+    return ex.is_weight(x) and g.shape(x) == g.shape(added)[-1:]
+
+
 def replace_linear(graph: fx.Graph, linear: fx.Node, product: Callable[[fx.Node, fx.Node], fx.Node]
                    ) -> tuple[fx.Node, fx.Node]:
     """Another form in place of a linear: ``product(x, weight)``, which its bias is added to.
@@ -105,3 +110,9 @@ def edit_bias(linear: fx.Node, edit: Callable[[fx.Node | None], fx.Node | None])
         bias = edit(bias_of(linear))
     if bias is not None:
         linear.args, linear.kwargs = (*linear.args[:2], bias), {}
+
+
+def edit_added_bias(added: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
+    """Replace the bias that is the second term of a sum by ``edit`` of it."""
+    with added.graph.inserting_before(added):
+        added.update_arg(1, edit(added.args[1]))

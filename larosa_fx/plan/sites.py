@@ -33,12 +33,12 @@ class PlanSite:
     def of(cls, site: Site, rotation: str) -> PlanSite:
         if site.norm is None:
             source = site.source
-            return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
+            return cls(site.name, site.kind, *site.whole, site.parameters,
                        basis=BASES[rotation](site) if site.inner else None, source=source and source.parameter,
                        blocks=source.blocks if source and source.mixes else None)
         owned = [node for x in affine(site.norm) if x is not None for node in upstream(x, lambda n: False)
                  if PARAMETER in node.meta]
-        return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
+        return cls(site.name, site.kind, *site.whole, site.parameters,
                    owned[0].meta[PARAMETER] if owned else None, site.norm.args[-1], BASES[rotation](site),
                    is_layer_norm(site.norm))
 
