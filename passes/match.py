@@ -370,15 +370,30 @@ def _centring_obstacles(structure: Structure) -> list[tuple[str, str]]:
             if user not in values and not layers.is_layer_norm(user)]
 
 
+def _lookup(source: fx.Node) -> fx.Node | None:
+    """The embedding that the stream begins with, where nothing else reads it: itself, or its sum over the ranks."""
+    node = source
+    while g.calls(node, "to_local", "redistribute") and list(node.args[0].users) == [node]:
+        node = node.args[0]
+    return node if g.calls(node, F.embedding) else None
+
+
+def _is_split_by_rows(table: fx.Node, lookup: fx.Node) -> bool:
+    """Whether each rank has some tokens' rows of a table, whole, and the graph shows on which mesh."""
+    split = g.value(table)
+    return (g.PARAMETER in table.meta and shards.is_split(split) and shards.why_not(split) is None
+            and (shard := shards.of(split)) is not None and shard.dim == 0 and compat.wraps_local(lookup.args[0]))
+
+
 def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:
     """Decide whether the embedding table and the head may be folded; elsewhere the stream leaves in its own basis."""
     if not structure.stream:
         return
-    source = structure.stream[0].node
-    if g.calls(source, F.embedding) and g.argument(source, 3, "max_norm") is None:
-        table = g.argument(source, 1, "weight")
-        if ex.is_weight(table) and set(table.users) == {source}:
-            structure.embedding = source
+    lookup = _lookup(structure.stream[0].node)
+    if lookup is not None and g.argument(lookup, 3, "max_norm") is None:
+        table = g.argument(lookup, 1, "weight")
+        if set(table.users) == {lookup} and (ex.is_weight(table) or _is_split_by_rows(table, lookup)):
+            structure.embedding = lookup
     for stream_node in structure.stream:
         for norm in [n for n in stream_node.norms if n in head_norms]:
             linears = structure.readers[norm]

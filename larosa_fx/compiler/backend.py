@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.compiler import policy
+from larosa_fx.compiler.agreement import Ranks, together
 from larosa_fx.compiler.capture import Capture, capture
 from larosa_fx.compiler.folds import STORE, Binding, Fingerprint, Folded, stamp
 from larosa_fx.compiler.options import Options
@@ -72,7 +73,8 @@ def _larosa(gm: fx.GraphModule, example_inputs: Sequence[object], *, mode: str |
 
     Raises ValueError for bad options, PlanError for a plan that cannot be read, LarosaError under strict.
     """
-    return CompiledGraph(gm, example_inputs, Options.parse(options, mode))
+    with together(shards.group(example_inputs)) as ranks:
+        return CompiledGraph(gm, example_inputs, Options.parse(options, mode), ranks)
 
 
 _larosa.__name__ = _larosa.__qualname__ = "larosa"
@@ -113,16 +115,16 @@ class CompiledGraph:
     plan that counts leads to another graph.
     """
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[object], options: Options) -> None:
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[object], options: Options, ranks: Ranks) -> None:
         self.options = options
         self.number = next(_numbers)
         self._gm = gm
         self._mask = g.parameter_mask(example_inputs)
         self._path = None if options.plan is None else os.path.abspath(options.plan)  # whatever directory is entered later
         self._parameters = [i for i, is_parameter in enumerate(self._mask) if is_parameter]
-        self._group = shards.group(example_inputs)
+        self._split = any(map(shards.is_split, example_inputs))
         self._states: dict[tuple[int, ...], _State] = {}
-        self._build(example_inputs)
+        self._build(example_inputs, ranks)
         _live.add(self)
 
     def __call__(self, *args: object):
@@ -130,7 +132,7 @@ class CompiledGraph:
         _calls.number += 1
         _last_report = self.report
         parameters = [args[i] for i in self._parameters]
-        if self._group is not None:
+        if self._split:
             parameters = list(map(shards.local, parameters))
         ids = tuple(map(id, parameters))
         state = self._states.get(ids)
@@ -173,7 +175,7 @@ class CompiledGraph:
 
     # ---- building --------------------------------------------------------------------------------------------------
 
-    def _build(self, args: Sequence[object]) -> None:
+    def _build(self, args: Sequence[object], ranks: Ranks) -> None:
         global _last_report
         plan = self._plan_for(args)
         self._key = _structure(plan, self.options)
@@ -182,13 +184,17 @@ class CompiledGraph:
         self._guard(captured, args)
         decide = partial(policy.decide, captured.structure, plan=plan, weights=captured.weights(args),
                          parameters=[args[i] for i in self._parameters], strict=self.options.strict,
-                         rotate_cache=self.options.rotate_cache, disabled=run.disabled)
+                         rotate_cache=self.options.rotate_cache, disabled=run.disabled,
+                         agree=partial(ranks.agree, digest="" if plan is None else plan.digest))
         decision = decide(captured.refusal)
         if not decision.dense:
+            failure = None
             try:
                 gm, inputs, report = self._sparse(captured, decision, plan, run, args)
             except PassError as error:  # the graph as Dynamo gave it is whole: passes rewrite a clone
-                decision = decide(str(error))
+                failure = str(error)
+            if (failure := ranks.any(failure)) is not None:
+                decision = decide(failure)
         if decision.dense:
             gm, inputs, report = self._dense(decision, run, args)
         self.report = _last_report = report

@@ -238,12 +238,13 @@ class FoldStore:
     def replace(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Give up the parameters' own memory: each then lies in memory of the tensor it was folded into.
 
-        Where that is smaller, in 8 or 4 bits, all lie in one blank tensor as large as the largest of them.
+        Where that is smaller, in 8 or 4 bits, all lie in one blank tensor as large as the largest of them. What is part of
+        a split parameter lies nowhere.
 
         Sizes, strides and dtype stay, because Dynamo guards on them. What owns the parameters must not be used any more
         (``forbid_use``). Returns those that did: something was folded from them, and they had not done so before.
         """
-        hosts: dict[int, torch.Tensor] = {}
+        hosts: dict[int, torch.Tensor | None] = {}
         for p in [p for p in parameters if not self.is_replaced(p)]:
             made = [entry.tensor for key, entry in self._entries.items() if id(p) in key[-1]]
             if made:
@@ -252,7 +253,10 @@ class FoldStore:
                     hosts[id(p)] = self._blank(p)
         done = [p for p in parameters if id(p) in hosts]
         for p in done:
-            p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
+            if isinstance(p, torch.nn.Parameter):
+                p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
+            else:
+                p.data = _without_memory(p)
         self._give_up(done)
         # Their addresses are new, their values are not: what was folded from them stays valid.
         marks = dict(zip(map(id, done), self.marks(done), strict=True))
@@ -279,6 +283,17 @@ class FoldStore:
 
     def _forget(self, key: int, _: weakref.ref) -> None:
         self._replaced.pop(key, None)
+
+
+def _without_memory(p: torch.Tensor) -> torch.Tensor:
+    """A tensor of no bytes that looks like ``p``, the part here of a split parameter, which nothing reads any more.
+
+    Its place in its storage stays too: a DTensor remembers that of its part, and Dynamo cannot trace one that differs.
+    """
+    reach = p.storage_offset() + sum((n - 1) * stride for n, stride in zip(p.size(), p.stride(), strict=True)) + 1
+    empty = torch.empty(reach, dtype=p.dtype, device=p.device).as_strided(p.size(), p.stride(), p.storage_offset())
+    empty.untyped_storage().resize_(0)
+    return empty
 
 
 def _evaluate(recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor],
@@ -354,7 +369,7 @@ def forbid_use(parameters: Sequence[torch.Tensor]) -> None:
 
 
 def _owns(module: torch.nn.Module, parameters: WeakIdKeyDictionary) -> bool:
-    return any(p is not None and p in parameters for p in module._parameters.values())
+    return any(p is not None and shards.local(p) in parameters for p in module._parameters.values())
 
 
 class ExactRotations(Mapping):

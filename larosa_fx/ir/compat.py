@@ -170,6 +170,14 @@ def is_collective(node: object, *names: str) -> bool:
     return any(packet is getattr(torch.ops._c10d_functional, name) for name in names)
 
 
+def rank_of_sum(collective: fx.Node) -> tuple[int, int]:
+    """(this rank, number of ranks) of those that an ``all_reduce`` of a graph adds up (2.11 to 2.13)."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    group = _resolve_process_group(collective.args[2])
+    return group.rank(), group.size()
+
+
 def wraps_local(node: object) -> bool:
     """Whether node makes a DTensor of what this rank has (2.11 to 2.13)."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from larosa_fx.ir import compat
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 
@@ -75,6 +76,11 @@ def is_bias(x: object, added: fx.Node) -> bool:
     return ex.is_weight(x) and g.shape(x) == g.shape(added)[-1:]
 
 
+def without_bias(node: fx.Node) -> fx.Node:
+    """What vectors of parameters were added to, where node is such a sum; else node."""
+    return g.peel(node, lambda n: g.is_binary(n, g.ADDS) and is_bias(n.args[1], n))
+
+
 def replace_linear(graph: fx.Graph, linear: fx.Node, product: Callable[[fx.Node, fx.Node], fx.Node]
                    ) -> tuple[fx.Node, fx.Node]:
     """Another form in place of a linear: ``product(x, weight)``, which its bias is added to.
@@ -116,3 +122,20 @@ def edit_added_bias(added: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
     """Replace the bias that is the second term of a sum by ``edit`` of it."""
     with added.graph.inserting_before(added):
         added.update_arg(1, edit(added.args[1]))
+
+
+def edit_table(lookup: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
+    """Replace the table of an embedding by ``edit`` of it, or of its rows that this rank has."""
+    graph, table = lookup.graph, g.argument(lookup, 1, "weight")
+    with graph.inserting_before(lookup):
+        if not compat.wraps_local(lookup.args[0]):
+            edited = edit(table)
+        else:
+            whole, here = g.value(table), lookup.args[0]  # the tokens' numbers, on the mesh that the table lies on
+            edited = graph.call_function(here.target, (edit(graph.call_method("to_local", (table,))), here.args[1],
+                                                       list(whole.placements)),
+                                         {"run_check": False, "shape": tuple(whole.shape), "stride": whole.stride()})
+    if len(lookup.args) > 1:
+        lookup.update_arg(1, edited)
+    else:
+        lookup.update_kwarg("weight", edited)

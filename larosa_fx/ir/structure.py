@@ -126,7 +126,7 @@ class Structure:
     readers: dict[fx.Node, list[fx.Node]]  # norm -> the linears that read it, through maps of positions
     obstacles: list[tuple[str, str]]
     skipped: list[tuple[str, str]]
-    embedding: fx.Node | None = None  # the lookup that starts the stream, where its table may be folded
+    embedding: fx.Node | None = None  # the lookup that the stream starts with, where its table may be folded
     head: fx.Node | None = None  # the last norm, where the head behind it may be folded
     written: list[str] = field(default_factory=list)  # sites' inputs and weights that something writes to in place
     #: tokens of each sequence: an int, a SymInt where Dynamo made it dynamic, None where nothing shows how many
@@ -163,7 +163,9 @@ class Structure:
         """The adapter where the site's linears write the stream; "" without one, None where they write something else."""
         for value in self.stream:
             if not set(value.writers).isdisjoint(site.linears):
-                edges = [x for x in value.node.all_input_nodes if g.calls(x, torch.matmul) and ex.is_weight(x.args[1])]
+                # Where ranks add up their writers' outputs, the adapter's may be part of what each adds (split_adapters).
+                add = shards.summed(layers.without_bias(value.node)) or value.node
+                edges = [x for x in add.all_input_nodes if g.calls(x, torch.matmul) and ex.is_weight(x.args[1])]
                 return "".join(ex.formula(edge.args[1]) for edge in edges)
         return None
 
