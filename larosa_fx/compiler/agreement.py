@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.distributed
 
 from larosa_fx.compiler.policy import Decision, LarosaError
@@ -62,6 +63,12 @@ class Ranks:
             return Decision("dense", [], _on(rank, heard[rank][3], [each[3] for each in heard]))
         what = "have different plans" if len({each[2] for each in heard}) > 1 else "find different sites"
         return Decision("dense", [], f"the {len(heard)} ranks {what}; give all of them the same plan and model")
+
+    def first(self, tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        """The first rank's tensors, by way of ``device``, on every rank, which all have such of their own."""
+        if self._group is None:
+            return tensors
+        return dict(zip(tensors, shards.from_first(list(tensors.values()), self._group, device), strict=True))
 
     def fail(self, error: Exception) -> None:
         """Tell the others, who hear it wherever they come together next."""

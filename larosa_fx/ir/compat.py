@@ -496,10 +496,12 @@ def has_own_inputs(model: torch.nn.Module) -> bool:
 def cache_shape(model: torch.nn.Module) -> tuple[int | list[int], int | list[int]] | None:
     """(key-value heads, head size) of a static cache, lists where layers differ; None where keys and values do.
 
-    Releases without transformers' own answer get it from the configuration.
+    Releases without transformers' own answer get it from the configuration, which does not know how many heads a rank has.
     """
     if hasattr(model, "_get_static_cache_init_shape"):
         return model._get_static_cache_init_shape()
+    if any(map(is_dtensor, model.parameters())):
+        return None
     config = model.config.get_text_config(decoder=True)
     if any(getattr(config, name, None) is not None for name in ("kv_lora_rank", "v_head_dim", "global_head_dim")):
         return None
