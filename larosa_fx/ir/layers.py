@@ -119,9 +119,12 @@ def edit_bias(linear: fx.Node, edit: Callable[[fx.Node | None], fx.Node | None])
 
 
 def edit_added_bias(added: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
-    """Replace the bias that is the second term of a sum by ``edit`` of it."""
+    """Replace the bias that is the second term of a sum by ``edit`` of it, which is as long."""
+    bias = added.args[1]
     with added.graph.inserting_before(added):
-        added.update_arg(1, edit(added.args[1]))
+        edited = edit(bias)
+    edited.meta["example_value"] = g.value(bias)
+    added.update_arg(1, edited)
 
 
 def edit_table(lookup: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
