@@ -22,6 +22,7 @@ from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.site import SparseSite, format_of
 
 _PREFILL = "several tokens a sequence: prefill stays dense"
+_SHARE = "a Top-K of all ranks' channels: each rank keeps the largest of its own; thresholds keep what one rank keeps"
 _UNKNOWN = "nothing shows how many tokens of a sequence this graph computes: no attention, no lookup of tokens [B, T]"
 
 
@@ -45,6 +46,8 @@ def run(ctx: Context) -> PassResult:
         threshold = None if plan.thresholds is None or k == site.whole[0] else plan.thresholds[site.name]
         bare = SparseSite.of(site.name, product, output, bias, site.shard.share(k) if site.shard else k, site.out_features,
                              threshold, weight, stored, site.shard)
+        if site.shard and threshold is None and bare.k < bare.channels:
+            result.skip(site.name, _SHARE)
         site.sparse, site.linears = _decide(ctx, bare), [output]
         result.count(site.sparse.form)
         if site.sparse.form == "dense":
