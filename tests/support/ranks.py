@@ -38,17 +38,22 @@ def logits(path, ids, options):
 
 
 def generate(path, ids, settings, calls):
-    """Tokens of the model's own ``generate`` and of the enabled one's, and whether the weights are given up then."""
+    """What the model's own ``generate`` and the enabled one's give, and what the eager model says afterwards."""
     model, found = load(path), {}
-    found["eager"] = model.generate(ids, **calls)
+    found["eager"] = without_cache(model.generate(ids, **calls))
     for name, chosen in settings.items():
         larosa_fx.enable(model, compiler="eager", strict=True, **chosen)
-        found[name] = model.generate(ids, **calls), larosa_fx.last_report().to_dict()
+        found[name] = without_cache(model.generate(ids, **calls)), larosa_fx.last_report().to_dict()
     try:
         model.model.layers[0].mlp(torch.zeros(1, 1, model.config.hidden_size))
     except RuntimeError as error:
         found["eager afterwards"] = str(error)
     return found
+
+
+def without_cache(output):
+    output.past_key_values = None
+    return output
 
 
 def calibrate(path, batches):
