@@ -119,6 +119,7 @@ def two(files):
                      "maps": {"plan": files.plan("maps"), "weights": "replace"}}})
     tasks["calibrate"] = ("calibrate", {"path": files.model("llama"), "batches": files.batches})
     tasks["refused"] = ("refused", {"path": files.model("llama"), "batches": files.batches, "plan": llama_plan})
+    tasks["memory"] = ("memory", {})
     tasks["missing plan"] = ("missing_plan", {"path": files.model("llama"), "ids": files.ids, "plan": llama_plan})
     tasks["failing pass"] = ("failing_pass", {"path": files.model("llama"), "ids": files.ids,
                                               "options": files.thresholds("llama")})  # last: it stays broken
@@ -261,6 +262,11 @@ def test_what_fails_on_one_rank_is_dense_on_all(two):
         found = rank["failing pass"]
         assert found["treatment"] == "dense" and torch.equal(found["compiled"], found["eager"])
         assert len(found["said"]) == 1 and "on rank 1, pass merge_siblings fails" in found["said"][0]
+
+
+def test_a_write_to_a_part_is_one_to_the_parameter(two):
+    for rank in two:
+        assert rank["memory"] == ["to_local", "add_", "to_local", True]
 
 
 @pytest.mark.parametrize("size", [7, 8, 9, 3])

@@ -14,10 +14,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import Shard as Placement
 from transformers import AutoModelForCausalLM
 
 import larosa_fx
 from larosa_fx.compiler import pipeline
+from larosa_fx.ir import effects
+from larosa_fx.ir import graph as g
 from tiny import compiled
 
 TIMEOUT = datetime.timedelta(seconds=100)  # that a rank waits for another
@@ -98,6 +103,27 @@ def missing_plan(path, ids, plan):
     with torch.no_grad():
         return {"compiled": message(lambda: compiled(model, plan=here)(ids)),
                 "enabled": message(lambda: larosa_fx.enable(model, here, compiler="eager"))}
+
+
+def memory():
+    """The names of what shares memory with a split parameter, in a graph that writes to the part here."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Placement(0)]), requires_grad=False)
+    found = []
+
+    def backend(gm, _):
+        parameter = next(node for node in gm.graph.nodes if isinstance(g.value(node), DTensor))
+        found.extend(node.target for node in effects.Memory(gm.graph).sharing(parameter) if node.op != "placeholder")
+        found.append(parameter in effects.written_in_place(gm.graph))
+        return gm
+
+    def forward(x):
+        weight.to_local().add_(1)
+        return torch.nn.functional.linear(x, weight.to_local())
+
+    with torch.no_grad():
+        torch.compile(forward, backend=backend, fullgraph=True)(torch.zeros(1, 4))
+    return found
 
 
 def message(call):
