@@ -140,8 +140,8 @@ def _is_known(function: object) -> bool:
 class Memory:
     """Which nodes of a graph share memory, and what writes to it. Holds for the graph as it is when this is made.
 
-    Fake tensors share storages as real ones do; a DTensor's is that of its part here. A node without an example value, made by a pass, or of a tensor inside of
-    vmap, which has no storage of its own, may be a view of whatever it reads.
+    Fake tensors share storages as real ones do; a DTensor's is that of its part here. A node without an example value, made
+    by a pass, or of a tensor inside of vmap, which has no storage of its own, may be a view of whatever it reads.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
