@@ -20,7 +20,7 @@ from tiny import SIZES, batches, compiled, error, ids, llama
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-TIMEOUT = 300  # seconds that a run may take on a machine that does much else
+TIMEOUT = 600  # seconds that a run may take on a machine that does much else
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "output_logits": True,
           "return_dict_in_generate": True}
 
@@ -59,10 +59,7 @@ class Files:
     def add(self, name, model):
         self.models[name] = model
         model.save_pretrained(self.model(name))
-        self.plan_of(name).save(self.plan(name))
-
-    def plan_of(self, name):
-        return larosa_fx.calibrate(self.models[name], self.batches, progress=False)
+        larosa_fx.calibrate(model, self.batches, progress=False).save(self.plan(name))
 
     def model(self, name):
         return str(self.directory / name)
@@ -73,11 +70,11 @@ class Files:
     def thresholds(self, name):
         return {"plan": self.plan(name), "sparsify": "all"}
 
-    def alone(self, name, plan=None):
+    def alone(self, name):
         """Logits of one rank, by thresholds at 50 %."""
         torch.compiler.reset()
         with torch.no_grad():
-            return compiled(self.models[name], strict=True, **self.thresholds(plan or name))(self.ids).logits
+            return compiled(self.models[name], strict=True, **self.thresholds(name))(self.ids).logits
 
     def run(self, tasks, count):
         """What each rank found, by rank."""
@@ -111,8 +108,7 @@ def two(files):
     tasks = {name: ("logits", {"path": files.model(name), "ids": files.ids,
                                "options": {"thresholds": files.thresholds(name)}}) for name in MODELS}
     tasks["llama"][1]["options"] |= {"sparsity 0": {"plan": llama_plan, "sparsity": 0.0},
-                                     "topk": {**files.thresholds("llama"), "selection": "topk"},
-                                     "maps": files.thresholds("maps")}
+                                     "topk": {**files.thresholds("llama"), "selection": "topk"}}
     tasks["generate"] = ("generate", {
         "path": files.model("llama"), "ids": files.ids, "calls": GREEDY,
         "settings": {"sparsity 0": {"plan": llama_plan, "sparsity": 0.0, "weights": "copy"},
@@ -197,12 +193,6 @@ def test_a_top_k_is_each_ranks_own_and_the_report_says_so(files, two):
     assert torch.equal(two[0]["llama"]["topk"][0], two[1]["llama"]["topk"][0])
 
 
-def test_maps_and_scales_are_cut_to_a_ranks_channels(files, two):
-    alone = files.alone("llama", "maps")
-    for rank in two:
-        assert error(rank["llama"]["maps"][0], alone) < 1e-4
-
-
 def same_steps(found, expected):
     """Whether two generations have the same tokens, and the same logits up to rounding at each of them."""
     return torch.equal(found.sequences, expected.sequences) and error(torch.stack(found.logits),
@@ -210,6 +200,7 @@ def same_steps(found, expected):
 
 
 def test_generate_is_one_ranks(files, two):
+    """With maps and scales, of which each rank folds those of its own heads and channels."""
     model = llama()
     model.load_state_dict(files.models["llama"].state_dict())
     larosa_fx.enable(model, files.plan("maps"), compiler="eager")
@@ -232,7 +223,7 @@ def test_parts_that_were_given_up_are_not_run_eagerly(two):
 
 
 def test_calibration_on_two_ranks_is_that_on_one(files, two):
-    plan = files.plan_of("llama")
+    plan = larosa_fx.Plan.load(files.plan("llama"))
     for rank in two:
         found = rank["calibrate"]
         assert (found["sites"], found["k"]) == (plan.sites, plan.k)

@@ -25,7 +25,7 @@ from larosa_fx.ir import effects
 from larosa_fx.ir import graph as g
 from tiny import compiled
 
-TIMEOUT = datetime.timedelta(seconds=100)  # that a rank waits for another
+TIMEOUT = datetime.timedelta(seconds=200)  # that a rank waits for another
 
 
 def load(path):
