@@ -6,10 +6,8 @@ import os
 
 import torch
 
-from larosa_fx.compiler.agreement import together
 from larosa_fx.compiler.backend import LarosaError
 from larosa_fx.compiler.folds import STORE
-from larosa_fx.ir import shards
 from larosa_fx.plan.plan import Plan
 
 # What serves imports transformers' generation and with it Inductor, which takes seconds, so functions import it.
@@ -48,13 +46,11 @@ def enable(model: torch.nn.Module, plan: Plan | str | os.PathLike | None = None,
     from larosa_fx.serving.engine import Method, Settings
     from larosa_fx.serving.state import engine_of
 
-    with together(shards.group(model.parameters())):
-        settings = Settings.of(model, sparsity=sparsity, selection=selection, mode=mode, weights=weights,
-                               max_cache_len=max_cache_len, sparse_rows=sparse_rows, rotate_cache=rotate_cache,
-                               strict=strict, dump_dir=None if dump_dir is None else os.fspath(dump_dir),
-                               compiler=compiler, quantize=quantize, sparsify=sparsify, lossless=lossless,
-                               draft_tokens=draft_tokens)
-        engine = engine_of(model, plan, settings)
+    settings = Settings.of(model, sparsity=sparsity, selection=selection, mode=mode, weights=weights,
+                           max_cache_len=max_cache_len, sparse_rows=sparse_rows, rotate_cache=rotate_cache, strict=strict,
+                           dump_dir=None if dump_dir is None else os.fspath(dump_dir), compiler=compiler,
+                           quantize=quantize, sparsify=sparsify, lossless=lossless, draft_tokens=draft_tokens)
+    engine = engine_of(model, plan, settings)
     model.generate = Method(model, "generate", engine)
     if weights == "replace" or sparsify == "all":
         model.forward = Method(model, "forward", engine.forward)
