@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx.ir import effects, layers
+from larosa_fx.ir import effects, layers, shards
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
@@ -77,6 +77,10 @@ def run(ctx: Context) -> PassResult:
         if _add_out_of_place(graph, node):
             result.count("sums out of place")
     memory = effects.Memory(graph)
+    for node in graph.find_nodes(op="call_method", target="copy_"):
+        if _sum_out_of_place(graph, node, memory):
+            result.count("sums over ranks out of place")
+            memory = effects.Memory(graph)
     for node in graph.find_nodes(op="call_function", target=getattr):
         if ex.is_weight(node.args[0]) and len(g.shape(node.args[0])) == 2 and node.args[1] in ("T", "mT"):
             node.target, node.args = torch.t, node.args[:1]
@@ -130,6 +134,25 @@ def _add_out_of_place(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     node.op, node.target = "call_function", operator.add
     target.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    return True
+
+
+def _sum_out_of_place(graph: fx.Graph, node: fx.Node, memory: effects.Memory) -> bool:
+    """``all_reduce(y)``, which Dynamo writes as ``y.copy_(sum)``, becomes the sum, where y is read by nothing but the sum
+    before, and what shares its memory by nothing behind it."""
+    if len(node.args) != 2 or node.kwargs:
+        return False
+    target, total = node.args
+    if shards.summed(total) is not target or target.op == "placeholder" or memory.escapes(target):
+        return False
+    before = [n for n in memory.sharing(target) if n is not node and memory.order[n] < memory.order[node]]
+    behind = {user for n in before for user in n.users if memory.order[user] > memory.order[node] and n is not target}
+    read = [user for user in target.users if memory.order[user] < memory.order[node] and user is not total.args[0]]
+    if behind or read:
+        return False
+    for old in (target, node):
+        old.replace_all_uses_with(total, delete_user_cb=lambda user: user not in (node, total.args[0]))
+    graph.erase_node(node)
     return True
 
 

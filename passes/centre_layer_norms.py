@@ -28,6 +28,8 @@ def run(ctx: Context) -> PassResult:
             _start(ctx.graph, structure, value)
         for linear in value.writers:
             _writer(ctx.graph, linear)
+        for added in value.biases:
+            layers.edit_added_bias(added, lambda bias: ex.weight_call(ctx.graph, ex.centred, bias, -1))
         for norm in value.norms:
             x, dims, _, _, eps = norm.args
             norm.target, norm.args = F.rms_norm, (x, dims, None, eps)
@@ -38,10 +40,8 @@ def run(ctx: Context) -> PassResult:
 
 def _start(graph: fx.Graph, structure: Structure, value: StreamNode) -> None:
     source = value.node
-    if structure.embedding is source:
-        table = g.argument(source, 1, "weight")
-        with graph.inserting_before(source):
-            source.replace_input_with(table, ex.weight_call(graph, ex.centred, table, 1))
+    if structure.embedding is not None:
+        layers.edit_table(structure.embedding, lambda table: ex.weight_call(graph, ex.centred, table, 1))
         return
     with graph.inserting_before(g.behind(source)):
         value.node = graph.call_function(ex.centred, (source, -1))

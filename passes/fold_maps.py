@@ -43,24 +43,25 @@ def run(ctx: Context) -> PassResult:
 
 def _map_heads(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, torch.Tensor], rotate_cache: bool,
                result: PassResult) -> str:
-    maps, source = ex.rotation(gm, name, matrices[name]), site.source
-    heads, size = matrices[name].shape[:2]
+    source, size = site.source, matrices[name].shape[-1]
+    heads = _heads_here(site, *matrices[name].shape[:2])
+    maps = ex.rotation(gm, name, matrices[name])
     count = site.in_features // size
-    fits = source is not None and source.mixes and source.size == size and len(source.starts) == heads
+    fits = source is not None and source.mixes and source.size == size and len(source.starts) == len(heads)
     folds = fits and (rotate_cache or not source.kept)
     if rotate_cache and not folds:
         raise HalfRotatedError(f"rotate_cache=True, but the values that reach {site.name} cannot be mapped where they are "
                                "made; leave the option out")
-    blocks = source.blocks if fits else [i * heads // count for i in range(count)]
+    blocks = [heads[i] for i in source.blocks] if fits else [heads[i * len(heads) // count] for i in range(count)]
     if folds:
         linear = source.linear
         with gm.graph.inserting_before(linear):
             rows = ex.weight_call(gm.graph, torch.t, linear.args[1])
-            rows = ex.weight_call(gm.graph, ex.map_blocks, rows, maps, source.starts, list(range(heads)), False)
+            rows = ex.weight_call(gm.graph, ex.map_blocks, rows, maps, source.starts, heads, False)
             linear.update_arg(1, ex.weight_call(gm.graph, torch.t, rows))
             if len(linear.args) > 2 and linear.args[2] is not None:
-                linear.update_arg(2, ex.weight_call(gm.graph, ex.map_blocks, linear.args[2], maps, source.starts,
-                                                   list(range(heads)), False))
+                linear.update_arg(2, ex.weight_call(gm.graph, ex.map_blocks, linear.args[2], maps, source.starts, heads,
+                                                   False))
     else:
         result.skip(site.name, "the values' heads are mapped at run time: a cache keeps them for other graphs" if fits else
                     "the values' heads are mapped at run time: nothing shows where they come from")
@@ -79,8 +80,20 @@ def _map_heads(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str,
     return "heads folded" if folds else "heads online"
 
 
+def _heads_here(site: Site, heads: int, size: int) -> list[int]:
+    """Which of the model's heads of values arrive at a site: all, or those of this rank's heads of queries."""
+    if site.shard is None:
+        return list(range(heads))
+    group = site.whole[0] // size // heads  # heads of queries that read the same values
+    first, last = (channel // size // group for channel in (site.shard.start, site.shard.start + site.in_features - 1))
+    return list(range(first, last + 1))
+
+
 def _scale(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, torch.Tensor]) -> None:
     scale = ex.rotation(gm, name, matrices[name])
+    if site.shard is not None:
+        with gm.graph.inserting_after(scale):
+            scale = ex.weight_call(gm.graph, ex.rows, scale, site.shard.start, site.in_features)
     norm, source = site.norm, site.source
     if g.calls(norm, F.rms_norm) and site.input is norm and g.only_read_by(norm, site.linears):
         x, dims, gain, eps = norm.args

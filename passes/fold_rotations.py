@@ -39,6 +39,8 @@ def run(ctx: Context) -> PassResult:
         if value.basis is not None:
             for linear in value.writers:
                 rotate.writer(linear, value.basis)
+            for added in value.biases:
+                rotate.bias(added, value.basis)
             for linear in (linear for norm in value.norms for linear in structure.readers[norm]):
                 rotate.reader(linear, value.basis)
             result.count("writers", len(value.writers))
@@ -60,8 +62,8 @@ def assign_bases(structure: Structure, granularity: str) -> None:
 def _start(rotate: _Rotator, structure: Structure, value: StreamNode, kept: set, result: PassResult) -> None:
     if value.basis is None:
         return
-    if structure.embedding is value.node:
-        rotate.table(value.node, value.basis)
+    if structure.embedding is not None:
+        rotate.table(structure.embedding, value.basis)
         _return(rotate, value, kept, result)
         result.count("tables")
         return
@@ -114,13 +116,13 @@ class _Rotator:
             self.graph, torch.matmul, ex.weight_call(self.graph, torch.t, q), weight))
         layers.edit_bias(linear, lambda bias: bias and ex.weight_call(self.graph, torch.matmul, bias, q))
 
+    def bias(self, added: fx.Node, basis: str) -> None:
+        q = self._q(basis)
+        layers.edit_added_bias(added, lambda bias: ex.weight_call(self.graph, torch.matmul, bias, q))
+
     def table(self, embedding: fx.Node, basis: str) -> None:
-        with self.graph.inserting_before(embedding):
-            weight = ex.weight_call(self.graph, torch.matmul, g.argument(embedding, 1, "weight"), self._q(basis))
-        if len(embedding.args) > 1:
-            embedding.update_arg(1, weight)
-        else:
-            embedding.update_kwarg("weight", weight)
+        q = self._q(basis)
+        layers.edit_table(embedding, lambda table: ex.weight_call(self.graph, torch.matmul, table, q))
 
     def activation(self, node: fx.Node, basis: str, *, back: bool = False, before: fx.Node | None = None) -> fx.Node:
         """node Q, or node Q^T where ``back``, at run time."""

@@ -31,6 +31,8 @@ def run(ctx: Context) -> PassResult:
     for node in list(graph.nodes):
         if node.op == "placeholder" or not ex.is_weight(node) or all(map(ex.is_weight, node.users)):
             continue
+        if ex.is_local_part(node):
+            continue  # nothing was folded: the graph reads the parameter itself
         if g.dtype(node) not in (None, dtype) or (g.value(node) is not None and g.calls(node, *g.TRANSPOSES)):
             continue
         expression = _expression(node, position)
@@ -65,6 +67,8 @@ def _expression(node: object, position: dict[fx.Node, int]) -> object:
             return ("input", position[node])
         if node.op == "get_attr":
             return ("rotation", node.meta[ex.ROTATION])
+        if ex.is_local_part(node):  # a rank folds with what it has of a parameter
+            return ("input", position[node.args[0]])
         return ("call", node.target, *(_expression(a, position) for a in node.args))
     if isinstance(node, Sequence) and not isinstance(node, str):
         return ("list", *(_expression(a, position) for a in node))

@@ -3,6 +3,9 @@
 Or S all |x| that reach a threshold, which is k of them on average (``larosa_fx.method.thresholds``). The decision is a
 value, ``ir.site.SparseSite``; the graph stays dense until ``emit_sites`` writes it.
 
+Where a site's channels are split over ranks, a threshold keeps the channels that it keeps on one rank, and a Top-K becomes
+one on each rank, of its share of k.
+
 All weights take the [K, N] layout here, dense or sparse, so that graphs of prefill and decode share one folded tensor.
 """
 
@@ -19,6 +22,7 @@ from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.site import SparseSite, format_of
 
 _PREFILL = "several tokens a sequence: prefill stays dense"
+_SHARE = "a Top-K of all ranks' channels: each rank keeps the largest of its own; thresholds keep what one rank keeps"
 _UNKNOWN = "nothing shows how many tokens of a sequence this graph computes: no attention, no lookup of tokens [B, T]"
 
 
@@ -39,8 +43,11 @@ def run(ctx: Context) -> PassResult:
         product, output = layers.replace_linear(
             ctx.graph, linear, lambda x, _, matrix=matrix: ctx.graph.call_function(torch.matmul, (x, matrix)))
         k = plan.k[site.name]
-        threshold = None if plan.thresholds is None or k == site.in_features else plan.thresholds[site.name]
-        bare = SparseSite.of(site.name, product, output, bias, k, site.out_features, threshold, weight, stored)
+        threshold = None if plan.thresholds is None or k == site.whole[0] else plan.thresholds[site.name]
+        bare = SparseSite.of(site.name, product, output, bias, site.shard.share(k) if site.shard else k, site.out_features,
+                             threshold, weight, stored, site.shard)
+        if site.shard and threshold is None and bare.k < bare.channels:
+            result.skip(site.name, _SHARE)
         site.sparse, site.linears = _decide(ctx, bare), [output]
         result.count(site.sparse.form)
         if site.sparse.form == "dense":

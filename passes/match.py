@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx.ir import compat, effects, layers
+from larosa_fx.ir import compat, effects, layers, shards
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
@@ -110,7 +110,9 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
     for node in graph.nodes:
         if layers.is_linear(node) and layers.is_weight_linear(node):
             weights = [n for n in g.upstream(node.args[1], lambda n: False) if n.op == "placeholder"]
-            if all(g.dtype(n) == g.dtype(node) or not g.dtype(n).is_floating_point for n in weights):
+            if why := shards.unknown_part(node.args[1]):
+                result.skip(node, why)
+            elif all(g.dtype(n) == g.dtype(node) or not g.dtype(n).is_floating_point for n in weights):
                 groups.setdefault(node.args[0], []).append(node)
             else:
                 result.skip(node, f"it computes in {g.dtype(node)} and its weight is of another dtype: torch.autocast, or a "
@@ -216,6 +218,8 @@ def _mixes_positions(node: fx.Node) -> bool:
         return True
     if g.calls(node, torch.matmul, torch.bmm, operator.matmul, torch.einsum, "matmul", "bmm"):
         return not any(map(ex.is_weight, node.all_input_nodes))
+    if compat.is_collective(node, "all_reduce", "wait_tensor"):
+        return False  # a sum over ranks, position by position and channel by channel
     return node.op == "call_function" and (compat.is_operator(node.target) or compat.is_higher_order(node.target))
 
 
@@ -260,7 +264,8 @@ def _looked_up(node: fx.Node) -> int | torch.SymInt | None:
     """T of the tokens' numbers, [B, T], of which ``node`` is the lookup in a table; None where it is no such lookup."""
     if not g.calls(node, F.embedding):
         return None
-    ids = g.peel(node.args[0], lambda n: g.calls(n, *g.TRANSPOSES, "permute", torch.permute, "contiguous", "to", "long"))
+    ids = g.peel(node.args[0], lambda n: compat.wraps_local(n) or g.calls(
+        n, *g.TRANSPOSES, "permute", torch.permute, "contiguous", "to", "long"))
     return g.sizes(ids)[1] if ids.op == "placeholder" and len(g.shape(ids)) == 2 else None
 
 
@@ -305,12 +310,18 @@ def _residual_add(node: fx.Node) -> StreamNode:
         a, b = node.args
         of_a, of_b = _writers(a, node), _writers(b, node)
         if (of_a is None) != (of_b is None) and isinstance(a, fx.Node) and isinstance(b, fx.Node):
-            return StreamNode(node, a, of_b) if of_a is None else StreamNode(node, b, of_a)
+            stream, terms = (a, of_b) if of_a is None else (b, of_a)
+            writers = [term for term in terms if layers.is_weight_linear(term)]
+            return StreamNode(node, stream, writers, [term for term in terms if term not in writers])
     return StreamNode(node, node.args[0]) if g.is_position_map(node) else StreamNode(node)
 
 
 def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
-    """The linears whose sum, up to constant factors, node is, where ``reader`` alone reads it; None where it is not."""
+    """The linears whose sum, up to constant factors, node is, where ``reader`` alone reads it; None where it is not.
+
+    And the sums of them and a bias. What all ranks' products add up to stands for this rank's: a rotation, the same on every
+    rank, commutes with the sum.
+    """
     if not isinstance(node, fx.Node) or list(node.users) != [reader]:
         return None
     if layers.is_weight_linear(node):
@@ -319,9 +330,15 @@ def _writers(node: object, reader: fx.Node) -> list[fx.Node] | None:
         return _writers(node.args[0], node)
     if (value := _scaled(node)) is not None:
         return _writers(value, node)
+    if (part := shards.summed(node)) is not None:
+        return _writers(part, node.args[0]) if list(node.args[0].users) == [node] else None
     if g.is_binary(node, g.ADDS):
-        a, b = (_writers(arg, node) for arg in node.args)
-        return None if a is None or b is None else a + b
+        a, b = node.args
+        if layers.is_bias(b, node):
+            found = _writers(a, node)
+            return None if found is None else [*found, node]
+        of_a, of_b = _writers(a, node), _writers(b, node)
+        return None if of_a is None or of_b is None else of_a + of_b
     return None
 
 
@@ -353,15 +370,30 @@ def _centring_obstacles(structure: Structure) -> list[tuple[str, str]]:
             if user not in values and not layers.is_layer_norm(user)]
 
 
+def _lookup(source: fx.Node) -> fx.Node | None:
+    """The embedding that the stream begins with, where nothing else reads it: itself, or its sum over the ranks."""
+    node = source
+    while g.calls(node, "to_local", "redistribute") and list(node.args[0].users) == [node]:
+        node = node.args[0]
+    return node if g.calls(node, F.embedding) else None
+
+
+def _is_split_by_rows(table: fx.Node, lookup: fx.Node) -> bool:
+    """Whether each rank has some tokens' rows of a table, whole, and the graph shows on which mesh."""
+    split = g.value(table)
+    return (g.PARAMETER in table.meta and shards.is_split(split) and shards.why_not(split) is None
+            and (shard := shards.of(split)) is not None and shard.dim == 0 and compat.wraps_local(lookup.args[0]))
+
+
 def _ends(structure: Structure, head_norms: set[fx.Node]) -> None:
     """Decide whether the embedding table and the head may be folded; elsewhere the stream leaves in its own basis."""
     if not structure.stream:
         return
-    source = structure.stream[0].node
-    if g.calls(source, F.embedding) and g.argument(source, 3, "max_norm") is None:
-        table = g.argument(source, 1, "weight")
-        if ex.is_weight(table) and set(table.users) == {source}:
-            structure.embedding = source
+    lookup = _lookup(structure.stream[0].node)
+    if lookup is not None and g.argument(lookup, 3, "max_norm") is None:
+        table = g.argument(lookup, 1, "weight")
+        if set(table.users) == {lookup} and (ex.is_weight(table) or _is_split_by_rows(table, lookup)):
+            structure.embedding = lookup
     for stream_node in structure.stream:
         for norm in [n for n in stream_node.norms if n in head_norms]:
             linears = structure.readers[norm]

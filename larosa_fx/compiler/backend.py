@@ -16,12 +16,13 @@ from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from larosa_fx.compiler import policy
+from larosa_fx.compiler.agreement import Ranks, together
 from larosa_fx.compiler.capture import Capture, capture
 from larosa_fx.compiler.folds import STORE, Binding, Fingerprint, Folded, stamp
 from larosa_fx.compiler.options import Options
 from larosa_fx.compiler.pipeline import PassError, Runner, disabled, transform
 from larosa_fx.compiler.policy import LarosaError
-from larosa_fx.ir import compat
+from larosa_fx.ir import compat, shards
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Device, PlanView
 from larosa_fx.ir.report import Report
@@ -72,7 +73,8 @@ def _larosa(gm: fx.GraphModule, example_inputs: Sequence[object], *, mode: str |
 
     Raises ValueError for bad options, PlanError for a plan that cannot be read, LarosaError under strict.
     """
-    return CompiledGraph(gm, example_inputs, Options.parse(options, mode))
+    with together(shards.group(example_inputs)) as ranks:
+        return CompiledGraph(gm, example_inputs, Options.parse(options, mode), ranks)
 
 
 _larosa.__name__ = _larosa.__qualname__ = "larosa"
@@ -113,15 +115,16 @@ class CompiledGraph:
     plan that counts leads to another graph.
     """
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[object], options: Options) -> None:
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[object], options: Options, ranks: Ranks) -> None:
         self.options = options
         self.number = next(_numbers)
         self._gm = gm
         self._mask = g.parameter_mask(example_inputs)
         self._path = None if options.plan is None else os.path.abspath(options.plan)  # whatever directory is entered later
         self._parameters = [i for i, is_parameter in enumerate(self._mask) if is_parameter]
+        self._split = any(map(shards.is_split, example_inputs))
         self._states: dict[tuple[int, ...], _State] = {}
-        self._build(example_inputs)
+        self._build(example_inputs, ranks)
         _live.add(self)
 
     def __call__(self, *args: object):
@@ -129,6 +132,8 @@ class CompiledGraph:
         _calls.number += 1
         _last_report = self.report
         parameters = [args[i] for i in self._parameters]
+        if self._split:
+            parameters = list(map(shards.local, parameters))
         ids = tuple(map(id, parameters))
         state = self._states.get(ids)
         if state is None or state.epoch != _epoch(self._path) or state.revision != STORE.revision or (
@@ -156,10 +161,10 @@ class CompiledGraph:
             policy.changed_weights(plan, {name: [args[i] for i in positions] for name, positions in self._weights.items()},
                                    strict=self.options.strict)
             binding = replace(self._binding, rotations=plan.matrices, digest=plan.digest)
-            replaces = self.options.weights == "replace"
-            leaving = {id(args[i]) for i in binding.replaceable(args)} if replaces else ()
-            fingerprint = STORE.fingerprint([p for p in binding.sources(args) if id(p) not in leaving])
-            folded = binding.fold(args, replace=replaces)
+            replaces, here = self.options.weights == "replace", list(map(shards.local, args))
+            leaving = {id(here[i]) for i in binding.replaceable(here)} if replaces else ()
+            fingerprint = STORE.fingerprint([p for p in binding.sources(here) if id(p) not in leaving])
+            folded = binding.fold(here, replace=replaces)
         states = self._states
         refs = [weakref.ref(p, lambda _: states.pop(ids, None)) for p in parameters]
         states[ids] = _State(folded, fingerprint, stamp(parameters), revision, epoch, refs, fits)
@@ -170,7 +175,7 @@ class CompiledGraph:
 
     # ---- building --------------------------------------------------------------------------------------------------
 
-    def _build(self, args: Sequence[object]) -> None:
+    def _build(self, args: Sequence[object], ranks: Ranks) -> None:
         global _last_report
         plan = self._plan_for(args)
         self._key = _structure(plan, self.options)
@@ -179,13 +184,17 @@ class CompiledGraph:
         self._guard(captured, args)
         decide = partial(policy.decide, captured.structure, plan=plan, weights=captured.weights(args),
                          parameters=[args[i] for i in self._parameters], strict=self.options.strict,
-                         rotate_cache=self.options.rotate_cache, disabled=run.disabled)
+                         rotate_cache=self.options.rotate_cache, disabled=run.disabled,
+                         agree=partial(ranks.agree, digest="" if plan is None else plan.digest))
         decision = decide(captured.refusal)
         if not decision.dense:
+            failure = None
             try:
                 gm, inputs, report = self._sparse(captured, decision, plan, run, args)
             except PassError as error:  # the graph as Dynamo gave it is whole: passes rewrite a clone
-                decision = decide(str(error))
+                failure = str(error)
+            if (failure := ranks.any(failure)) is not None:
+                decision = decide(failure)
         if decision.dense:
             gm, inputs, report = self._dense(decision, run, args)
         self.report = _last_report = report
@@ -209,12 +218,13 @@ class CompiledGraph:
         report.reason = "; ".join(filter(None, (report.reason, policy.unserved(
             report.unserved, len(report.sites), sparsify=self.options.sparsify, strict=self.options.strict))))
         try:
-            specs = binding.specs(args)
+            specs = binding.specs(list(map(shards.local, args)))
         except Exception as error:
             raise PassError.of("folding", error) from error
         report.bytes_added = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in specs)
         if self.options.weights == "replace":
-            report.bytes_added -= sum(args[i].nbytes for i in binding.replaceable(args))
+            here = list(map(shards.local, args))
+            report.bytes_added -= sum(here[i].nbytes for i in binding.replaceable(here))
         # The plan's own matrices come with each binding: a graph holds no plan.
         self._binding, self._kept = replace(binding, rotations={}), binding.kept()
         return captured.gm, [args[i] for i in binding.kept()] + compat.fake_tensors(args, specs), report

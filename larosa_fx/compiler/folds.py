@@ -20,6 +20,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from larosa_fx.ir import shards
 from larosa_fx.ir.recipe import FoldError, Recipe
 from larosa_fx.plan.rotations import orthonormal
 
@@ -122,8 +123,9 @@ class Folded:
 class FoldStore:
     """Folded tensors of all live models, shared by every graph that needs the same expression of the same parameters.
 
-    Entries are held weakly: they live as long as a compiled graph that reads them. ``revision`` counts all calls of
-    ``touch``, for whichever parameters: while it stands still, nobody said that values changed.
+    Of a parameter that is split over several ranks the part here, ``shards.local``, is what is folded and known by its
+    identity. Entries are held weakly: they live as long as a compiled graph that reads them. ``revision`` counts all calls
+    of ``touch``, for whichever parameters: while it stands still, nobody said that values changed.
     """
 
     def __init__(self) -> None:
@@ -144,7 +146,7 @@ class FoldStore:
 
     def folded_from(self, parameters: Sequence[torch.Tensor]) -> list[Folded]:
         """What was folded from these parameters, among others; who holds the list keeps it."""
-        ids = set(map(id, parameters))
+        ids = {id(shards.local(p)) for p in parameters}
         return [entry for key, entry in self._entries.items() if not ids.isdisjoint(key[-1])]
 
     def made_of(self, parameters: Sequence[torch.Tensor], digest: str
@@ -171,11 +173,12 @@ class FoldStore:
     def touch(self, parameters: Iterable[torch.Tensor]) -> None:
         """Note that these parameters' values may have changed: what was folded from them is folded anew when needed."""
         self.revision += 1
-        for p in parameters:
+        for p in map(shards.local, parameters):
             self._revisions[p] = self.revision
 
     def marks(self, parameters: Sequence[torch.Tensor]) -> list[tuple[int, int, int]]:
         """The stamps, each with the revision at which the parameter was touched last."""
+        parameters = [shards.local(p) for p in parameters]
         return [(*pair, self._revisions.get(p, 0)) for pair, p in zip(stamp(parameters), parameters, strict=True)]
 
     def fingerprint(self, parameters: Sequence[torch.Tensor]) -> Fingerprint:
@@ -188,7 +191,7 @@ class FoldStore:
 
     def fingerprints_of(self, parameters: Sequence[torch.Tensor]) -> list[Fingerprint]:
         """The fingerprints that cover one of these parameters; none where nothing is folded from them."""
-        ids = set(map(id, parameters))
+        ids = {id(shards.local(p)) for p in parameters}
         return [found for key, found in self._fingerprints.items() if not ids.isdisjoint(key)]
 
     # ---- folding -----------------------------------------------------------------------------------------------------
@@ -228,18 +231,20 @@ class FoldStore:
                 "new values cannot be folded; load the model again")
 
     def is_replaced(self, parameter: torch.Tensor) -> bool:
+        parameter = shards.local(parameter)
         ref = self._replaced.get(id(parameter))
         return ref is not None and ref() is parameter
 
     def replace(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Give up the parameters' own memory: each then lies in memory of the tensor it was folded into.
 
-        Where that is smaller, in 8 or 4 bits, all lie in one blank tensor as large as the largest of them.
+        Where that is smaller, in 8 or 4 bits, all lie in one blank tensor as large as the largest of them. What is part of
+        a split parameter lies nowhere.
 
         Sizes, strides and dtype stay, because Dynamo guards on them. What owns the parameters must not be used any more
         (``forbid_use``). Returns those that did: something was folded from them, and they had not done so before.
         """
-        hosts: dict[int, torch.Tensor] = {}
+        hosts: dict[int, torch.Tensor | None] = {}
         for p in [p for p in parameters if not self.is_replaced(p)]:
             made = [entry.tensor for key, entry in self._entries.items() if id(p) in key[-1]]
             if made:
@@ -248,7 +253,10 @@ class FoldStore:
                     hosts[id(p)] = self._blank(p)
         done = [p for p in parameters if id(p) in hosts]
         for p in done:
-            p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
+            if isinstance(p, torch.nn.Parameter):
+                p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
+            else:
+                p.data = _without_memory(p)
         self._give_up(done)
         # Their addresses are new, their values are not: what was folded from them stays valid.
         marks = dict(zip(map(id, done), self.marks(done), strict=True))
@@ -275,6 +283,17 @@ class FoldStore:
 
     def _forget(self, key: int, _: weakref.ref) -> None:
         self._replaced.pop(key, None)
+
+
+def _without_memory(p: torch.Tensor) -> torch.Tensor:
+    """A tensor of no bytes that looks like ``p``, the part here of a split parameter, which nothing reads any more.
+
+    Its place in its storage stays too: a DTensor remembers that of its part, and Dynamo cannot trace one that differs.
+    """
+    reach = p.storage_offset() + sum((n - 1) * stride for n, stride in zip(p.size(), p.stride(), strict=True)) + 1
+    empty = torch.empty(reach, dtype=p.dtype, device=p.device).as_strided(p.size(), p.stride(), p.storage_offset())
+    empty.untyped_storage().resize_(0)
+    return empty
 
 
 def _evaluate(recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor],
@@ -350,7 +369,7 @@ def forbid_use(parameters: Sequence[torch.Tensor]) -> None:
 
 
 def _owns(module: torch.nn.Module, parameters: WeakIdKeyDictionary) -> bool:
-    return any(p is not None and p in parameters for p in module._parameters.values())
+    return any(p is not None and shards.local(p) in parameters for p in module._parameters.values())
 
 
 class ExactRotations(Mapping):

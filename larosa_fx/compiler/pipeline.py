@@ -39,6 +39,7 @@ from larosa_fx.passes import (
     merge_siblings,
     pack_adapters,
     rotate_online,
+    split_adapters,
     widen_products,
 )
 
@@ -87,6 +88,7 @@ COMPILE = (
     Pass(centre_layer_norms, when=("fold",), needed=_WHOLE),
     Pass(fold_rotations, when=("fold",)),
     Pass(insert_adapters, when=("fold",)),
+    Pass(split_adapters, when=("fold",)),
     Pass(rotate_online, when=("online",), needed="the plan's channels are those of its rotations; calibrate with "
                                                  "rotation='none' for a plan without"),
     Pass(fold_maps, needed="the plan's channels are those of its maps"),

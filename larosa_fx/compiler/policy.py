@@ -14,6 +14,7 @@
 | a call of ``generate`` that reached no compiled graph               | eager, dense     | warns   | raises |
 | dense, but weights="replace" left no dense weights                  | refused          | raises  | raises |
 | values in a cache that some graphs map and others do not            | refused          | raises  | raises |
+| ranks of one model that would part                                  | dense on all     | warns   | raises |
 
 What is folded stays exact for any choice of sites: each pass keeps the meaning of the graph for whatever rotations it is
 given, and a site that is left out has dense linears. Only a map of values that lie in a cache binds two graphs together.
@@ -22,7 +23,7 @@ given, and a site that is left out has dense linears. Only a map of values that 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,15 +54,18 @@ class Decision:
 
 
 def decide(structure: Structure, refusal: str | None, plan: Plan | None, weights: Mapping[str, Sequence[torch.Tensor]],
-           parameters: Sequence[torch.Tensor], *, strict: bool, rotate_cache: bool, disabled: Collection[str] = ()
-           ) -> Decision:
+           parameters: Sequence[torch.Tensor], *, strict: bool, rotate_cache: bool, disabled: Collection[str] = (),
+           agree: Callable[[Decision], Decision] | None = None) -> Decision:
     """Fold, else rotate online, else leave unrotated, else leave dense; warn or raise as the table above says.
 
     ``refusal``: what the graph itself leaves no choice about. ``weights``: site name -> the weights of its linears.
-    ``parameters``: all that the graph reads. ``disabled``: passes that the user switched off. LarosaError under strict where
-    less is done than asked, and always where the outcome would be wrong.
+    ``parameters``: all that the graph reads. ``disabled``: passes that the user switched off. ``agree``: makes this rank's
+    decision all ranks', where several share the model. LarosaError under strict where less is done than asked, and always
+    where the outcome would be wrong.
     """
     decision = _decide(structure, refusal, plan, weights, disabled)
+    if agree is not None:
+        decision = agree(decision)
     _check_cache(decision, plan, rotate_cache)
     if decision.dense and any(map(STORE.is_replaced, parameters)):
         raise LarosaError(f"larosa: {decision.reason}; and what the graph would read densely was given up "
@@ -116,9 +120,9 @@ def _common_sites(sites: Sequence[Site], plan: Plan, weights: Mapping[str, Seque
     planned = {site.name: site for site in plan.sites}
     for site in sites:
         ours = planned.get(site.name)
-        if ours is not None and (ours.in_features, ours.out_features) != (site.in_features, site.out_features):
+        if ours is not None and (ours.in_features, ours.out_features) != site.whole:
             return [], (f"the plan does not fit the model: {site.name} is {ours.in_features} -> {ours.out_features} in the "
-                        f"plan and {site.in_features} -> {site.out_features} in the graph")
+                        f"plan and {site.whole[0]} -> {site.whole[1]} in the graph")
     common = [site for site in sites if site.name in planned]
     if len(common) == len(sites) == len(planned):
         return common, ""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx.ir import compat
+from larosa_fx.ir import compat, shards
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.structure import Structure, weight_placeholders
 
@@ -30,7 +30,7 @@ def refusal(gm: fx.GraphModule, structure: Structure, shapes_suffice: bool = Fal
 def _reasons(gm: fx.GraphModule, structure: Structure, shapes_suffice: bool) -> Iterator[str]:
     inputs = [node for node in g.placeholders(gm.graph) if isinstance(g.value(node), torch.Tensor)]
     for node in inputs:
-        if g.PARAMETER in node.meta and not compat.is_plain(g.value(node)):
+        if g.PARAMETER in node.meta and not (compat.is_plain(g.value(node)) or shards.is_split(g.value(node))):
             yield f"{node.meta[g.PARAMETER]} is a {type(g.value(node)).__name__}, which cannot be folded; {_PLAIN}"
     if not structure.sites:
         yield _no_sites(gm, structure, inputs)
@@ -62,6 +62,9 @@ def _no_sites(gm: fx.GraphModule, structure: Structure, inputs: Sequence[fx.Node
                 f"already; {_PLAIN}")
     if all(node.op in ("placeholder", "get_attr", "output") for node in gm.graph.nodes):
         return "this graph computes nothing: it returns its inputs"
+    if torch.is_grad_enabled() and any(shards.is_split(g.value(node)) for node in inputs):
+        return ("where gradients are enabled, transformers' tensor parallelism computes on DTensors, which cannot be "
+                "folded: run under torch.no_grad()")
     cut = compat.resumed_in(gm.graph)
     if cut is not None and cut.file.endswith("accelerate/hooks.py"):
         return HOOKS

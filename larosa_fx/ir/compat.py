@@ -136,6 +136,63 @@ def is_plain(example: torch.Tensor) -> bool:
     return type(example) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether x is a DTensor, or Dynamo's example of one. Who has none has not loaded what makes them (2.11 to 2.13)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local_tensor(x: torch.Tensor) -> torch.Tensor:
+    """The tensor that a DTensor holds here, not a view of it as ``to_local`` gives (2.11 to 2.13)."""
+    return x._local_tensor
+
+
+def is_plain_shard(placement: object) -> bool:
+    """Whether each rank has one piece, cut as ``torch.chunk`` cuts, and not several (2.11 to 2.13)."""
+    from torch.distributed.tensor import Shard
+
+    return type(placement) is Shard
+
+
+def summed_over_ranks(node: object) -> fx.Node | None:
+    """x where node waits for the sum of all ranks' x, as Dynamo writes ``dist.all_reduce(x)`` (2.11 to 2.13)."""
+    if not (is_collective(node, "wait_tensor") and is_collective(node.args[0], "all_reduce")):
+        return None
+    x, kind, *_ = node.args[0].args
+    return x if kind == "sum" else None
+
+
+def is_collective(node: object, *names: str) -> bool:
+    """Whether node exchanges tensors between ranks by one of torch's functional collectives (2.11 to 2.13)."""
+    if not isinstance(node, fx.Node) or not is_operator(node.target) or not torch.distributed.is_available():
+        return False
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return any(packet is getattr(torch.ops._c10d_functional, name) for name in names)
+
+
+def rank_of_sum(collective: fx.Node) -> tuple[int, int]:
+    """(this rank, number of ranks) of those that an ``all_reduce`` of a graph adds up (2.11 to 2.13)."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    group = _resolve_process_group(collective.args[2])
+    return group.rank(), group.size()
+
+
+def wraps_local(node: object) -> bool:
+    """Whether node makes a DTensor of what this rank has (2.11 to 2.13)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(node, fx.Node) and node.target == module.DTensor.from_local
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Within it tensors are real, also while Dynamo or AOTAutograd traces with fake ones (2.11 to 2.13)."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        yield
+
+
 def is_trace_failure(error: BaseException) -> bool:
     """Whether Dynamo raised it because it could not trace a model, not because a backend failed (2.11 to 2.13)."""
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
@@ -439,10 +496,12 @@ def has_own_inputs(model: torch.nn.Module) -> bool:
 def cache_shape(model: torch.nn.Module) -> tuple[int | list[int], int | list[int]] | None:
     """(key-value heads, head size) of a static cache, lists where layers differ; None where keys and values do.
 
-    Releases without transformers' own answer get it from the configuration.
+    Releases without transformers' own answer get it from the configuration, which does not know how many heads a rank has.
     """
     if hasattr(model, "_get_static_cache_init_shape"):
         return model._get_static_cache_init_shape()
+    if any(map(is_dtensor, model.parameters())):
+        return None
     config = model.config.get_text_config(decoder=True)
     if any(getattr(config, name, None) is not None for name in ("kv_lora_rank", "v_head_dim", "global_head_dim")):
         return None

@@ -140,8 +140,8 @@ def _is_known(function: object) -> bool:
 class Memory:
     """Which nodes of a graph share memory, and what writes to it. Holds for the graph as it is when this is made.
 
-    Fake tensors share storages as real ones do. A node without an example value, made by a pass, or of a tensor inside of
-    vmap, which has no storage of its own, may be a view of whatever it reads.
+    Fake tensors share storages as real ones do; a DTensor's is that of its part here. A node without an example value, made
+    by a pass, or of a tensor inside of vmap, which has no storage of its own, may be a view of whatever it reads.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -163,7 +163,8 @@ class Memory:
         value = g.value(node)
         try:
             if value is not None:
-                return frozenset(id(tensor.untyped_storage()) for tensor in _leaves(value, torch.Tensor))
+                tensors = [compat.local_tensor(x) if compat.is_dtensor(x) else x for x in _leaves(value, torch.Tensor)]
+                return frozenset(id(tensor.untyped_storage()) for tensor in tensors)
         except NotImplementedError:
             pass  # inside of vmap
         return frozenset().union(*(self._of[argument] for argument in node.all_input_nodes))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from larosa_fx.ir import compat
 from larosa_fx.ir import graph as g
 from larosa_fx.kernels.quantization import dequantize, quantize
 
@@ -56,6 +57,11 @@ def in_two(w: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([coarse, w - coarse])
 
 
+def rows(w: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """``length`` rows of w, or entries of a vector, from ``start`` on: what belongs to one rank."""
+    return w.narrow(0, start, length)
+
+
 #: Functions allowed in a weight expression: linear algebra on parameters and rotations, folded in fp64.
 WEIGHT_FUNCTIONS: dict[object, Callable] = {
     torch.matmul: torch.matmul,
@@ -75,6 +81,7 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
     scale_channels: scale_channels,
     stored: stored,
     in_two: in_two,
+    rows: rows,
     "float": lambda x, *_: x,  # casts that lose nothing (see is_weight) are the identity in fp64
     "to": lambda x, *_: x,
 }
@@ -93,19 +100,28 @@ def is_weight(node: object) -> bool:
         return g.PARAMETER in node.meta
     if node.op == "get_attr":
         return ROTATION in node.meta
+    if is_local_part(node):
+        return True
     return (node.op in ("call_function", "call_method") and node.target in WEIGHT_FUNCTIONS
             and bool(node.all_input_nodes) and all(map(is_weight, node.all_input_nodes))
             and (_is_lossless(node) if node.target in _CASTS else not node.kwargs))
 
 
+def is_local_part(node: object) -> bool:
+    """Whether node is this rank's part of a parameter that is split over several."""
+    return (g.calls(node, "to_local") and len(node.args) == 1 and not node.kwargs
+            and g.PARAMETER in node.args[0].meta and compat.is_dtensor(g.value(node.args[0])))
+
+
 def why_no_weight(node: fx.Node) -> str | None:
     """What folding cannot evaluate in an expression of parameters alone; None where it can, or where it depends on more."""
-    expression = list(g.upstream(node, lambda n: False))
-    leaves = [n for n in expression if n.op in ("placeholder", "get_attr")]
+    expression = list(g.upstream(node, is_local_part))
+    leaves = [n for n in expression if n.op in ("placeholder", "get_attr") or is_local_part(n)]
     if is_weight(node) or not leaves or not all(map(is_weight, leaves)):
         return None
     first = next(n for n in expression if not is_weight(n) and all(map(is_weight, n.all_input_nodes)))
-    of = f"{leaves[0].meta.get(g.PARAMETER, leaves[0])} is computed with"
+    leaf = leaves[0].args[0] if is_local_part(leaves[0]) else leaves[0]
+    of = f"{leaf.meta.get(g.PARAMETER, leaf)} is computed with"
     if g.is_cast(first):
         return f"{of} as {g.dtype(first)}, which rounds it; folding would leave the rounding out"
     return f"{of} behind {getattr(first.target, '__name__', first.target)}, which folding cannot evaluate"
@@ -183,6 +199,8 @@ def formula(node: object) -> str:
         return f"{_factor(first)} M" if rest[0] == -1 else f"M {_factor(first)}"
     if g.calls(node, torch.matmul):
         return f"{_factor(first)} {_factor(rest[0])}"
+    if g.calls(node, rows):
+        return f"{_factor(first)}[{rest[0]}:{rest[0] + rest[1]}]"
     if g.calls(node, *g.MULS) and len(g.shape(rest[0])) == 1:
         return f"{_factor(first)} diag({formula(rest[0])})"
     if g.is_binary(node, (*g.ADDS, *g.MULS)):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from larosa_fx.ir import compat
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 
@@ -70,6 +71,16 @@ def bias_of(linear: fx.Node) -> fx.Node | None:
     return g.argument(linear, 2, "bias") if is_linear(linear) else None
 
 
+def is_bias(x: object, added: fx.Node) -> bool:
+    """Whether x is a vector of parameters, one for each channel of the sum ``added`` that it is a term of."""
+    return ex.is_weight(x) and g.shape(x) == g.shape(added)[-1:]
+
+
+def without_bias(node: fx.Node) -> fx.Node:
+    """What vectors of parameters were added to, where node is such a sum; else node."""
+    return g.peel(node, lambda n: g.is_binary(n, g.ADDS) and is_bias(n.args[1], n))
+
+
 def replace_linear(graph: fx.Graph, linear: fx.Node, product: Callable[[fx.Node, fx.Node], fx.Node]
                    ) -> tuple[fx.Node, fx.Node]:
     """Another form in place of a linear: ``product(x, weight)``, which its bias is added to.
@@ -105,3 +116,29 @@ def edit_bias(linear: fx.Node, edit: Callable[[fx.Node | None], fx.Node | None])
         bias = edit(bias_of(linear))
     if bias is not None:
         linear.args, linear.kwargs = (*linear.args[:2], bias), {}
+
+
+def edit_added_bias(added: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
+    """Replace the bias that is the second term of a sum by ``edit`` of it, which is as long."""
+    bias = added.args[1]
+    with added.graph.inserting_before(added):
+        edited = edit(bias)
+    edited.meta["example_value"] = g.value(bias)
+    added.update_arg(1, edited)
+
+
+def edit_table(lookup: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
+    """Replace the table of an embedding by ``edit`` of it, or of its rows that this rank has."""
+    graph, table = lookup.graph, g.argument(lookup, 1, "weight")
+    with graph.inserting_before(lookup):
+        if not compat.wraps_local(lookup.args[0]):
+            edited = edit(table)
+        else:
+            whole, here = g.value(table), lookup.args[0]  # the tokens' numbers, on the mesh that the table lies on
+            edited = graph.call_function(here.target, (edit(graph.call_method("to_local", (table,))), here.args[1],
+                                                       list(whole.placements)),
+                                         {"run_check": False, "shape": tuple(whole.shape), "stride": whole.stride()})
+    if len(lookup.args) > 1:
+        lookup.update_arg(1, edited)
+    else:
+        lookup.update_kwarg("weight", edited)

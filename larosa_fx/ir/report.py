@@ -48,6 +48,7 @@ class SiteReport:
     kernel. rows: vectors that a call multiplies, a symbol where their number is dynamic. weight_bytes: of the linears'
     folded weights; bytes_read: of these, by one token. weight: what the weights became, as a formula. writes: what adds
     their output to the residual stream, if they do: the adapter's formula on the residual edge, "" without one.
+    shard: which part of the model's channels all this is about, "1 of 2", where they are split over ranks; "" elsewhere.
     """
 
     site: str
@@ -66,6 +67,7 @@ class SiteReport:
     rows: str = ""
     weight_bytes: int = 0
     bytes_read: int = 0
+    shard: str = ""
 
     @classmethod
     def of(cls, site: Site, threshold: float | None) -> SiteReport:
@@ -73,7 +75,7 @@ class SiteReport:
         sparse = site.sparse
         return cls(site.name, site.in_features, site.out_features, site.members, site.rotation, sparse.k, sparse.form,
                    site.weight, site.writes, threshold, sparse.kernel, sparse.reason, sparse.unserved,
-                   str(sparse.rows), sparse.weight_bytes, sparse.bytes_read)
+                   str(sparse.rows), sparse.weight_bytes, sparse.bytes_read, str(site.shard or ""))
 
     @property
     def byte_sparsity(self) -> float:
@@ -216,8 +218,8 @@ class Report:
         return "\n\n".join(parts)
 
     def __str__(self) -> str:
-        sites = [[label(s.site), s.channels, s.outputs, s.linears, s.rotation, s.k, s.threshold, s.bytes_read, s.form,
-                  s.kernel or s.reason] for s in self.sites]
+        sites = [[label(s.site) + (f", part {s.shard}" if s.shard else ""), s.channels, s.outputs, s.linears, s.rotation,
+                  s.k, s.threshold, s.bytes_read, s.form, s.kernel or s.reason] for s in self.sites]
         headers = ["site", "channels", "outputs", "linears", "rotation", "k", "threshold", "bytes read", "form",
                    "kernel, or why not"]
         return (tabulate(sites, headers) + "\n\n" if sites else "") + self.overview()

@@ -15,6 +15,7 @@ from torch import fx
 
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.shards import Shard
 from larosa_fx.kernels.quantization import BITS, quantize
 
 
@@ -142,7 +143,8 @@ class SparseSite:
     k: channels kept, on average where ``threshold`` decides. rows: vectors of x, symbolic where
     shapes are dynamic: ``kernels.pick`` guards on them.
     beside: the adapter whose output is added. adapter: the same, once the site computes it. eps: of the norm, None without.
-    early: what made x has read the residual, so that an adapter may be applied before x is there. shard: None, all of it.
+    early: what made x has read the residual, so that an adapter may be applied before x is there. shard: the part of the
+    site's channels that this rank has, whose k and channels are meant; None, all of them.
     form: "sparse GEMV", "masked matmul" or "dense". kernel: which runs it, "" for torch's own product. whole: that kernel
     computes all of the site in one launch. reason: why the site is not sparse. unserved: it would be, had it a kernel.
     """
@@ -166,7 +168,7 @@ class SparseSite:
     bias: fx.Node | None = None
     residual: fx.Node | None = None
     early: bool = False
-    shard: None = None
+    shard: Shard | None = None
     form: str = "dense"
     kernel: str = ""
     whole: bool = False
@@ -175,12 +177,13 @@ class SparseSite:
 
     @classmethod
     def of(cls, name: str, product: fx.Node, output: fx.Node, bias: fx.Node | None, k: int, columns: int,
-           threshold: float | None, weight: WeightFormat, stored: tuple[fx.Node, ...]) -> SparseSite:
+           threshold: float | None, weight: WeightFormat, stored: tuple[fx.Node, ...], shard: Shard | None = None
+           ) -> SparseSite:
         """A bare site of ``product``, x @ [K, N], and of ``output``, with its bias."""
         x = product.args[0]
         *leading, channels = g.sizes(x)
         rows = math.prod(leading)  # torch's own numel() would fix a symbol at the size that it has now
-        return cls(name, output, product, x, stored, k, channels, columns, rows, weight, threshold, bias=bias)
+        return cls(name, output, product, x, stored, k, channels, columns, rows, weight, threshold, bias=bias, shard=shard)
 
     # What kernels.pick looks at.
 

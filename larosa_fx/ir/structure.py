@@ -10,7 +10,8 @@ from torch import fx
 
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
-from larosa_fx.ir import layers
+from larosa_fx.ir import layers, shards
+from larosa_fx.ir.shards import Shard
 from larosa_fx.ir.site import SparseSite
 
 
@@ -45,6 +46,9 @@ class Site:
     read it in the model. rotation: how its channels are rotated or mapped, for people. Set by ``passes.lower_topk``: sparse,
     how the product behind it runs; weight, what its weights became, as a formula; writes, what adds their output to the
     residual stream, if they do: the adapter's formula, "" without one.
+
+    Where weights are split over several ranks, in_features and out_features are this rank's, ``whole`` those of the model,
+    which a plan holds, and ``shard`` is the part of the input channels that arrives here, None where all do.
     """
 
     layer: int
@@ -61,6 +65,11 @@ class Site:
     def __post_init__(self) -> None:
         self.in_features = layers.linear_size(self.linears[0])[0]
         self.out_features = sum(layers.linear_size(linear)[1] for linear in self.linears)
+        parts = [shards.of_weight(linear.args[1]) for linear in self.linears]
+        self.shard: Shard | None = next((part for part in parts if part is not None and part.dim == 1), None)
+        self.whole = (self.shard.size if self.shard else self.in_features,
+                      sum(part.size if part is not None and part.dim == 0 else layers.linear_size(linear)[1]
+                          for linear, part in zip(self.linears, parts, strict=True)))
         self.members = len(self.linears)
         self.parameters = [node.meta[g.PARAMETER] for node in weight_placeholders(self)]
 
@@ -94,14 +103,16 @@ SELECTIONS = ("topk", "threshold")
 class StreamNode:
     """One value of the residual stream: the source, ``add(previous, branch)``, or other positions of the previous value.
 
-    writers: the linears whose outputs the branch adds up, none without a branch. norms: the foldable
-    norms that read this value.
+    writers: the linears whose outputs the branch adds up, none without a branch, each its own or the sum of all ranks'.
+    biases: the sums with a vector of parameters in the branch, which a linear whose product is summed over ranks is not
+    given itself. norms: the foldable norms that read this value.
     basis: name of the rotation this value is held in; None is the model's own basis.
     """
 
     node: fx.Node
     previous: fx.Node | None = None
     writers: list[fx.Node] = field(default_factory=list)
+    biases: list[fx.Node] = field(default_factory=list)
     norms: list[fx.Node] = field(default_factory=list)
     basis: str | None = None
 
@@ -115,7 +126,7 @@ class Structure:
     readers: dict[fx.Node, list[fx.Node]]  # norm -> the linears that read it, through maps of positions
     obstacles: list[tuple[str, str]]
     skipped: list[tuple[str, str]]
-    embedding: fx.Node | None = None  # the lookup that starts the stream, where its table may be folded
+    embedding: fx.Node | None = None  # the lookup that the stream starts with, where its table may be folded
     head: fx.Node | None = None  # the last norm, where the head behind it may be folded
     written: list[str] = field(default_factory=list)  # sites' inputs and weights that something writes to in place
     #: tokens of each sequence: an int, a SymInt where Dynamo made it dynamic, None where nothing shows how many
@@ -152,7 +163,9 @@ class Structure:
         """The adapter where the site's linears write the stream; "" without one, None where they write something else."""
         for value in self.stream:
             if not set(value.writers).isdisjoint(site.linears):
-                edges = [x for x in value.node.all_input_nodes if g.calls(x, torch.matmul) and ex.is_weight(x.args[1])]
+                # Where ranks add up their writers' outputs, the adapter's may be part of what each adds (split_adapters).
+                add = shards.summed(layers.without_bias(value.node)) or value.node
+                edges = [x for x in add.all_input_nodes if g.calls(x, torch.matmul) and ex.is_weight(x.args[1])]
                 return "".join(ex.formula(edge.args[1]) for edge in edges)
         return None
 

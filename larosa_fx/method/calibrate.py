@@ -11,10 +11,11 @@ import torch
 from torch import fx
 from tqdm.auto import tqdm
 
+from larosa_fx.compiler.agreement import Ranks, together
 from larosa_fx.compiler.capture import Capture, capture
 from larosa_fx.compiler.pipeline import CALIBRATE, Runner
 from larosa_fx.compiler.refusal import HOOKS
-from larosa_fx.ir import compat
+from larosa_fx.ir import compat, shards
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.checks import check_choice, check_sparsity
 from larosa_fx.ir.structure import BASES, SELECTIONS, Structure
@@ -51,15 +52,27 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
 
     Statistics are fp64 covariances of the gain-free normed activations x_hat, not centred (paper, PCA of layer inputs).
     ValueError for bad arguments or batches; RuntimeError where the model is not understood, with the reason.
+
+    A model that is split over several ranks is calibrated by all of them, with the same batches. Each gets the same plan,
+    which is the whole model's and serves any number of ranks.
     """
+    with together(shards.group(model.parameters())) as ranks:
+        return _calibrate(model, batches, ranks, sparsity, rotation, basis, {**COEFFICIENTS, **(coefficients or {})},
+                          damping, seed, selection, statistics_bytes, provenance or {}, progress)
+
+
+def _calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], ranks: Ranks, sparsity: float, rotation: str,
+               basis: str, coefficients: dict[str, float], damping: float, seed: int, selection: str,
+               statistics_bytes: int | None, provenance: Mapping[str, object], progress: bool) -> Plan:
     check_sparsity(sparsity)
     check_choice("rotation", rotation, BASES)
     check_choice("basis", basis, BASIS_KINDS)
     check_choice("selection", selection, SELECTIONS)
-    coefficients = {**COEFFICIENTS, **(coefficients or {})}
     tokens = [_check_batch(batch) for batch in batches]
     if not tokens:
         raise ValueError("calibrate needs at least one batch of input_ids, [B, T]")
+    if len(set(ranks.hear(_digest(tokens)))) > 1:
+        raise ValueError("the ranks that share the model were given different batches; give all of them the same")
     _check_model(model)
     session = _Streamed(model) if compat.is_offloaded(model) else _Session(model)
     device = compat.execution_device(model)
@@ -72,12 +85,15 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
         if structure.skipped:
             linear, reason = structure.skipped[0]
             log.warning("%d linears stay dense, %s the first: %s", len(structure.skipped), linear, reason)
+        _check_parts(structure)
         sites = session.sites(rotation)
         check_shares("the plan", sites, sparsity, coefficients)  # before the work, not after it
         members = structure.bases(rotation)
         matrices: dict[str, torch.Tensor] = {}
         if needs_statistics:
-            for group in _groups(members, _channels(structure), statistics_bytes, device):
+            if statistics_bytes is None:  # the same on all ranks, which run the batches equally often
+                statistics_bytes = min(ranks.hear(free_bytes(device) // 2))
+            for group in _groups(members, _channels(structure), statistics_bytes):
                 session.collect({site.name for name in group for site in members[name]})
                 session.run(tokens, progress)
                 for name in group:
@@ -88,16 +104,18 @@ def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsi
             make = {"random": orthogonal.random, "hadamard": orthogonal.hadamard}.get(basis)
             # A plan lies in main memory: its rotations are wanted once, when weights are folded.
             matrices = {name: make(_channels(structure), seed + i, device).cpu() for i, name in enumerate(members)}
+        matrices = ranks.first(matrices, device)  # rounding turns directions of equal variance
     finally:
         model.train(training)
     plan = Plan(
         rotation, float(sparsity), coefficients, sites, matrices,
-        session.samples(), str(structure.dtype).removeprefix("torch."), basis,
+        _whole_samples(ranks.hear(session.samples())), str(structure.dtype).removeprefix("torch."), basis,
         {"method": "LaRoSA, arXiv 2507.01299", "model": type(model).__name__, "layers": structure.layers,
          "tokens": sum(t.numel() for t in tokens), "batches": len(tokens), "tokens_sha256": _digest(tokens),
-         "damping": damping, "seed": seed, "versions": library_versions(), **(provenance or {})})
+         "damping": damping, "seed": seed, "versions": library_versions(), **provenance})
     if selection == "threshold":
         plan = with_thresholds(model, plan, tokens, progress=progress)
+        plan.thresholds = ranks.first(plan.thresholds, device)
     plan.validate()
     session.attach(plan)
     return plan
@@ -239,10 +257,8 @@ def _names_in(model: torch.nn.Module, captured: Capture, args: Sequence[object])
     return names
 
 
-def _groups(members: Mapping[str, Sequence], channels: int, budget: int | None, device: torch.device) -> list[list[str]]:
+def _groups(members: Mapping[str, Sequence], channels: int, budget: int) -> list[list[str]]:
     """Bases whose statistics fit in memory together; at least one basis a group."""
-    if budget is None:
-        budget = free_bytes(device) // 2
     groups: list[list[str]] = [[]]
     used = 0
     for name, sites in members.items():
@@ -257,6 +273,23 @@ def _groups(members: Mapping[str, Sequence], channels: int, budget: int | None, 
 
 def _channels(structure: Structure) -> int:
     return structure.inner_sites()[0].in_features
+
+
+def _whole_samples(heard: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Samples of whole weights from those of each rank, which are NaN where the element lies on another."""
+    found = dict(heard[0])
+    for samples in heard[1:]:
+        found = {name: torch.where(have.isnan(), samples[name], have) for name, have in found.items()}
+    return found
+
+
+def _check_parts(structure: Structure) -> None:
+    """RuntimeError where ranks have different numbers of a site's channels, which thresholds are fitted to together."""
+    for site in structure.sites:
+        if site.shard is not None and site.shard.size % site.shard.ranks:
+            raise RuntimeError(f"larosa cannot calibrate this model on {site.shard.ranks} ranks: the {site.shard.size} "
+                               f"channels of {site.name} are not divided evenly; calibrate it on one, or on as many as "
+                               "divide them. The plan serves any number of ranks")
 
 
 def _check_model(model: torch.nn.Module) -> None:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from larosa_fx.ir import compat
+from larosa_fx.ir import compat, shards
+from larosa_fx.ir.shards import Shard
 from larosa_fx.plan.plan import Plan, PlanSite
 from larosa_fx.plan.rotations import orthonormal
 
@@ -125,7 +126,11 @@ def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None,
     """
     k, thresholds = plan.k_at(sparsity), plan.thresholds_at(sparsity, selection)
     if thresholds is None:
-        return mapped(model, plan, lambda site, z: keep(z, k[site.name]))
+        def selected(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
+            shard = _part(model, site)
+            return keep(z, shard.share(k[site.name]) if shard else k[site.name])
+
+        return mapped(model, plan, selected)
     return mapped(model, plan, lambda site, z: z * at_least(z.abs(), thresholds[site.name]))
 
 
@@ -142,6 +147,10 @@ def mapped(model: torch.nn.Module, plan: Plan, select: Callable[[PlanSite, torch
         q = rotations.get(site.basis)
         heads, scale = (held.get(site.name) for held in (plan.heads, plan.scales))
         heads = None if heads is None else heads.to(device, torch.float64)[site.blocks]
+        if (shard := _part(model, site)) is not None:
+            size = site.in_features // len(site.blocks or [0])
+            heads = None if heads is None else heads[shard.start // size:][:shard.length // size]
+            scale = None if scale is None else scale[shard.start:][:shard.length]
         inverse = None if heads is None else heads.inverse()
 
         def sparse(x: torch.Tensor, x_hat: torch.Tensor | None, affine: Affine | None) -> torch.Tensor:
@@ -163,6 +172,12 @@ def mapped(model: torch.nn.Module, plan: Plan, select: Callable[[PlanSite, torch
 
     with replaced(model, plan.sites, replacement):
         yield model
+
+
+def _part(model: torch.nn.Module, site: PlanSite) -> Shard | None:
+    """The part of a site's channels that this rank has; None where it has all."""
+    shard = shards.of(model.get_parameter(site.weights[0]))
+    return shard if shard is not None and shard.dim == 1 else None
 
 
 def map_heads(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from tqdm.auto import tqdm
 
-from larosa_fx.ir import compat
+from larosa_fx.ir import compat, shards
 from larosa_fx.method.evaluate import by_length
 from larosa_fx.method.reference import at_least, headless, mapped
 from larosa_fx.plan.plan import LEVELS, Plan, PlanSite
@@ -35,9 +35,12 @@ def with_thresholds(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.
     limits: dict[str, list[torch.Tensor]] = {site.name: [] for site in plan.sites}
     found: dict[str, list[torch.Tensor]] = {site.name: [] for site in plan.sites}
 
+    ranks = shards.group(model.parameters())
+
     def select(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
         score = z.abs()
-        limit = quantile(score, 1 - k[site.name] / site.in_features)
+        every = score if z.shape[-1] == site.in_features else shards.gathered(score, ranks)  # all ranks' channels
+        limit = quantile(every, 1 - k[site.name] / site.in_features)
         limits[site.name].append(limit.float())
         return z * at_least(score, limit)
 

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from larosa_fx.ir import shards
 from larosa_fx.plan.checks import SAMPLES
 
 P = TypeVar("P")
@@ -64,10 +65,21 @@ ATTACHED: Attached = Attached()
 
 
 def sample(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """SAMPLES elements of each weight, evenly spread over its memory order: [len(weights), SAMPLES] fp32 on the CPU."""
+    """SAMPLES elements of each weight, evenly spread over its memory order: [len(weights), SAMPLES] fp32 on the CPU.
+
+    Of a weight that is split over several ranks they are the whole weight's, and NaN where they lie on another rank.
+    """
     rows = []
     for weight in weights:
-        flat = weight.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, SAMPLES, device=flat.device, dtype=torch.float64).long()
-        rows.append(flat[index].float().cpu())
+        index = torch.linspace(0, weight.numel() - 1, SAMPLES, device=weight.device, dtype=torch.float64).long()
+        shard, here = shards.of(weight), shards.local(weight).detach()
+        if shard is None:
+            rows.append(here.reshape(-1)[index].float().cpu())
+            continue
+        at = list(torch.unravel_index(index, weight.shape))
+        at[shard.dim] = at[shard.dim] - shard.start
+        inside = (at[shard.dim] >= 0) & (at[shard.dim] < shard.length)
+        row = torch.full((SAMPLES,), torch.nan)
+        row[inside.cpu()] = here[tuple(i[inside] for i in at)].float().cpu()
+        rows.append(row)
     return torch.stack(rows)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from larosa_fx.ir import shards
 from larosa_fx.ir.checks import check_choice, shown
 from larosa_fx.ir.structure import SELECTIONS
 from larosa_fx.plan import checks, container
@@ -175,7 +176,10 @@ class Plan:
         ATTACHED.attach(self, (w for tensors in weights.values() for w in tensors))
 
     def check_weights(self, weights: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        """PlanError unless ``weights``, site name -> its linears' weights, are those of calibration, rounding apart."""
+        """PlanError unless ``weights``, site name -> its linears' weights, are those of calibration, rounding apart.
+
+        Of weights that are split over several ranks, each rank looks at what it has.
+        """
         for name, tensors in weights.items():
             if name not in self.samples:
                 raise PlanError(f"the plan is damaged: it holds no samples of the weights at {name}")
@@ -183,6 +187,7 @@ class Plan:
             dtype = str(tensors[0].dtype).removeprefix("torch.")
             coarsest = max(torch.finfo(getattr(torch, d)).eps for d in (dtype, self.weight_dtype))
             tolerance = 0.0 if dtype == self.weight_dtype else coarsest
+            theirs = torch.where(theirs.isnan(), ours, theirs) if any(map(shards.is_split, tensors)) else theirs
             if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * 1e-3):
                 raise PlanError(f"the plan does not fit the model: the weights at {name} are not those it was calibrated "
                                 "on; calibrate this model")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from larosa_fx.ir.graph import PARAMETER, upstream
 from larosa_fx.ir.layers import affine, is_layer_norm
-from larosa_fx.ir.structure import BASES, Site
+from larosa_fx.ir.shards import Shard
+from larosa_fx.ir.structure import BASES, Site, Source
 
 NAME = re.compile(r"layers\.(\d+)\.(h[1-4])")
 
@@ -33,12 +34,12 @@ class PlanSite:
     def of(cls, site: Site, rotation: str) -> PlanSite:
         if site.norm is None:
             source = site.source
-            return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
+            return cls(site.name, site.kind, *site.whole, site.parameters,
                        basis=BASES[rotation](site) if site.inner else None, source=source and source.parameter,
-                       blocks=source.blocks if source and source.mixes else None)
+                       blocks=_all_blocks(source, site.shard) if source and source.mixes else None)
         owned = [node for x in affine(site.norm) if x is not None for node in upstream(x, lambda n: False)
                  if PARAMETER in node.meta]
-        return cls(site.name, site.kind, site.in_features, site.out_features, site.parameters,
+        return cls(site.name, site.kind, *site.whole, site.parameters,
                    owned[0].meta[PARAMETER] if owned else None, site.norm.args[-1], BASES[rotation](site),
                    is_layer_norm(site.norm))
 
@@ -58,3 +59,12 @@ class PlanSite:
     def inner(self) -> bool:
         """Whether linears read the stream here, and a rotation may be applied."""
         return self.kind in ("h1", "h3")
+
+
+def _all_blocks(source: Source, shard: Shard | None) -> list[int] | None:
+    """Which head of the source each head of a site is, in the model; None where ranks have different numbers of heads."""
+    if shard is None:
+        return source.blocks
+    if shard.size % shard.ranks:
+        return None
+    return [rank * len(source.starts) + block for rank in range(shard.ranks) for block in source.blocks]

@@ -21,7 +21,7 @@ from larosa_fx.compiler import backend, folds
 from larosa_fx.compiler.backend import LarosaError
 from larosa_fx.compiler.folds import STORE, Folded
 from larosa_fx.compiler.options import Options
-from larosa_fx.ir import compat
+from larosa_fx.ir import compat, shards
 from larosa_fx.kernels.pick import crossover
 from larosa_fx.plan.plan import ATTACHED, Plan
 from larosa_fx.serving import cache as caches
@@ -56,6 +56,9 @@ class Settings:
         """With the device's best for what is None, and for mode "auto"."""
         if not isinstance(lossless, bool):
             raise ValueError(f"lossless is {lossless!r}; choose True or False")
+        if lossless and any(map(shards.is_split, model.parameters())):
+            raise ValueError("lossless=True does not work on a model that is split over several ranks: how many tokens are "
+                             "drafted follows from measured times, which differ from rank to rank")
         if draft_tokens is not None and (isinstance(draft_tokens, bool) or not isinstance(draft_tokens, int)
                                          or draft_tokens < 1 or not lossless):
             raise ValueError(f"draft_tokens is {draft_tokens!r}" + (

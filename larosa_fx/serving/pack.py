@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from larosa_fx.compiler.folds import STORE, Folded, forbid_use
 from larosa_fx.compiler.policy import LarosaError
+from larosa_fx.ir import shards
 from larosa_fx.ir.checks import shown, why
 from larosa_fx.ir.spelling import parse, spell
 from larosa_fx.plan import file
@@ -69,6 +70,9 @@ def _check_output(path: Path) -> None:
 
 def _check_model(model: torch.nn.Module) -> None:
     """PackError unless ``_architecture`` will build this class for this configuration."""
+    if any(map(shards.is_split, model.parameters())):
+        raise PackError("a model that is split over several ranks cannot be packed, because each would fold other parts of "
+                        "its weights; pack the model in one process, or enable it on each rank as it is")
     try:
         built = type(_architecture(model.config, model.dtype))
     except (AttributeError, ValueError) as error:  # no model of transformers, or one that AutoModelForCausalLM knows not

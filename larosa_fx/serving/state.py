@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from larosa_fx.compiler.agreement import together
 from larosa_fx.compiler.folds import Folded
+from larosa_fx.ir import shards
 from larosa_fx.plan import file
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
 from larosa_fx.serving.engine import Engine, Kept, Settings, attach
@@ -16,11 +18,15 @@ _STATE = "_larosa"  # the attribute of a model that holds its state
 
 
 def engine_of(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, settings: Settings) -> Engine:
-    """The model's engine for these settings; the one there is, unless the plan is another. Attaches the plan."""
+    """The model's engine for these settings; the one there is, unless the plan is another. Attaches the plan.
+
+    Where ranks share the model and one of them lacks the plan, all raise.
+    """
     state: _State = model.__dict__.setdefault(_STATE, _State())
-    plan = plan_of(model, plan)
-    plan.thresholds_at(settings.options.sparsity, settings.options.selection)  # which it may not have
-    attach(plan, model)
+    with together(shards.group(model.parameters())):
+        plan = plan_of(model, plan)
+        plan.thresholds_at(settings.options.sparsity, settings.options.selection)  # which it may not have
+        attach(plan, model)
     engine = state.engines.get(settings)
     if engine is None or not _alike(engine.plan, plan, settings):
         engine = state.engines[settings] = Engine(model, plan, settings, state.kept)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from larosa_fx.ir import shards
 from larosa_fx.method.memory import free_bytes
 from larosa_fx.method.thresholds import TEXT, with_thresholds
 from larosa_fx.plan.plan import ATTACHED, LEVELS, Plan
@@ -68,6 +69,9 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
     ValueError where there is nothing to train on, the memory does not do, or the checkpoint (``CheckpointError``) is damaged
     or belongs to another training. RuntimeError where the model's logits are not finite.
     """
+    if any(map(shards.is_split, model.parameters())):
+        raise RuntimeError("larosa does not train on a model that is split over several ranks: train on the model in one "
+                           "process; the plan serves any number of ranks")
     options, tokens, held_out = _checked(options, batches, validation)
     with _frozen(model):
         with _Trainer(model, plan, tokens, held_out, options, Path(checkpoint) if checkpoint else None) as trainer:

@@ -1,0 +1,273 @@
+"""Models split by transformers' tensor parallelism: every rank computes its part of what one rank computes alone.
+
+The ranks run once for all tests of a number of ranks (tests/support/ranks.py); the tests read what they left.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import larosa_fx
+import ranks
+from larosa_fx.ir.shards import Shard
+from tiny import SIZES, batches, compiled, error, ids, llama
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+TIMEOUT = 600  # seconds that a run may take on a machine that does much else
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "output_logits": True,
+          "return_dict_in_generate": True}
+
+
+def randomised(model):
+    """Gains, and biases, off their defaults, as ``tiny.llama`` has them."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.3 + 1 if p.ndim == 1 else torch.randn_like(p) * 0.15)
+    return model.eval()
+
+
+def qwen2():
+    return randomised(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)))
+
+
+def mixtral():
+    return randomised(transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        **SIZES, num_local_experts=4, num_experts_per_tok=2)))
+
+
+MODELS = {
+    "llama": llama,
+    "biases": lambda: llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),  # and no table to fold
+    "qwen2": qwen2,  # biases of q, k and v
+    "mixtral": mixtral,
+}
+
+
+class Files:
+    """Models in a directory, with plans made on one rank, and what one rank makes of them."""
+
+    def __init__(self, directory):
+        self.directory, self.models, self.ids, self.batches = directory, {}, ids(1, 8), batches()
+
+    def add(self, name, model):
+        self.models[name] = model
+        model.save_pretrained(self.model(name))
+        larosa_fx.calibrate(model, self.batches, progress=False).save(self.plan(name))
+
+    def model(self, name):
+        return str(self.directory / name)
+
+    def plan(self, name):
+        return str(self.directory / f"{name}.larosa")
+
+    def thresholds(self, name):
+        return {"plan": self.plan(name), "sparsify": "all"}
+
+    def alone(self, name):
+        """Logits of one rank, by thresholds at 50 %."""
+        torch.compiler.reset()
+        with torch.no_grad():
+            return compiled(self.models[name], strict=True, **self.thresholds(name))(self.ids).logits
+
+    def run(self, tasks, count):
+        """What each rank found, by rank."""
+        torch.save(tasks, self.directory / "tasks.pt")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(
+            filter(None, (str(Path(ranks.__file__).parent), os.environ.get("PYTHONPATH"))))}
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+                               ranks.__file__, str(self.directory)], env=environment, capture_output=True, text=True,
+                              timeout=TIMEOUT)
+        assert done.returncode == 0, done.stderr[-8000:]
+        return [torch.load(self.directory / f"rank{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    torch.manual_seed(0)
+    files = Files(tmp_path_factory.mktemp("ranks"))
+    for name, make in MODELS.items():
+        files.add(name, make())
+    plan = larosa_fx.Plan.load(files.plan("llama"))
+    heads = torch.linalg.qr(torch.randn(2, 2, 8, 8))[0] * 1.5  # a map for each head of values, at both layers
+    trained = replace(plan, heads={f"layers.{i}.h2": maps for i, maps in enumerate(heads)},
+                      scales={site.name: 0.5 + torch.rand(site.in_features) for site in plan.sites if site.kind != "h2"})
+    trained.save(files.plan("maps"))
+    return files
+
+
+@pytest.fixture(scope="module")
+def two(files):
+    llama_plan = files.plan("llama")
+    tasks = {name: ("logits", {"path": files.model(name), "ids": files.ids,
+                               "options": {"thresholds": files.thresholds(name)}}) for name in MODELS}
+    tasks["llama"][1]["options"] |= {"sparsity 0": {"plan": llama_plan, "sparsity": 0.0},
+                                     "topk": {**files.thresholds("llama"), "selection": "topk"}}
+    tasks["generate"] = ("generate", {
+        "path": files.model("llama"), "ids": files.ids, "calls": GREEDY,
+        "settings": {"sparsity 0": {"plan": llama_plan, "sparsity": 0.0, "weights": "copy"},
+                     "maps": {"plan": files.plan("maps"), "weights": "replace"}}})
+    tasks["calibrate"] = ("calibrate", {"path": files.model("llama"), "batches": files.batches})
+    tasks["refused"] = ("refused", {"path": files.model("llama"), "batches": files.batches, "plan": llama_plan})
+    tasks["memory"] = ("memory", {})
+    tasks["missing plan"] = ("missing_plan", {"path": files.model("llama"), "ids": files.ids, "plan": llama_plan})
+    tasks["failing pass"] = ("failing_pass", {"path": files.model("llama"), "ids": files.ids,
+                                              "options": files.thresholds("llama")})  # last: it stays broken
+    return files.run(tasks, 2)
+
+
+@pytest.fixture(scope="module")
+def four(files):
+    """On four ranks one key-value head for each."""
+    files.add("wide", llama(num_key_value_heads=4))
+    return files.run({"logits": ("logits", {"path": files.model("wide"), "ids": files.ids,
+                                            "options": {"thresholds": files.thresholds("wide")}})}, 4)
+
+
+def check_thresholds(found, alone):
+    """Logits of all ranks by thresholds: those of one rank, and not the dense model's."""
+    for rank in found:
+        logits, report = rank["thresholds"]
+        assert report["treatment"] == "fold" and not report["reason"]
+        assert error(logits, alone) < 1e-4 < 1e-3 < error(logits, rank["eager"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_thresholds_keep_what_they_keep_on_one_rank(files, two, name):
+    check_thresholds([rank[name] for rank in two], files.alone(name))
+
+
+def test_sparsity_0_is_the_eager_model(two):
+    for rank in two:
+        logits, report = rank["llama"]["sparsity 0"]
+        assert report["treatment"] == "fold" and error(logits, rank["llama"]["eager"]) < 1e-4
+
+
+def test_four_ranks_compute_what_one_does(files, four):
+    check_thresholds([rank["logits"] for rank in four], files.alone("wide"))
+    reports = [rank["logits"]["thresholds"][1] for rank in four]
+    assert [site["shard"] for report in reports for site in report["sites"] if site["site"] == "layers.0.h4"] == [
+        "1 of 4", "2 of 4", "3 of 4", "4 of 4"]
+
+
+def counts(report, name):
+    return next(p["counts"] for p in report["passes"] if p["name"] == name)
+
+
+@pytest.mark.parametrize("name", ["llama", "biases", "qwen2"])
+def test_tables_and_adapters_are_shared(two, name):
+    for rank in two:
+        report = rank[name]["thresholds"][1]
+        assert counts(report, "fold_rotations").get("tables", 0) == (name != "biases")
+        assert counts(report, "split_adapters")["adapters"] == 1 == counts(report, "pack_adapters")["adapters"]
+        half = SIZES["hidden_size"] // 2
+        (adapter,) = [site["writes"] for site in report["sites"] if "Q[layers.0]ᵀ Q[layers.1]" in (site["writes"] or "")]
+        assert adapter in (f"(Q[layers.0]ᵀ Q[layers.1])[0:{half}]", f"(Q[layers.0]ᵀ Q[layers.1])[{half}:{2 * half}]")
+
+
+def test_sites_are_halved_where_their_channels_are_split(files, two):
+    plan = larosa_fx.Plan.load(files.plan("llama"))
+    by_name = {site.name: site for site in plan.sites}
+    for i, rank in enumerate(two):
+        for site in rank["llama"]["thresholds"][1]["sites"]:
+            whole, split = by_name[site["site"]], site["site"].endswith(("h2", "h4"))
+            assert (site["channels"], site["outputs"]) == (
+                (whole.in_features // 2, whole.out_features) if split else (whole.in_features, whole.out_features // 2))
+            assert site["shard"] == (f"{i + 1} of 2" if split else "")
+
+
+def test_a_top_k_is_each_ranks_own_and_the_report_says_so(files, two):
+    plan = larosa_fx.Plan.load(files.plan("llama"))
+    for rank in two:
+        report = rank["llama"]["topk"][1]
+        kept = {site["site"]: site["k"] for site in report["sites"]}
+        assert all(kept[name] == (round(k / 2) if name.endswith(("h2", "h4")) else k) for name, k in plan.k.items())
+        said = {what for p in report["passes"] for what, why in p["skipped"] if "keeps the largest of its own" in why}
+        assert said == {name for name in plan.k if name.endswith(("h2", "h4"))}
+    assert torch.equal(two[0]["llama"]["topk"][0], two[1]["llama"]["topk"][0])
+
+
+def same_steps(found, expected):
+    """Whether two generations have the same tokens, and the same logits up to rounding at each of them."""
+    return torch.equal(found.sequences, expected.sequences) and error(torch.stack(found.logits),
+                                                                      torch.stack(expected.logits)) < 1e-4
+
+
+def test_generate_is_one_ranks(files, two):
+    """With maps and scales, of which each rank folds those of its own heads and channels."""
+    model = llama()
+    model.load_state_dict(files.models["llama"].state_dict())
+    larosa_fx.enable(model, files.plan("maps"), compiler="eager")
+    alone = model.generate(files.ids, **GREEDY)
+    for rank in two:
+        found, report = rank["generate"]["maps"]
+        assert same_steps(found, alone) and not same_steps(found, rank["generate"]["eager"])
+        assert {site["form"] for site in report["sites"]} == {"sparse GEMV"} and report["tokens"] == "1"
+        assert counts(report, "fold_maps")["heads folded"] == 2
+
+
+def test_generate_at_sparsity_0_is_the_eager_models(two):
+    for rank in two:
+        assert same_steps(rank["generate"]["sparsity 0"][0], rank["generate"]["eager"])
+
+
+def test_parts_that_were_given_up_are_not_run_eagerly(two):
+    for rank in two:
+        assert "can no longer be run or saved" in rank["generate"]["eager afterwards"]
+
+
+def test_calibration_on_two_ranks_is_that_on_one(files, two):
+    plan = larosa_fx.Plan.load(files.plan("llama"))
+    for rank in two:
+        found = rank["calibrate"]
+        assert (found["sites"], found["k"]) == (plan.sites, plan.k)
+        assert found["digest"] == two[0]["calibrate"]["digest"]
+        for what, tolerance in (("rotations", 1e-4), ("thresholds", 1e-4), ("samples", 0)):
+            assert found[what].keys() == getattr(plan, what).keys()
+            assert all((found[what][n] - t).abs().max() <= tolerance for n, t in getattr(plan, what).items())
+
+
+def test_what_does_not_work_is_refused_in_a_sentence(two):
+    for rank in two:
+        assert "split over several ranks: train on the model in one process" in rank["refused"]["train"]
+        assert "split over several ranks cannot be packed" in rank["refused"]["pack"]
+        assert "lossless=True does not work on a model that is split over several ranks" in rank["refused"]["lossless"]
+        assert "given different batches" in rank["refused"]["batches"]
+
+
+def test_a_plan_that_one_rank_lacks_ends_all_with_a_message(two):
+    for rank in two:
+        for call in ("compiled", "enabled"):
+            assert "there is no plan at" in rank["missing plan"][call]
+    assert all("rank 1 of 2 failed, so all stop" in said for said in two[0]["missing plan"].values())
+
+
+def test_what_fails_on_one_rank_is_dense_on_all(two):
+    for rank in two:
+        found = rank["failing pass"]
+        assert found["treatment"] == "dense" and torch.equal(found["compiled"], found["eager"])
+        assert len(found["said"]) == 1 and "on rank 1, pass merge_siblings fails" in found["said"][0]
+
+
+def test_a_write_to_a_part_is_one_to_the_parameter(two):
+    for rank in two:
+        assert rank["memory"] == ["to_local", "add_", "to_local", True]
+
+
+@pytest.mark.parametrize("size", [7, 8, 9, 3])
+def test_parts_are_those_of_chunk(size):
+    pieces = [(piece[0].item(), len(piece)) for piece in torch.arange(size).chunk(4)]
+    parts = [Shard(0, size, rank, 4) for rank in range(4)]
+    assert [(part.start, part.length) for part in parts][:len(pieces)] == pieces
+    assert all(part.length == 0 for part in parts[len(pieces):])
+
+
+def test_a_share_of_k():
+    part = Shard(1, 100, 1, 4)
+    assert [part.share(k) for k in (100, 50, 2, 99)] == [25, 12, 1, 25]

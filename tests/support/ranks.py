@@ -1,0 +1,150 @@
+"""What one rank of a model split by tensor parallelism does in tests/compiler/test_shards.py: run by torch.distributed.run.
+
+It is given a directory with models, plans and ``tasks.pt``, and leaves there what it found, ``rank0.pt`` and so on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import Shard as Placement
+from transformers import AutoModelForCausalLM
+
+import larosa_fx
+from larosa_fx.compiler import pipeline
+from larosa_fx.ir import effects
+from larosa_fx.ir import graph as g
+from tiny import compiled
+
+TIMEOUT = datetime.timedelta(seconds=200)  # that a rank waits for another
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, tp_plan="auto").eval()
+
+
+def logits(path, ids, options):
+    """Of the eager model and, for each of the options, of the compiled one, with its report."""
+    model = load(path)
+    with torch.no_grad():
+        found = {"eager": model(ids).logits}
+        for name, chosen in options.items():
+            found[name] = compiled(model, strict=True, **chosen)(ids).logits, larosa_fx.last_report().to_dict()
+    return found
+
+
+def generate(path, ids, settings, calls):
+    """What the model's own ``generate`` and the enabled one's give, and what the eager model says afterwards."""
+    model, found = load(path), {}
+    found["eager"] = without_cache(model.generate(ids, **calls))
+    for name, chosen in settings.items():
+        larosa_fx.enable(model, compiler="eager", strict=True, **chosen)
+        found[name] = without_cache(model.generate(ids, **calls)), larosa_fx.last_report().to_dict()
+    try:
+        model.model.layers[0].mlp(torch.zeros(1, 1, model.config.hidden_size))
+    except RuntimeError as error:
+        found["eager afterwards"] = str(error)
+    return found
+
+
+def without_cache(output):
+    output.past_key_values = None
+    return output
+
+
+def calibrate(path, batches):
+    plan = larosa_fx.calibrate(load(path), batches, progress=False)
+    return {"sites": plan.sites, "k": plan.k, "rotations": plan.rotations, "thresholds": plan.thresholds,
+            "samples": plan.samples, "digest": plan.digest}
+
+
+def refused(path, batches, plan):
+    """What train, pack, lossless decoding and different batches end with."""
+    model = load(path)
+    kept = larosa_fx.Plan.load(plan)
+    calls = {"train": lambda: larosa_fx.train(model, kept, batches, batches),
+             "pack": lambda: larosa_fx.pack(model, kept, Path(path).parent / f"pack-{dist.get_rank()}"),
+             "lossless": lambda: larosa_fx.enable(model, kept, lossless=True),
+             "batches": lambda: larosa_fx.calibrate(model, batches[:1 + dist.get_rank()], progress=False)}
+    return {name: message(call) for name, call in calls.items()}
+
+
+def failing_pass(path, ids, options):
+    """What all ranks compute, and say, where a pass fails on the second alone."""
+    model = load(path)
+    if dist.get_rank() == 1:
+        def fails(ctx):
+            raise KeyError("only here")
+
+        steps = [replace(step, module=type(step.module)(step.module.__name__)) if step.name == "merge_siblings" else step
+                 for step in pipeline.COMPILE]
+        next(step for step in steps if step.name == "merge_siblings").module.run = fails
+        pipeline.COMPILE = tuple(steps)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = {"eager": model(ids).logits, "compiled": compiled(model, **options)(ids).logits}
+    return {**found, "treatment": larosa_fx.last_report().treatment,
+            "said": [str(w.message) for w in said if str(w.message).startswith("larosa: ")]}
+
+
+def missing_plan(path, ids, plan):
+    """What each rank ends with where the second has no file of the plan: in compiling, and in enabling."""
+    model = load(path)
+    here = plan if dist.get_rank() == 0 else plan + ".missing"
+    with torch.no_grad():
+        return {"compiled": message(lambda: compiled(model, plan=here)(ids)),
+                "enabled": message(lambda: larosa_fx.enable(model, here, compiler="eager"))}
+
+
+def memory():
+    """The names of what shares memory with a split parameter, in a graph that writes to the part here."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Placement(0)]), requires_grad=False)
+    found = []
+
+    def backend(gm, _):
+        parameter = next(node for node in gm.graph.nodes if isinstance(g.value(node), DTensor))
+        found.extend(node.target for node in effects.Memory(gm.graph).sharing(parameter) if node.op != "placeholder")
+        found.append(parameter in effects.written_in_place(gm.graph))
+        return gm
+
+    def forward(x):
+        weight.to_local().add_(1)
+        return torch.nn.functional.linear(x, weight.to_local())
+
+    with torch.no_grad():
+        torch.compile(forward, backend=backend, fullgraph=True)(torch.zeros(1, 4))
+    return found
+
+
+def message(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def main(directory):
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    found = {}
+    for name, (task, arguments) in torch.load(directory / "tasks.pt", weights_only=False).items():
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        found[name] = globals()[task](**arguments)
+    torch.save(found, directory / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main(Path(sys.argv[1]))
