@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -132,6 +135,7 @@ TEXT = ("--text", "text.txt", "--window", "32")
     (("inspect", "--html", "layer.html", "--layer", "2"), "the model has no layer 2; give --layer a number from 0 to 1"),
     (("inspect", "--html", "layer.html", "--layer", "-1"), "the model has no layer -1; give --layer a number from 0 to 1"),
     (("generate", "--prompt", " "), "the prompt is empty"),
+    (("generate", "--prompt", "A\udcff"), "is no text (surrogates not allowed); write it in UTF-8"),
     (("generate", "--prompt", "A", "--plan", "none.larosa"), "there is no plan at none.larosa"),
     (("calibrate", "-o", "m.larosa", "--text", "none.txt"), "cannot read the text none.txt: No such file"),
     (("calibrate", "-o", "m.larosa", "--text", "text.txt", "--window", "4000"), "less than one window of 4000"),
@@ -154,6 +158,16 @@ def test_errors_name_the_thing_and_exit_with_2(directory, capsys, arguments, mes
 def test_what_cannot_end_well_does_not_start(directory, monkeypatch, arguments):
     monkeypatch.setattr("larosa_fx.loading.load_model", None)
     assert larosa(*arguments) == 2
+
+
+@pytest.mark.parametrize(("out", "message"), [
+    ("text.txt", "there is something already; name a new directory"), ("", "the path of the pack is empty"),
+    ("none/out", "there is no directory"), ("a" * 300, "file name too long; shorten the name")])
+def test_a_pack_that_cannot_be_written_is_not_begun(directory, capsys, monkeypatch, out, message):
+    monkeypatch.setattr("larosa_fx.loading.load_model", None)
+    assert cli.main(["pack", "model", "m.larosa", out]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
 
 
 def test_plans_of_other_models_and_plans_without_thresholds(directory, capsys):
@@ -226,9 +240,20 @@ def test_bad_lines_of_json(directory, capsys, content, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there(directory, capsys):
-    assert cli.main(["inspect", "--model", "nowhere", "--device", "cpu"]) == 2
-    assert "cannot load the model 'nowhere'" in capsys.readouterr().err
+def test_a_model_that_is_not_there(directory):
+    """In a process of its own, whose stderr is all that libraries write to, too. No index is in reach: a port nobody has."""
+    done = subprocess.run([sys.executable, "-m", "larosa_fx.cli", "inspect", "--model", "nowhere", "--device", "cpu"],
+                          capture_output=True, text=True, env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1"})
+    assert done.returncode == 2 and done.stderr.startswith("larosa: cannot load the model 'nowhere': ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1e3", "nan", "9" * 30, "9" * 5000, str(2**31)])
+def test_whole_numbers_that_are_none_or_too_large(directory, capsys, number):
+    with pytest.raises(SystemExit) as stopped:
+        larosa("generate", "--prompt", "A", "--tokens", number)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and "is not a positive whole number, 2147483647 at most" in line and len(line) < 500
 
 
 def test_sparsity_out_of_range_is_a_usage_error(directory, capsys):
