@@ -23,6 +23,7 @@ from larosa_fx.packing import is_pack
 from larosa_fx.plan import Plan
 from larosa_fx.plan.plan import library_versions
 from larosa_fx.serving.pack_files import PLAN
+from larosa_fx.serving.server import ServingError
 from larosa_fx.smollm2 import DownloadError
 from larosa_fx.training.options import TrainingOptions
 
@@ -55,7 +56,7 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return f"out of memory: {text[:200]}; try --dtype bfloat16, a smaller --window, or another --device"
-    if isinstance(error, (ValueError, DownloadError, LarosaError)):
+    if isinstance(error, (ValueError, DownloadError, LarosaError, ServingError)):
         return text
     if isinstance(error, RuntimeError) and text.startswith("larosa"):
         return text.removeprefix("larosa: ")
@@ -399,6 +400,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from larosa_fx.serving import server
 
+    server.check_address(args.host, args.port)
     model, tokenizer = _enabled(args)
     name = args.name or args.model or DEFAULT_MODEL
     running, warm_up = server.build(model, tokenizer, name, host=args.host, port=args.port)

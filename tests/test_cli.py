@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -158,6 +159,17 @@ def test_errors_name_the_thing_and_exit_with_2(directory, capsys, arguments, mes
 def test_what_cannot_end_well_does_not_start(directory, monkeypatch, arguments):
     monkeypatch.setattr("larosa_fx.loading.load_model", None)
     assert larosa(*arguments) == 2
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", None), ("127.0.0.1", 99999), ("192.0.2.1", 8000),
+                                            ("no.such.host.invalid", 8000), ("a" * 70, 8000)])
+def test_an_address_that_nobody_can_listen_at(directory, capsys, monkeypatch, host, port):
+    monkeypatch.setattr("larosa_fx.loading.load_model", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = port or taken.getsockname()[1]
+        assert larosa("serve", "--host", host, "--port", str(port)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"larosa: cannot listen at {host}:{port}: ") and "--port one that is free" in line
 
 
 @pytest.mark.parametrize(("out", "message"), [

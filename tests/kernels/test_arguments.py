@@ -162,7 +162,7 @@ def fuzz(seed, cases, device="cpu"):
                 arguments[name] = draw.choice([0, -1, 65, 2**40])
                 harmed.append((name, arguments[name]))
             else:
-                arguments[name] = draw.choice([0.0, -1e-3, float("nan"), float("inf")])
+                arguments[name] = draw.choice([0.0, -1e-3, float("nan")])
                 harmed.append((name, arguments[name]))
         print(op._schema.name, harmed, flush=True)
         if device == "cuda" and any(kind in ("negative", "far away") for _, kind in harmed):
