@@ -155,10 +155,31 @@ def test_errors_name_the_thing_and_exit_with_2(directory, capsys, arguments, mes
 
 @pytest.mark.parametrize("arguments", [("calibrate", "-o", "none/p", *TEXT), ("calibrate", "-o", "p", "--text", "none.txt"),
                                        ("inspect", "--html", "none/x"), ("inspect", "--dump-dir", "text.txt"),
-                                       ("inspect", "--plan", "none"), ("generate", "--prompt", "")])
-def test_what_cannot_end_well_does_not_start(directory, monkeypatch, arguments):
-    monkeypatch.setattr("larosa_fx.loading.load_model", None)
+                                       ("inspect", "--plan", "none"), ("generate", "--prompt", ""),
+                                       ("demo", "--text", "none.txt"), ("demo", "--picture", "none/x.png"),
+                                       ("demo", "--picture", "."), ("demo", "--prompt", " "), ("demo", "--text", "")])
+def test_what_cannot_end_well_does_not_start(directory, capsys, monkeypatch, arguments):
+    from larosa_fx import demo
+
+    for module in ("loading", "demo"):
+        monkeypatch.setattr(f"larosa_fx.{module}.load_model", None)
+    monkeypatch.setattr(demo, "cache_dir", lambda: directory / "cache")
     assert larosa(*arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "NoneType" not in line
+
+
+def test_a_demo_that_can_keep_nothing(directory, capsys, monkeypatch):
+    monkeypatch.setenv("LAROSA_CACHE", "text.txt/cache")
+    assert larosa("demo") == 2
+    assert "cannot write the demo's plan and picture ($LAROSA_CACHE can name another" in capsys.readouterr().err
+
+
+def test_a_picture_of_no_known_kind(directory, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("LAROSA_CACHE", "cache")
+    assert larosa("demo", "--picture", "x.zzz") == 2
+    assert "cannot write the picture to x.zzz: name it .png, or one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", None), ("127.0.0.1", 99999), ("192.0.2.1", 8000),
