@@ -121,6 +121,11 @@ def test_inspect_draws_a_layer(directory, capsys):
     assert any("q_proj diag(input_layernorm)) Q[layers.0]" in text for text in after)
 
 
+def test_a_rotation_at_run_time_is_drawn_by_its_formula(directory):
+    assert larosa("inspect", "--rotation", "online", "--html", "layer.html") == 0
+    assert "z = x Q[layers.0.h1]: rotation at run time" in (directory / "layer.html").read_text(encoding="utf-8")
+
+
 TEXT = ("--text", "text.txt", "--window", "32")
 
 
