@@ -86,7 +86,7 @@ def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> s
     if adapter and (gate or norm):
         # The adapter's rows are summed with the others, which the norm's scalar and the gate then meet.
         return "the CUDA kernel takes an adapter without a norm and a gate only"
-    if channels % 4 or adapter % 8 or columns % (16 if gate else 8) or channels >= _MAX_CHANNELS:
+    if channels % 4 or adapter % 8 or not columns or columns % (16 if gate else 8) or channels >= _MAX_CHANNELS:
         return (f"the CUDA kernel takes fewer than {_MAX_CHANNELS} channels, a multiple of 4, adapters of a multiple of 8 "
                 f"and {'16 behind a gate' if gate else '8'} columns, not {channels}, {adapter} and {columns}")
     if x.device.type != "cuda" or not nvrtc.available():

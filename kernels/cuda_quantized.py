@@ -74,9 +74,11 @@ def constants(shape: Shape, c: Config) -> dict[str, int]:
                for flag in ("full", "half", "norm", "bias", "residual", "early", "gain", "threshold")}}
 
 
-def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str) -> str:
+def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str,
+            adapter_group: int | None = None) -> str:
     """Why the kernel does not take x, [..., K], which may be a fake tensor, a weight of so many columns and an adapter of so
-    many ``rows``; "" where it does."""
+    many ``rows``; "" where it does. adapter_group: the columns that share one of its scales, where they are not ``group``.
+    """
     channels = x.shape[-1]
     if x.device.type != "cuda" or not nvrtc.available() or nvrtc.properties(x.device).major < 9:
         return "clusters of thread blocks are there from compute capability 9"
@@ -86,8 +88,10 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
         return "an adapter's rows would meet the norm's scalar or the gate"
     if channels % 4 or channels >= _MAX_CHANNELS or rows % 8:
         return "channels must be a multiple of 4, below 65536, and the adapter's rows one of 8"
-    if columns % (_WIDTH * (2 if gate else 1)) or group % _WIDTH:
+    if not columns or columns % (_WIDTH * (2 if gate else 1)) or group % _WIDTH:
         return f"columns and groups must be multiples of {_WIDTH}"
+    if adapter_group not in (None, group):
+        return f"an adapter's groups are the weight's, {group} columns, not {adapter_group}"
     shape = Shape(channels, columns, bits, group, rows, False, x.dtype == torch.float16, gate, norm, *[False] * 5)
     c = config(shape, nvrtc.properties(x.device).multi_processor_count)
     if c.tile // _WIDTH > c.threads or shared_bytes(shape, c) > nvrtc.properties(x.device).shared_memory_per_block_optin:

@@ -151,8 +151,8 @@ def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residu
 
     bits = 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
-    if cuda_quantized.refuses(x, bits, columns, columns // scales.shape[1], 0 if adapter is None else len(adapter),
-                              eps is not None, gate):
+    rows, adapter_group = (0, None) if adapter is None else (len(adapter), columns // adapter_scales.shape[1])
+    if cuda_quantized.refuses(x, bits, columns, columns // scales.shape[1], rows, eps is not None, gate, adapter_group):
         return None
     with torch.cuda.device(x.device):
         return cuda_quantized.quantized_linear(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate,

@@ -33,13 +33,16 @@ def quantize(weight: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple
 
 def dequantize(weight: Tensor, scales: Tensor) -> Tensor:
     """What ``quantize`` made of a weight, [K, N] float32, exact; uint8 is int4, two columns to a byte."""
-    rows = len(weight)
     if weight.dtype == torch.uint8:
-        nibbles = torch.stack([weight & 15, weight >> 4], -1).view(rows, scales.shape[1], -1)
+        nibbles = torch.stack([weight & 15, weight >> 4], -1).flatten(1)
         s, m = scales.float().unsqueeze(-2).unbind(-1)
-        return (nibbles * s + m).view(rows, -1)
-    grouped = weight.view(rows, scales.shape[1], -1)
-    return (grouped * scales.float().unsqueeze(-1)).view(rows, -1)
+        return (_grouped(nibbles, scales) * s + m).flatten(1)
+    return (_grouped(weight, scales) * scales.float().unsqueeze(-1)).flatten(1)
+
+
+def _grouped(numbers: Tensor, scales: Tensor) -> Tensor:
+    """[K, N] as [K, groups, columns of a group]; any of them may be none."""
+    return numbers.unflatten(1, (scales.shape[1], numbers.shape[1] // scales.shape[1]))
 
 
 def _int8(weight: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -98,15 +98,17 @@ def check_linear(
             f"got shape {tuple(weight.shape)}, strides {weight.stride()}"
         )
     _check_alike("sparse_linear", x, weight=weight)
-    return _check_site("sparse_linear", x, k, *weight.shape, bias, residual, gate, gain, threshold)
+    return _check_site("sparse_linear", x, k, *weight.shape, bias, residual, eps, gate, gain, threshold)
 
 
 def _check_site(
-    op: str, x: Tensor, k: int, rows: int, columns: int, bias: Tensor | None, residual: Tensor | None, gate: str,
-    gain: Tensor | None, threshold: float | None,
+    op: str, x: Tensor, k: int, rows: int, columns: int, bias: Tensor | None, residual: Tensor | None, eps: float | None,
+    gate: str, gain: Tensor | None, threshold: float | None,
 ) -> int:
     """What ``sparse_linear`` asks of the arguments around a weight of ``rows`` and ``columns``; the result's columns."""
     check_select(x, k)
+    if eps is not None and not eps >= 0:
+        raise ValueError(f"{op}: eps must be 0 or more, got {eps}")
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"{op}: threshold must be 0 or more, got {threshold}")
     if threshold is not None and k != x.shape[-1]:
@@ -186,7 +188,7 @@ def check_quantized(
                              f"got {tuple(adapter.shape)} and {None if residual is None else tuple(residual.shape)}")
         rows += more
     _check_alike(op, x, scales=scales, adapter_scales=adapter_scales)
-    return _check_site(op, x, k, rows, columns, bias, residual, gate, gain, threshold)
+    return _check_site(op, x, k, rows, columns, bias, residual, eps, gate, gain, threshold)
 
 
 def check_dense(x: Tensor, weight: Tensor) -> None:
@@ -363,7 +365,7 @@ def sparse_linear(
         bias: [N], added before the gate.
         residual: added last. [..., N] (N/2 behind a gate); with an adapter [..., D], which adds
             ``residual @ weight[K:]``, every row of it read.
-        eps: of the RMSNorm, ``rsqrt(mean(x ** 2) + eps)``; None for no norm.
+        eps: of the RMSNorm, ``rsqrt(mean(x ** 2) + eps)``, 0 or more; None for no norm.
         gate: "silu", "gelu", "gelu_tanh" or "relu" makes the result ``gate(y[..., :N/2]) * y[..., N/2:]``.
         early: what produces x reads residual, too, so that an adapter may be applied before x is there.
         gain: [K], contiguous, of the norm; without eps x is scaled by it. What is ranked and multiplied, ``x * gain``, is
@@ -443,7 +445,8 @@ def _selected(k: int, threshold: float | None) -> Callable[[Tensor, Tensor | Non
         power = _power_of_two(scale) if many and scale is not None else torch.ones((), dtype=wide, device=z.device)
         if threshold is None:
             values, indices = topk_select(z, k)
-            return _gemv((values * power).to(z.dtype), indices, weight).to(wide) / power
+            # What was stored in fewer bits comes here in float32, and many rows are multiplied in z's dtype.
+            return _gemv((values * power).to(z.dtype), indices, weight.to(z.dtype) if many else weight).to(wide) / power
         # Dense: how many channels a row keeps is not known without waiting for the device.
         size = z.to(wide).abs() * (1 if scale is None else scale)
         kept = z.masked_fill(size < threshold, 0) * power

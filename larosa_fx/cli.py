@@ -16,19 +16,21 @@ import torch
 
 from larosa_fx import __version__
 from larosa_fx.compiler.backend import LarosaError
-from larosa_fx.ir.checks import check_output, check_sparsity, make_directory
+from larosa_fx.ir.checks import check_new_directory, check_output, check_sparsity, make_directory, shown
 from larosa_fx.ir.structure import BASES, SELECTIONS
 from larosa_fx.kernels.quantization import BITS
 from larosa_fx.packing import is_pack
 from larosa_fx.plan import Plan
 from larosa_fx.plan.plan import library_versions
 from larosa_fx.serving.pack_files import PLAN
+from larosa_fx.serving.server import ServingError
 from larosa_fx.smollm2 import DownloadError
 from larosa_fx.training.options import TrainingOptions
 
 PLANLESS = "a plan; without one SmolLM2 has its trained one, and others are calibrated on the spot"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 TRAINED = 512  # tokens of a sequence that is trained on
+LARGEST = 2**31 - 1  # of whole numbers that options take
 VALIDATED, MOST_VALIDATED = 20, 32  # of so many sequences one validates, and so many at most
 
 
@@ -54,7 +56,7 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return f"out of memory: {text[:200]}; try --dtype bfloat16, a smaller --window, or another --device"
-    if isinstance(error, (ValueError, DownloadError, LarosaError)):
+    if isinstance(error, (ValueError, DownloadError, LarosaError, ServingError)):
         return text
     if isinstance(error, RuntimeError) and text.startswith("larosa"):
         return text.removeprefix("larosa: ")
@@ -334,9 +336,9 @@ def _inspect(args: argparse.Namespace) -> None:
 def _pack(args: argparse.Namespace) -> None:
     from larosa_fx.packing import pack
 
-    if is_pack(args.model) or os.path.exists(args.out):
-        raise ValueError(f"{args.model} is a pack already" if is_pack(args.model) else
-                         f"cannot write the pack to {args.out}: there is something already; name a new directory")
+    if is_pack(args.model):
+        raise ValueError(f"{args.model} is a pack already; name the model that was packed")
+    check_new_directory("the pack", args.out)
     plan = Plan.load(args.plan)  # complain before loading a model
     if args.model == DEFAULT_MODEL and not os.path.exists(args.model):
         args.model = None
@@ -383,10 +385,9 @@ def _generate(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from larosa_fx.compiler import backend
-    from larosa_fx.loading import encode_prompt
+    from larosa_fx.loading import check_prompt, encode_prompt
 
-    if not args.prompt.strip():
-        raise ValueError("the prompt is empty; give --prompt what to answer or to continue")
+    check_prompt(args.prompt)
     model, tokenizer = _enabled(args, lossless=args.lossless, draft_tokens=args.draft_tokens)
     inputs = encode_prompt(tokenizer, args.prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -399,6 +400,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from larosa_fx.serving import server
 
+    server.check_address(args.host, args.port)
     model, tokenizer = _enabled(args)
     name = args.name or args.model or DEFAULT_MODEL
     running, warm_up = server.build(model, tokenizer, name, host=args.host, port=args.port)
@@ -415,10 +417,14 @@ def _known_rows(path: Path, names: Sequence[str]) -> list:
 
     if not path.is_file():
         return []
-    found = json.loads(path.read_text())
-    if found["versions"] != library_versions():
-        raise ValueError(f"{path} was made with {found['versions']}, and this is {library_versions()}: leave out --resume")
-    return [Row.from_dict(row) for row in found["rows"] if row["class"] in names]
+    try:
+        found = json.loads(path.read_text())
+        versions, rows = found["versions"], [Row.from_dict(row) for row in found["rows"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no rows of families to go on with ({error!r}): leave out --resume") from error
+    if versions != library_versions():
+        raise ValueError(f"{path} was made with {versions}, and this is {library_versions()}: leave out --resume")
+    return [row for row in rows if row.name in names]
 
 
 def _families(args: argparse.Namespace) -> int:
@@ -429,7 +435,7 @@ def _families(args: argparse.Namespace) -> int:
         if path is not None:
             check_output(what, path)
     known = list(families.classes())
-    names = args.only.split(",") if args.only else known
+    names = known if args.only is None else args.only.split(",")
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"transformers has no causal LM {unknown[0]!r}; without --only all are checked")
     if args.resume and not args.json:
@@ -467,8 +473,8 @@ def _device(text: str) -> str:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if not text.isdecimal() or not 1 <= int(text[:20]) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{shown(text)!r} is not a positive whole number, {LARGEST} at most")
     return int(text)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tabulate import tabulate
@@ -17,8 +19,9 @@ from larosa_fx import corpus, smollm2
 from larosa_fx.compiler import backend
 from larosa_fx.generation import generate
 from larosa_fx.ir import compat
+from larosa_fx.ir.checks import check_output, make_directory
 from larosa_fx.ir.report import Report
-from larosa_fx.loading import encode, encode_prompt, load_model, read_text
+from larosa_fx.loading import check_prompt, encode, encode_prompt, load_model, read_text
 from larosa_fx.method import evaluate
 from larosa_fx.method.calibrate import calibrate
 from larosa_fx.smollm2 import cache_dir
@@ -39,15 +42,18 @@ class _Form:
 
 def run(args: Namespace) -> int:
     """Print the demo, on one screen but for ``args.verbose``; 1 where something that must hold does not."""
+    picture = _picture(args.picture)
+    check_prompt(args.prompt or QUESTION)
+    own_text = None if args.text is None else read_text(args.text)
     torch.manual_seed(0)
     started = time.perf_counter()
     model, tokenizer = load_model(args.model, args.gguf_file, device=args.device)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{type(model).__name__}, {parameters:.0f} M parameters, float32, on {args.device}")
 
-    text = encode(tokenizer, read_text(args.text) if args.text else corpus.calibration_text())
+    text = encode(tokenizer, own_text or corpus.calibration_text())
     # One's own text is halved: what calibrates must not evaluate.
-    calibration, held_out = ((text[:, : text.shape[1] // 2], text[:, text.shape[1] // 2:]) if args.text else
+    calibration, held_out = ((text[:, : text.shape[1] // 2], text[:, text.shape[1] // 2:]) if own_text else
                              (text, encode(tokenizer, corpus.held_out_text())))
     tests = evaluate.windows(held_out, args.window, args.windows)
     forms = _forms(model, evaluate.windows(calibration, args.window, args.calibration_windows), args)
@@ -69,7 +75,7 @@ def run(args: Namespace) -> int:
 
     _headline("Decoding, batch 1")
     speeds = _decode(model, tokenizer, forms, sparsities, args)
-    _draw(losses, speeds, args.picture or str(cache_dir() / "demo.png"))
+    _draw(losses, speeds, picture)
     print(f"{time.perf_counter() - started:.0f} s in all" + ("" if args.verbose else "; --verbose shows more"))
     return 0 if held else 1
 
@@ -199,6 +205,20 @@ def _decode(model, tokenizer, forms: list[_Form], sparsities: list[float], args:
     for name, said in answers.items():
         print(f"[{name}] {said}")
     return speeds
+
+
+def _picture(asked: str | None) -> str:
+    """Where the picture goes. ValueError where it, or the plan, cannot be written, which is better known before the work."""
+    make_directory("the demo's plan and picture ($LAROSA_CACHE can name another place)", cache_dir())
+    path = str(cache_dir() / "demo.png") if asked is None else asked
+    check_output("the picture", path)
+    with contextlib.suppress(ImportError):  # without matplotlib none is drawn
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        formats = FigureCanvasBase.get_supported_filetypes()
+        if (suffix := Path(path).suffix.lower()[1:]) and suffix not in formats:
+            raise ValueError(f"cannot write the picture to {path}: name it .png, or one of {', '.join(sorted(formats))}")
+    return path
 
 
 def _draw(losses: dict[str, list[dict]], speeds: dict[float, float], path: str) -> None:

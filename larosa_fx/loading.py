@@ -22,13 +22,16 @@ def load_model(name: str | None, gguf_file: str | None = None, dtype: torch.dtyp
 
     InputError where transformers cannot load it, with its reason.
     """
+    import huggingface_hub
     import transformers
 
     if name is None:
         path = smollm2.fetch()
         name, gguf_file = str(path.parent), path.name
-    quiet = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # a GGUF file brings pages of keys that transformers does not read
+    loggers = transformers.logging, huggingface_hub.logging
+    loud = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:  # a GGUF file brings pages of keys that nobody reads, a model that is not there one of retries
+        logger.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = load_tokenizer(name, gguf_file)  # before the weights, which take longest
@@ -36,7 +39,8 @@ def load_model(name: str | None, gguf_file: str | None = None, dtype: torch.dtyp
     except Exception as error:  # transformers and what it reads models with raise whatever they happen to raise
         raise InputError(f"cannot load the model {name!r}: {error}; give a causal LM's directory or hub id") from error
     finally:
-        transformers.logging.set_verbosity(quiet)
+        for logger, verbosity in zip(loggers, loud, strict=True):
+            logger.set_verbosity(verbosity)
     return model.to(device).eval(), tokenizer
 
 
@@ -77,10 +81,19 @@ def _field(path: str | os.PathLike, number: int, line: str) -> str:
     return found["text"]
 
 
-def encode_prompt(tokenizer, prompt: str):
-    """The tokenizer's output for a user's prompt, [1, T], in the model's chat format where it has one. InputError: none."""
+def check_prompt(prompt: str) -> None:
+    """InputError unless there is a prompt, and one that can be encoded: a shell passes on bytes that are no text."""
     if not prompt.strip():
         raise InputError("the prompt is empty; write what to answer or to continue")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt {prompt!r} is no text ({error.reason}); write it in UTF-8") from error
+
+
+def encode_prompt(tokenizer, prompt: str):
+    """The tokenizer's output for a user's prompt, [1, T], in the model's chat format where it has one. InputError: none."""
+    check_prompt(prompt)
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
                                              return_tensors="pt", return_dict=True)

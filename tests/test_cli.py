@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import socket
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -117,6 +121,11 @@ def test_inspect_draws_a_layer(directory, capsys):
     assert any("q_proj diag(input_layernorm)) Q[layers.0]" in text for text in after)
 
 
+def test_a_rotation_at_run_time_is_drawn_by_its_formula(directory):
+    assert larosa("inspect", "--rotation", "online", "--html", "layer.html") == 0
+    assert "z = x Q[layers.0.h1]: rotation at run time" in (directory / "layer.html").read_text(encoding="utf-8")
+
+
 TEXT = ("--text", "text.txt", "--window", "32")
 
 
@@ -132,6 +141,7 @@ TEXT = ("--text", "text.txt", "--window", "32")
     (("inspect", "--html", "layer.html", "--layer", "2"), "the model has no layer 2; give --layer a number from 0 to 1"),
     (("inspect", "--html", "layer.html", "--layer", "-1"), "the model has no layer -1; give --layer a number from 0 to 1"),
     (("generate", "--prompt", " "), "the prompt is empty"),
+    (("generate", "--prompt", "A\udcff"), "is no text (surrogates not allowed); write it in UTF-8"),
     (("generate", "--prompt", "A", "--plan", "none.larosa"), "there is no plan at none.larosa"),
     (("calibrate", "-o", "m.larosa", "--text", "none.txt"), "cannot read the text none.txt: No such file"),
     (("calibrate", "-o", "m.larosa", "--text", "text.txt", "--window", "4000"), "less than one window of 4000"),
@@ -150,10 +160,52 @@ def test_errors_name_the_thing_and_exit_with_2(directory, capsys, arguments, mes
 
 @pytest.mark.parametrize("arguments", [("calibrate", "-o", "none/p", *TEXT), ("calibrate", "-o", "p", "--text", "none.txt"),
                                        ("inspect", "--html", "none/x"), ("inspect", "--dump-dir", "text.txt"),
-                                       ("inspect", "--plan", "none"), ("generate", "--prompt", "")])
-def test_what_cannot_end_well_does_not_start(directory, monkeypatch, arguments):
-    monkeypatch.setattr("larosa_fx.loading.load_model", None)
+                                       ("inspect", "--plan", "none"), ("generate", "--prompt", ""),
+                                       ("demo", "--text", "none.txt"), ("demo", "--picture", "none/x.png"),
+                                       ("demo", "--picture", "."), ("demo", "--prompt", " "), ("demo", "--text", "")])
+def test_what_cannot_end_well_does_not_start(directory, capsys, monkeypatch, arguments):
+    from larosa_fx import demo
+
+    for module in ("loading", "demo"):
+        monkeypatch.setattr(f"larosa_fx.{module}.load_model", None)
+    monkeypatch.setattr(demo, "cache_dir", lambda: directory / "cache")
     assert larosa(*arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "NoneType" not in line
+
+
+def test_a_demo_that_can_keep_nothing(directory, capsys, monkeypatch):
+    monkeypatch.setenv("LAROSA_CACHE", "text.txt/cache")
+    assert larosa("demo") == 2
+    assert "cannot write the demo's plan and picture ($LAROSA_CACHE can name another" in capsys.readouterr().err
+
+
+def test_a_picture_of_no_known_kind(directory, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("LAROSA_CACHE", "cache")
+    assert larosa("demo", "--picture", "x.zzz") == 2
+    assert "cannot write the picture to x.zzz: name it .png, or one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", None), ("127.0.0.1", 99999), ("192.0.2.1", 8000),
+                                            ("no.such.host.invalid", 8000), ("a" * 70, 8000)])
+def test_an_address_that_nobody_can_listen_at(directory, capsys, monkeypatch, host, port):
+    monkeypatch.setattr("larosa_fx.loading.load_model", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = port or taken.getsockname()[1]
+        assert larosa("serve", "--host", host, "--port", str(port)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"larosa: cannot listen at {host}:{port}: ") and "--port one that is free" in line
+
+
+@pytest.mark.parametrize(("out", "message"), [
+    ("text.txt", "there is something already; name a new directory"), ("", "the path of the pack is empty"),
+    ("none/out", "there is no directory"), ("a" * 300, "file name too long; shorten the name")])
+def test_a_pack_that_cannot_be_written_is_not_begun(directory, capsys, monkeypatch, out, message):
+    monkeypatch.setattr("larosa_fx.loading.load_model", None)
+    assert cli.main(["pack", "model", "m.larosa", out]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
 
 
 def test_plans_of_other_models_and_plans_without_thresholds(directory, capsys):
@@ -226,9 +278,20 @@ def test_bad_lines_of_json(directory, capsys, content, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there(directory, capsys):
-    assert cli.main(["inspect", "--model", "nowhere", "--device", "cpu"]) == 2
-    assert "cannot load the model 'nowhere'" in capsys.readouterr().err
+def test_a_model_that_is_not_there(directory):
+    """In a process of its own, whose stderr is all that libraries write to, too. No index is in reach: a port nobody has."""
+    done = subprocess.run([sys.executable, "-m", "larosa_fx.cli", "inspect", "--model", "nowhere", "--device", "cpu"],
+                          capture_output=True, text=True, env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1"})
+    assert done.returncode == 2 and done.stderr.startswith("larosa: cannot load the model 'nowhere': ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1e3", "nan", "9" * 30, "9" * 5000, str(2**31)])
+def test_whole_numbers_that_are_none_or_too_large(directory, capsys, number):
+    with pytest.raises(SystemExit) as stopped:
+        larosa("generate", "--prompt", "A", "--tokens", number)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and "is not a positive whole number, 2147483647 at most" in line and len(line) < 500
 
 
 def test_sparsity_out_of_range_is_a_usage_error(directory, capsys):

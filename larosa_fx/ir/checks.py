@@ -77,6 +77,26 @@ def check_directory(what: str, path: object) -> str:
     return text
 
 
+def check_new_directory(what: str, path: object) -> Path:
+    """The directory that is to be made at ``path``; ValueError where one cannot, or where something is there already.
+
+    One is made and removed, so that no work ends there.
+    """
+    text = check_path(what, path)
+    target = Path(os.path.abspath(text))
+    cannot = f"cannot write {what} to {shown(text)}"
+    if os.path.lexists(target):
+        raise ValueError(f"{cannot}: there is something already; name a new directory")
+    if not target.parent.is_dir():
+        raise ValueError(f"{cannot}: there is no directory {shown(str(target.parent))}; make it, or name another")
+    try:
+        target.mkdir()
+        target.rmdir()
+    except OSError as error:
+        raise ValueError(f"{cannot}: {why(error)}") from error
+    return target
+
+
 def make_directory(what: str, path: object) -> None:
     """Make a directory and those above it, where they are not there. ValueError where that cannot be done."""
     text = check_directory(what, path)

@@ -21,7 +21,7 @@ from larosa_fx.ir.checks import check_choice, check_sparsity
 from larosa_fx.ir.structure import BASES, SELECTIONS, Structure
 from larosa_fx.method import streaming
 from larosa_fx.method.memory import free_bytes
-from larosa_fx.method.reference import headless
+from larosa_fx.method.reference import buffers_kept, headless
 from larosa_fx.method.thresholds import with_thresholds
 from larosa_fx.plan import rotations as orthogonal
 from larosa_fx.plan.allocate import COEFFICIENTS
@@ -147,7 +147,8 @@ class _Session:
             with torch.no_grad(), compat.uncompiled(model), tqdm(
                     tokens, "calibrating", unit="batch", disable=not progress) as bar:
                 for batch in bar:
-                    _call(captured, model, batch.to(device), options)
+                    with buffers_kept(model):
+                        _call(captured, model, batch.to(device), options)
         finally:
             _session.reset(token)
         if self.capture is None:

@@ -88,6 +88,23 @@ def headless(model: torch.nn.Module) -> dict[str, object]:
     return {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in known}
 
 
+@contextmanager
+def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
+    """What the model writes to its buffers within the context, to a cache of its own, say, is taken back at the end.
+
+    So every batch that is watched meets the same state, and the model has it afterwards.
+    """
+    held = [(module, name, buffer, buffer.clone()) for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in held:
+            setattr(module, name, buffer)
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
 def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
     """x, [..., D], with all but the k entries of largest magnitude of each row set to zero; ties keep the lower index."""
     order = x.abs().sort(dim=-1, descending=True, stable=True).indices

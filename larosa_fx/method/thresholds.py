@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from larosa_fx.ir import compat, shards
 from larosa_fx.method.evaluate import by_length
-from larosa_fx.method.reference import at_least, headless, mapped
+from larosa_fx.method.reference import at_least, buffers_kept, headless, mapped
 from larosa_fx.plan.plan import LEVELS, Plan, PlanSite
 
 TEXT = 16384  # tokens at most, of each length of row
@@ -52,7 +52,8 @@ def with_thresholds(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.
             for level in bar:
                 k.update(plan.k_at(level))
                 for ids in pieces:
-                    model(ids.to(device), **options)
+                    with buffers_kept(model):
+                        model(ids.to(device), **options)
                 for name, seen in limits.items():
                     found[name].append(torch.stack(seen).mean())
                     seen.clear()

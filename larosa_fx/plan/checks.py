@@ -20,6 +20,12 @@ ORTHOGONALITY = 1e-4  # largest |Q^T Q - I| accepted; fp32 rounding of a 8192 x 
 PROBES = 4  # vectors of signs that a rotation must turn and turn back
 
 
+def check_origin(name: str, basis: object, provenance: object) -> None:
+    """How the rotations were made is a word, and what else is recorded a dict."""
+    if not isinstance(basis, str) or not isinstance(provenance, dict):
+        raise PlanError(f"{name} has the basis {basis!r} and the provenance {provenance!r}; they are a word and a dict")
+
+
 def check_sites(name: str, sites: Sequence[PlanSite], rotation: str) -> None:
     """Sites are named once, have shapes and weights, and live in the bases that the rotation's granularity gives them."""
     if not isinstance(rotation, str) or rotation not in BASES:

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +55,7 @@ class Plan:
     thresholds: dict[str, torch.Tensor] = field(default_factory=dict)
     _digest: tuple[list, str] = field(default=([("", None, 0)], ""), init=False, repr=False)  # (what was hashed, the digest)
 
-    @cached_property
+    @property
     def k(self) -> dict[str, int]:
         return self.k_at(None)
 
@@ -109,6 +108,7 @@ class Plan:
 
         exact: each Q^T Q is computed whole, D^3 operations, as is right for new rotations. Else they are probed.
         """
+        checks.check_origin(name, self.basis, self.provenance)
         checks.check_sites(name, self.sites, self.rotation)
         checks.check_shares(name, self.sites, self.sparsity, self.coefficients)
         checks.check_samples(name, self.sites, self.samples, self.weight_dtype)
@@ -121,14 +121,15 @@ class Plan:
     def save(self, path: str | os.PathLike) -> Path:
         """Write the plan to ``path``; the file appears whole or not at all (``larosa_fx.plan.container``).
 
-        Returns the path. PlanError, which names it, where that cannot be done.
+        Returns the path. PlanError, which names it, where that cannot be done. The digest is made anew: whoever reads the
+        file relies on it, and not every write to a tensor is counted.
         """
         tensors = {f"{kind}/{name}": t for kind, held in self._tensors().items() for name, t in held.items()}
         container.write(path, {
             "rotation": self.rotation, "sparsity": self.sparsity, "coefficients": self.coefficients,
             "sites": [asdict(site) for site in self.sites], "k": self.k, "byte_sparsity": self.byte_sparsity,
             "basis": self.basis, "weight_dtype": self.weight_dtype, "provenance": self.provenance,
-            "selection": self.selection, "digest": self.digest}, tensors)
+            "selection": self.selection, "digest": _hashed(self.rotation, self.matrices)}, tensors)
         return Path(path)
 
     @classmethod
@@ -150,6 +151,8 @@ class Plan:
                     raise PlanError(f"{name} is inconsistent: its {what} are not those of sparsity {plan.sparsity} and its "
                                     "coefficients")
             if "digest" in header:  # the checksum covers it, like all else
+                if not isinstance(header["digest"], str):
+                    raise PlanError(f"{name} has the digest {header['digest']!r}; it is a word")
                 plan._digest = [(key, m, _version(m)) for key, m in sorted(plan.matrices.items())], header["digest"]
         except PlanError:
             raise

@@ -43,6 +43,17 @@ def filled(cache: Cache) -> int:
     return int(cache.get_seq_length())
 
 
+def lies_alike(cache: Cache, mapping: str | None) -> bool:
+    """Whether what a cache holds was written by ``mapping``, None for values as the model has them; from now on it is.
+
+    A copy of a cache knows it, too.
+    """
+    alike = getattr(cache, "larosa_mapping", None) == mapping or filled(cache) == 0
+    if alike:
+        cache.larosa_mapping = mapping
+    return alike
+
+
 def prepare(cache: StaticCache, model: torch.nn.Module, rows: int) -> bool:
     """Allocate a cache for ``rows`` sequences of a model, if it is not, and let one graph serve caches of all lengths.
 

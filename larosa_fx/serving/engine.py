@@ -145,6 +145,8 @@ class Engine:
             if options.sparsify != "all":
                 options = replace(options, sparsity=0.0)
             self._prompts = _compiled(_outputs, options, dynamic=True)
+        if isinstance(cache := caches.of(kwargs), StaticCache):
+            self._check_values(cache)
         with torch.no_grad(), compat.sizes_stay_apart():
             return self._prompts(self.model, *args, **kwargs)
 
@@ -217,18 +219,33 @@ class Engine:
             prompt = model_kwargs.get("inputs_embeds", input_ids)
             verified = (self.settings.draft_tokens or MOST) if self.settings.lossless else 0  # beyond what is asked for
             cache = self._pool.take(model, rows, prompt.shape[1] + new - 1 + verified, self.settings.max_cache_len)
+        else:
+            self._check_values(cache)
         lent = None
         run = loop.Run(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         try:
             self._tokens(cache, caches.with_cache(model_kwargs, cache), run, new, own)
             if own and generation_config.return_dict_in_generate:
                 lent = self._pool.lend(cache, rows)
+                lent.larosa_mapping = self._mapping
         finally:
             if own and lent is None:  # also where a streamer breaks off, because nobody listens any more
                 self._pool.give_back(cache, rows)
         if streamer is not None:
             streamer.end()
         return run.output(lent or cache)
+
+    @property
+    def _mapping(self) -> str | None:
+        """What names the maps of values in the caches that are filled here; None where they lie as the model has them."""
+        return self.plan.digest if self.settings.options.rotate_cache and self.plan.heads else None
+
+    def _check_values(self, cache: StaticCache) -> None:
+        """LarosaError where a user's cache holds values that were mapped otherwise than they would be read."""
+        if not caches.lies_alike(cache, self._mapping):
+            raise LarosaError("larosa: past_key_values was filled by another model, plan or setting of rotate_cache than "
+                              "reads it, which would misread its values; pass an empty StaticCache, or rotate_cache=False "
+                              "to both")
 
     def _tokens(self, cache: StaticCache, model_kwargs: dict[str, object], run: loop.Run, new: int, own: bool) -> None:
         """Prompt and decoding, of at most ``new`` tokens."""

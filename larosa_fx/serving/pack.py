@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from larosa_fx.compiler.folds import STORE, Folded, forbid_use
 from larosa_fx.compiler.policy import LarosaError
 from larosa_fx.ir import shards
-from larosa_fx.ir.checks import shown, why
+from larosa_fx.ir.checks import check_new_directory, shown, why
 from larosa_fx.ir.spelling import parse, spell
 from larosa_fx.plan import file
 from larosa_fx.plan.plan import ATTACHED, Plan, library_versions
@@ -41,7 +41,10 @@ FOLDED = "larosa.folded."  # how the tensors are called that no weight of the mo
 def pack(model: torch.nn.Module, plan: Plan, path: Path, tokenizer: object | None, *, quantize: str, compiler: str,
          shard_bytes: int) -> None:
     """Write ``model`` to a new directory ``path``; it appears whole or not at all. See ``larosa_fx.pack``."""
-    _check_output(path)
+    try:
+        check_new_directory("the pack", path)
+    except ValueError as error:
+        raise PackError(str(error)) from error
     _check_model(model)
     try:
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -58,14 +61,6 @@ def pack(model: torch.nn.Module, plan: Plan, path: Path, tokenizer: object | Non
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise PackError(f"cannot write the pack to {shown(str(path))}: {why(error)}") from error
-
-
-def _check_output(path: Path) -> None:
-    cannot = f"cannot write the pack to {shown(str(path))}"
-    if os.path.lexists(path):
-        raise PackError(f"{cannot}: there is something already; name a new directory")
-    if not path.parent.is_dir():
-        raise PackError(f"{cannot}: there is no directory {shown(str(path.parent))}; make it, or name another")
 
 
 def _check_model(model: torch.nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import socket
 import time
 
 import torch
@@ -16,6 +17,20 @@ HANDLERS = {"chat": ("chat_completion", "ChatCompletionHandler"), "completion": 
 
 class ServingError(RuntimeError):
     """What serves is not installed, or cannot start. The message says what to do."""
+
+
+def check_address(host: str, port: int) -> None:
+    """ServingError unless this machine can listen at the address now: better known before a model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                                                flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address[0], port, *address[2:]))  # getaddrinfo lets a port beyond 16 bits wrap
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ServingError(f"cannot listen at {host}:{port}: {reason}; give --host an address of this machine, --port one "
+                           "that is free") from error
 
 
 def build(model: torch.nn.Module, tokenizer: object, name: str, *, host: str, port: int):

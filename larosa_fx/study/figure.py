@@ -63,7 +63,7 @@ def _block(drawing: _Drawing, inner: SiteReport, outers: Sequence[SiteReport], r
     if rows[inner.site]["norm"]:
         drawing.box("norm", "norm without gain" if changed and treatment in ("fold", "online") else "norm")
     if changed and treatment == "online":
-        drawing.box("adapter", f"z = x {inner.rotation.removeprefix('online ')}: rotation at run time")
+        drawing.box("adapter", f"z = x Q[{inner.rotation.removeprefix('online ')}]: rotation at run time")
     _site(drawing, inner, rows, folded, changed)
     for outer in outers:
         drawing.box("", "attention" if outer.site.endswith("h2") else "activation, product")

@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from larosa_fx.kernels import nvrtc, reference
-from larosa_fx.kernels.ops import decode_attention, dense_gemv, sparse_gemv, sparse_linear, topk_select, wide_matmul
+from larosa_fx.kernels.ops import (
+    decode_attention,
+    dense_gemv,
+    dequantized,
+    quantized_linear,
+    sparse_gemv,
+    sparse_linear,
+    topk_select,
+    wide_matmul,
+)
+from larosa_fx.kernels.quantization import quantize
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
 
@@ -36,7 +46,20 @@ def _gemv(dtype):
 
 def _linear(dtype):
     return {"x": torch.randn(1, 64).to(dtype), "k": 20, "weight": torch.randn(96, 48).to(dtype),
-            "bias": torch.randn(48).to(dtype), "residual": torch.randn(1, 32).to(dtype), "gain": torch.randn(64).to(dtype)}
+            "bias": torch.randn(48).to(dtype), "residual": torch.randn(1, 32).to(dtype), "gain": torch.randn(64).to(dtype),
+            "eps": 1e-5}
+
+
+def _stored(dtype):
+    weight, scales = quantize(torch.randn(64, 96), random.choice([8, 4]), 32, torch.float32)
+    return {"weight": weight, "scales": scales.to(dtype)}
+
+
+def _quantized(dtype):
+    adapter, scales = quantize(torch.randn(32, 96), 8, 32, torch.float32)
+    return {"x": torch.randn(1, 64).to(dtype), "k": 20, **_stored(dtype), "adapter": adapter,
+            "adapter_scales": scales.to(dtype), "bias": torch.randn(96).to(dtype),
+            "residual": torch.randn(1, 32).to(dtype), "eps": 1e-5}
 
 
 def _dense(dtype):
@@ -57,8 +80,8 @@ def _attention(dtype):
             "cos": draw(1, 1, 1, 64), "sin": draw(1, 1, 1, 64)}
 
 
-OPS = {topk_select: _select, sparse_gemv: _gemv, sparse_linear: _linear, dense_gemv: _dense, wide_matmul: _matmul,
-       decode_attention: _attention}
+OPS = {topk_select: _select, sparse_gemv: _gemv, sparse_linear: _linear, quantized_linear: _quantized,
+       dequantized: _stored, dense_gemv: _dense, wide_matmul: _matmul, decode_attention: _attention}
 
 # What may befall a tensor among them: name -> f(tensor).
 HARM = {
@@ -123,6 +146,7 @@ def fuzz(seed, cases, device="cpu"):
     """So many calls with one or two arguments harmed."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
+    random.seed(seed)
     refused = 0
     for _ in range(cases):
         op, make = draw.choice(list(OPS.items()))
@@ -136,6 +160,9 @@ def fuzz(seed, cases, device="cpu"):
                 harmed.append((name, kind))
             elif isinstance(value, int):
                 arguments[name] = draw.choice([0, -1, 65, 2**40])
+                harmed.append((name, arguments[name]))
+            else:
+                arguments[name] = draw.choice([0.0, -1e-3, float("nan")])
                 harmed.append((name, arguments[name]))
         print(op._schema.name, harmed, flush=True)
         if device == "cuda" and any(kind in ("negative", "far away") for _, kind in harmed):

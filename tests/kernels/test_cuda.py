@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from larosa_fx.kernels import cuda_attention, cuda_linear, nvrtc, ops, reference
+from larosa_fx.kernels import cuda_attention, cuda_linear, cuda_quantized, nvrtc, ops, reference
 
 linear = torch.ops.larosa.sparse_linear.default
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -197,11 +197,26 @@ def test_a_launch_that_fails_is_warned_of_once(compiler, kernel, caplog):
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "CUDA_ERROR_NOT_SUPPORTED" in caplog.text
 
 
-def test_a_kernel_that_does_not_compile_is_declined(compiler, own_cache, source, monkeypatch, caplog):
-    """With the reason, and one warning for all the shapes of a source."""
+@pytest.fixture
+def hopper(monkeypatch):
+    """What asks for a device's properties finds an H100's."""
     monkeypatch.setattr(nvrtc, "properties", lambda device: SimpleNamespace(major=9, minor=0, multi_processor_count=132,
                                                                             shared_memory_per_block_optin=227 << 10))
     monkeypatch.setattr(nvrtc, "available", lambda: True)
+
+
+def test_what_the_kernels_have_no_room_for_is_declined(hopper):
+    """No column at all, and scales of an adapter that lie otherwise than the weight's."""
+    with FakeTensorMode():
+        x = torch.empty(1, 64, device="cuda", dtype=torch.bfloat16)
+        assert cuda_linear.serves(x, 64, 0, False, "") and not cuda_linear.serves(x, 0, 0, False, "")
+        assert not cuda_quantized.refuses(x, 8, 64, 32, 0, False, "") and cuda_quantized.refuses(x, 8, 0, 0, 0, False, "")
+        assert not cuda_quantized.refuses(x, 8, 64, 32, 64, False, "", 32)
+        assert "the weight's, 32 columns, not 64" in cuda_quantized.refuses(x, 8, 64, 32, 64, False, "", 64)
+
+
+def test_a_kernel_that_does_not_compile_is_declined(compiler, own_cache, source, hopper, monkeypatch, caplog):
+    """With the reason, and one warning for all the shapes of a source."""
     monkeypatch.setattr(nvrtc, "_warned", set())
     monkeypatch.setattr(cuda_linear, "_SOURCE", source)
     monkeypatch.setattr(cuda_attention, "_SOURCE", source)

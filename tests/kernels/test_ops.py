@@ -417,6 +417,8 @@ def test_linear_refuses(device):
         (ValueError, "k must be K .*k=4 for K=8", (x, 4, w, None, None, None, "", False, None, 0.5)),
         (ValueError, "threshold must be 0 or more, got -0.5", (x, 8, w, None, None, None, "", False, None, -0.5)),
         (ValueError, "threshold must be 0 or more, got nan", (x, 8, w, None, None, None, "", False, None, math.nan)),
+        (ValueError, "eps must be 0 or more, got -1e-06", (x, 8, w, None, None, -1e-6)),
+        (ValueError, "eps must be 0 or more, got nan", (x, 8, w, None, None, math.nan)),
     ]:
         with pytest.raises(error, match=match):
             sparse_linear(*args)

@@ -149,11 +149,26 @@ def test_equal_inputs_give_equal_bits(bits, device):
     assert all(torch.equal(linear(**a, k=2048, threshold=0.5), first) for _ in range(5))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [0, 2, 9, 40])
+def test_any_number_of_rows(rows, dtype, bits, device):
+    a, exact = case(bits, 64, 256, 128, dtype, device, adapter=64)
+    g = torch.Generator().manual_seed(1)
+    a["x"], a["residual"] = (torch.randn(rows, n, generator=g).to(dtype).to(device) for n in (256, 64))
+    for k, threshold in ((80, None), (256, 0.7)):
+        want, size = oracle(a, exact, k, threshold)
+        got = linear(**a, k=k, threshold=threshold).cpu().double()
+        assert ((got - want).abs() <= 8 * size * torch.finfo(dtype).eps).all()
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_dequantized_rows(bits):
     stored, scales = quantize(torch.randn(32, 128), bits, 64, torch.bfloat16)
     found = torch.ops.larosa.dequantized(stored, scales)
     assert found.dtype == torch.bfloat16 and torch.equal(found, dequantize(stored, scales).bfloat16())
+    assert torch.ops.larosa.dequantized(stored[:0], scales[:0]).shape == (0, 128)
 
 
 @pytest.mark.parametrize("change, error, words", [
@@ -163,6 +178,8 @@ def test_dequantized_rows(bits):
     ({"scales": torch.zeros(64, 3, dtype=torch.bfloat16)}, ValueError, "scales must be"),
     ({"adapter": torch.zeros(8, 64, dtype=torch.int8)}, ValueError, "go together"),
     ({"k": 0}, ValueError, "k must be in"), ({"threshold": -1.0}, ValueError, "threshold must be"),
+    ({"eps": -1e-6}, ValueError, "eps must be"),
+    ({"eps": -1e-6}, ValueError, "eps must be 0 or more, got -1e-06"), ({"eps": float("nan")}, ValueError, "eps must be"),
     ({"gate": "tanh"}, ValueError, "gate must be"),
     ({"bias": torch.zeros(3, dtype=torch.bfloat16)}, ValueError, "bias must be"),
     ({"x": torch.zeros(1, 60, dtype=torch.bfloat16), "k": 60}, ValueError, "weight must have a row"),

@@ -109,6 +109,29 @@ def test_thresholds_are_what_a_plan_selects_by():
     assert plan.selection == "threshold" and len(plan.thresholds_at(0.5)) == len(plan.sites)
 
 
+class _OwnCache(torch.nn.Module):
+    """Writes what it reads to a cache with room for one batch, and where it stands to a buffer that it exchanges."""
+
+    def __init__(self):
+        super().__init__()
+        self.llama = llama()
+        self.register_buffer("cache", torch.zeros(max(batch.shape[1] for batch in batches()), 32))
+        self.register_buffer("position", torch.tensor(0))
+
+    def forward(self, input_ids):
+        x = self.llama.get_input_embeddings()(input_ids)
+        self.cache.index_copy_(0, torch.arange(x.shape[1]) + self.position, x.sum(0))
+        self.position = self.position + x.shape[1]
+        return self.llama(inputs_embeds=x + self.cache.mean(0)).logits
+
+
+def test_a_models_own_state_is_the_same_for_every_batch_and_afterwards():
+    model = _OwnCache().eval()
+    cache, position = model.cache, model.position
+    assert len(larosa_fx.calibrate(model, batches(), progress=False, rotation="none").thresholds) == 8
+    assert model.cache is cache and model.position is position and not cache.any() and position == 0
+
+
 def test_a_model_that_is_not_understood_says_why():
     model = torch.nn.Sequential(torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64))
     with pytest.raises(RuntimeError, match="no linears behind a norm"):

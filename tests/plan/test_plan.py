@@ -128,6 +128,26 @@ def test_digest_follows_the_values(p, path, loaded, change):
     assert (plan.digest == before) == ("layers.1.h4" not in plan.scales)
 
 
+@pytest.mark.parametrize("write", [lambda q: q.data.copy_(q.flip(-1)),
+                                   lambda q: q.numpy().__setitem__(..., q.flip(-1).numpy())], ids=["data", "numpy"])
+def test_a_file_has_the_digest_of_what_it_holds(path, write):
+    """Also where values were written in a way that torch does not count."""
+    plan = Plan.load(path)
+    before = plan.digest
+    write(plan.rotations["layers.0"])
+    plan.save(path)
+    assert Plan.load(path).digest != before
+
+
+def test_another_sparsity_is_the_plans_own_from_then_on(path):
+    plan = Plan.load(path)
+    before = plan.k
+    plan.sparsity = 0.25
+    assert plan.k == plan.k_at(0.25) != before
+    plan.save(path)
+    assert Plan.load(path).k == plan.k
+
+
 def test_a_loaded_plan_does_not_hash_its_matrices(path, monkeypatch):
     plan = Plan.load(path)
     monkeypatch.setattr("larosa_fx.plan.plan._hashed", None)
@@ -150,9 +170,12 @@ def test_writing_to_a_loaded_plan_leaves_the_file_alone(path):
     lambda h: h.update(sparsity="half"),
     lambda h: h.update(sparsity=None),
     lambda h: h.update(coefficients=[1, 2]),
+    lambda h: h.update(basis=None),
+    lambda h: h.update(provenance=[1]),
+    lambda h: h.update(digest=[1]),
     lambda h: h["sites"][0].update(in_features="many"),
 ], ids=["no sites", "no k", "site without kind", "site with more", "sites a number", "sparsity a word", "no sparsity",
-        "coefficients a list", "channels a word"])
+        "coefficients a list", "no basis", "provenance a list", "digest a list", "channels a word"])
 def test_damaged_header(path, header):
     rewrite_file(path, header)
     with pytest.raises(PlanError):

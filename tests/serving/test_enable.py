@@ -14,6 +14,8 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import larosa_fx
 from larosa_fx.compiler import backend
+from larosa_fx.compiler.policy import LarosaError
+from larosa_fx.plan.plan import ATTACHED
 from listeners import Asked, Ranked, Streamed
 from tiny import batches, error, ids, llama
 
@@ -123,6 +125,32 @@ def test_a_chat_in_a_cache_of_the_users(pair):
     assert torch.equal(turn, expected) and turn.shape[1] < 9 + 12
     assert held == expected_held
     assert torch.equal(turn2, expected2)
+
+
+@pytest.mark.parametrize("weights", ["copy", "replace"])
+def test_a_cache_of_mapped_values_is_read_as_it_was_written(weights, fresh_dynamo):
+    """What the enabled model wrote is gone on with, in the cache and in its copy; what another model wrote is refused."""
+    model, dense = calibrated(num_key_value_heads=4)
+    plan = ATTACHED.find(model.parameters())
+    for site in plan.sites:
+        if site.blocks is not None:
+            size = site.in_features // len(site.blocks)
+            plan.heads[site.name] = torch.linalg.qr(torch.randn(max(site.blocks) + 1, size, size)).Q
+    larosa_fx.enable(model, plan, sparsity=0.0, compiler="eager", weights=weights, rotate_cache=True)
+    prefix, more = ids(1, 9), ids(1, 14)
+    more[:, :9] = prefix
+    expected = dense.generate(more, **SETTINGS)
+
+    theirs, ours = (StaticCache(config=dense.config, max_cache_len=64) for _ in range(2))
+    dense.generate(prefix, past_key_values=theirs, **SETTINGS | {"max_new_tokens": 1})
+    with pytest.raises(LarosaError, match="past_key_values was filled by another model, plan or setting of rotate_cache"):
+        model.generate(more, past_key_values=theirs, **SETTINGS)
+    model.generate(prefix, past_key_values=ours, **SETTINGS | {"max_new_tokens": 1})
+    for cache in (copy.deepcopy(ours), ours):
+        assert torch.equal(model.generate(more, past_key_values=cache, **SETTINGS), expected)
+    theirs.reset()
+    assert torch.equal(model.generate(more, past_key_values=theirs, **SETTINGS), expected)
+    assert torch.equal(model.generate(more, **SETTINGS), expected)
 
 
 def test_a_cache_too_short_is_named(pair):

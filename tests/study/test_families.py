@@ -63,6 +63,15 @@ def test_command(tmp_path, capsys):
     assert "kept" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": []}', '{"rows": [3], "versions": {}}',
+                                     '{"rows": [{"class": "GPT2LMHeadModel", "unknown": 1}], "versions": {}}'])
+def test_a_file_that_cannot_be_gone_on_with(tmp_path, capsys, content):
+    (tmp_path / "rows.json").write_text(content)
+    assert cli.main(["families", "--only", "GPT2LMHeadModel", "--json", str(tmp_path / "rows.json"), "--resume"]) == 2
+    assert "rows.json holds no rows of families to go on with" in capsys.readouterr().err
+    assert cli.main(["families", "--only", ""]) == 2
+
+
 def no_static_cache(*_, **__):
     raise ValueError("no static cache")
 
