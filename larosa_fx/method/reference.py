@@ -92,10 +92,11 @@ def headless(model: torch.nn.Module) -> dict[str, object]:
 def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
     """What the model writes to its buffers within the context, to a cache of its own, say, is taken back at the end.
 
-    So every batch that is watched meets the same state, and the model has it afterwards.
+    So every batch that is watched meets the same state, and the model has it afterwards. Buffers on the meta device are
+    offloaded: accelerate fetches each anew for every call.
     """
     held = [(module, name, buffer, buffer.clone()) for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False)]
+            for name, buffer in module.named_buffers(recurse=False) if not buffer.is_meta]
     try:
         yield
     finally:
