@@ -40,7 +40,6 @@ MAX_CHANNELS = 2**31 - 1
 # Weight rows gathered (and widened to the accumulation type) at a time; bounds the temporary copy.
 _CHUNK = 1024
 
-
 # Elements of a weight that ``wide_matmul`` widens at a time: 32 MiB of float32.
 _BLOCK = 2**23
 
@@ -493,10 +492,11 @@ def wide_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """
     check_matmul(x, weight)
     wide = _wide(x.dtype)
+    z = x.to(wide)
     if weight.dim() != 2 or weight.dtype == wide:
-        return torch.matmul(x.to(wide), weight.to(wide)).to(x.dtype)
+        return torch.matmul(z, weight.to(wide)).to(x.dtype)
     columns = max(_BLOCK // max(len(weight), 1), 1)
-    blocks = [torch.matmul(x.to(wide), block.to(wide)).to(x.dtype) for block in weight.split(columns, dim=1)]
+    blocks = [torch.matmul(z, block.to(wide)).to(x.dtype) for block in weight.split(columns, dim=1)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 

@@ -25,7 +25,7 @@ def pytest_addoption(parser):
 
 
 _KERNELS = Path(__file__).parent / "kernels"
-_SMALL = 6  # cases of a grid that are run all
+_SMALL = 6  # a grid of no more cases is run whole
 _SHARE, _SMALL_OF_KERNELS = 8, 24  # a case of a kernel takes milliseconds
 
 

@@ -217,13 +217,13 @@ class CompiledGraph:
         binding = self._rewrite(captured, plan, run, report)
         report.reason = "; ".join(filter(None, (report.reason, policy.unserved(
             report.unserved, len(report.sites), sparsify=self.options.sparsify, strict=self.options.strict))))
+        here = list(map(shards.local, args))
         try:
-            specs = binding.specs(list(map(shards.local, args)))
+            specs = binding.specs(here)
         except Exception as error:
             raise PassError.of("folding", error) from error
         report.bytes_added = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in specs)
         if self.options.weights == "replace":
-            here = list(map(shards.local, args))
             report.bytes_added -= sum(here[i].nbytes for i in binding.replaceable(here))
         # The plan's own matrices come with each binding: a graph holds no plan.
         self._binding, self._kept = replace(binding, rotations={}), binding.kept()
