@@ -2,12 +2,12 @@
 
     python bench/generate.py --model llama-2-7b llama-3-8b --json bench/results/generate-DEVICE.json
 
-Weights are random, as in bench/decode.py; calls are greedy, of one sequence. A row is one variant at one prompt:
+Weights are random, as in bench/decode.py; calls are greedy. A row is one variant at one prompt, of batch sequences:
 
 - variant: "dense" (``generate`` as transformers has it), "dense-static" (its best: a static cache and CUDA graphs,
   on a CPU Inductor's default), "larosa" (``enable`` with its defaults) at a sparsity;
 - ms_per_token: of each number of new tokens, the time of a call beyond that of one which makes one token, by the tokens
-  that it makes more;
+  that it makes more of a sequence;
 - ttft_ms: of a call that makes one token; first_call_s: the first call of all in this variant, compilation included (null
   for prompts that come later, whose own first call is new_prompt_s: what a prompt of another length costs once);
 - peak_gib: most memory allocated on the GPU, or resident on a CPU, since the variant's start (folding included), steady_gib:
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import resource
 import statistics
@@ -59,9 +60,9 @@ def variants(model: torch.nn.Module, kind: str, sparsities: list[float], mode: s
         yield "larosa", sparsity, larosa_fx.enable(model, sparsity=sparsity, mode=mode).generate
 
 
-def measure(model: torch.nn.Module, generate: Callable, prompts: list[int], lengths: list[int], repeats: int
+def measure(model: torch.nn.Module, generate: Callable, cases: list[tuple[int, int]], lengths: list[int], repeats: int
             ) -> Iterator[Row]:
-    """A row for each prompt."""
+    """A row for each case, of so many sequences and a prompt of so many tokens."""
     cuda = model.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
 
@@ -72,18 +73,18 @@ def measure(model: torch.nn.Module, generate: Callable, prompts: list[int], leng
         wait()
         return time.perf_counter() - started
 
-    for prompt in prompts:
-        ids = torch.randint(model.config.vocab_size, (1, prompt), device=model.device)
+    for batch, prompt in cases:
+        ids = torch.randint(model.config.vocab_size, (batch, prompt), device=model.device)
         first = seconds(ids, 8)
         seconds(ids, 8)  # CUDA graphs are recorded by the second call
         one = statistics.median(seconds(ids, 1) for _ in range(repeats))
         tokens = {}
-        for new in lengths if prompt == prompts[0] else lengths[:1]:
+        for new in lengths if (batch, prompt) == cases[0] else lengths[:1]:
             seconds(ids, new)  # with a cache of this length
             tokens[new] = (statistics.median(seconds(ids, new) for _ in range(repeats)) - one) / (new - 1) * 1e3
-        yield {"prompt": prompt, "ms_per_token": tokens, "ttft_ms": one * 1e3,
-               "first_call_s": first if prompt == prompts[0] else None,
-               "new_prompt_s": None if prompt == prompts[0] else first,
+        begins = (batch, prompt) == cases[0]
+        yield {"batch": batch, "prompt": prompt, "ms_per_token": tokens, "ttft_ms": one * 1e3,
+               "first_call_s": first if begins else None, "new_prompt_s": None if begins else first,
                "peak_gib": (torch.cuda.max_memory_allocated() if cuda
                             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / GIB,
                "steady_gib": torch.cuda.memory_allocated() / GIB if cuda else None}
@@ -105,6 +106,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", default=["dense", "dense-static", "larosa"])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.4, 0.5])
     parser.add_argument("--prompt", type=int, nargs="+", default=[128, 1500, 8000])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences side by side")
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 2048],
                         help="new ones, after the first prompt; after others only the first number")
     parser.add_argument("--repeats", type=int, default=3)
@@ -127,13 +129,13 @@ def main() -> int:
             if variant not in args.variants:
                 continue
             fresh()
-            for row in measure(model, generate, args.prompt, args.tokens, args.repeats):
+            for row in measure(model, generate, list(itertools.product(args.batch, args.prompt)), args.tokens, args.repeats):
                 about = {"model": name, "layers": model.config.num_hidden_layers, "dtype": args.dtype, "variant": variant,
                          "sparsity": sparsity, "dense_gib": weights}
                 rows.append(about | row | origin)
                 times = ", ".join(f"{new}: {ms:.3f}" for new, ms in row["ms_per_token"].items())
                 first = row["first_call_s"] or row["new_prompt_s"]
-                print(f"{name} {variant} {sparsity or ''} prompt {row['prompt']}: ms a token of {times}; first token "
+                print(f"{name} {variant} {sparsity or ''} {row['batch']} x {row['prompt']}: ms a token of {times}; first token "
                       f"{row['ttft_ms']:.1f} ms, first call {first:.1f} s, peak {row['peak_gib']:.1f} GiB of {weights:.1f}",
                       flush=True)
                 if args.json:

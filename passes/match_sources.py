@@ -93,7 +93,8 @@ class _Labels:
         if g.calls(node, *SHAPE_METHODS, *SHAPE_FUNCTIONS) and labelled == [node.args[0]]:
             self.of[node] = self._run(node)
         elif g.is_cast(node) or g.is_no_op(node):
-            self.of[node] = self.of[node.args[0]]
+            if node.args[0] in self.of:  # else a cast to the dtype of what is labelled, which reads no channel
+                self.of[node] = self.of[node.args[0]]
         elif g.calls(node, F.scaled_dot_product_attention):
             self._attend(node)
         elif g.calls(node, "index_copy_") and labelled == [node.args[3]] and self._first_use(node.args[0], node):

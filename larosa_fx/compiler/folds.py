@@ -125,11 +125,12 @@ class FoldStore:
 
     Of a parameter that is split over several ranks the part here, ``shards.local``, is what is folded and known by its
     identity. Entries are held weakly: they live as long as a compiled graph that reads them. ``revision`` counts all calls
-    of ``touch``, for whichever parameters: while it stands still, nobody said that values changed.
+    of ``touch``, for whichever parameters: while it stands still, nobody said that values changed. ``made`` counts entries.
     """
 
     def __init__(self) -> None:
         self.revision = 0
+        self.made = 0
         self._entries: weakref.WeakValueDictionary[tuple, Folded] = weakref.WeakValueDictionary()
         self._fingerprints: weakref.WeakValueDictionary[tuple[int, ...], Fingerprint] = weakref.WeakValueDictionary()
         self._revisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -165,8 +166,12 @@ class FoldStore:
         dtype: that of the weights; what is quantised is stored in another.
         """
         entry = Folded(tensor, [weakref.ref(p) for p in parameters], self.marks(parameters))
-        self._entries[expression, digest, dtype, tensor.device, tuple(map(id, parameters))] = entry
+        self._enter((expression, digest, dtype, tensor.device, tuple(map(id, parameters))), entry)
         return entry
+
+    def _enter(self, key: tuple, entry: Folded) -> None:
+        self._entries[key] = entry
+        self.made += 1
 
     # ---- changes -----------------------------------------------------------------------------------------------------
 
@@ -215,7 +220,8 @@ class FoldStore:
         with torch.inference_mode(False), torch.no_grad():
             folded = _evaluate(recipe, parameters, rotations, dtype, device)
             if entry is None:
-                entry = self._entries[key] = Folded(folded, [weakref.ref(p) for p in parameters], marks)
+                entry = Folded(folded, [weakref.ref(p) for p in parameters], marks)
+                self._enter(key, entry)
             else:
                 entry.tensor.copy_(folded)
                 entry.marks = marks
@@ -313,12 +319,11 @@ def _evaluate(recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Map
 STORE = FoldStore()
 
 
-def check(model: torch.nn.Module) -> bool:
-    """Compare the model's weights with the fingerprints taken when they were folded; whether one differs.
+def check(parameters: Sequence[torch.Tensor]) -> bool:
+    """Compare weights with the fingerprints taken when they were folded; whether one differs.
 
     What differs is folded anew at the next call. It waits for a GPU: once at the start of a generation, not at each token.
     """
-    parameters = list(model.parameters())
     changed = any(taken.differs() for taken in STORE.fingerprints_of(parameters))
     if changed:
         STORE.touch(parameters)

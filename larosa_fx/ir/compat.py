@@ -466,6 +466,29 @@ def merged_generation_config(model: torch.nn.Module, given: object, kwargs: dict
     return model._prepare_generation_config(given, **kwargs)[0]
 
 
+@contextlib.contextmanager
+def causal_prompts() -> Iterator[None]:
+    """Within it a prompt that is all its cache holds, and has no padding, is traced without a mask: it is causal.
+
+    transformers leaves such a mask out of eager calls alone: before torch 2.14 Dynamo looks like an exporter to it, whose
+    graph would be causal for later prompts too (5.17 to 5.24). Dynamo's has guards, and each call is traced within this.
+    """
+    from transformers import masking_utils
+
+    usual = masking_utils._ignore_causal_mask_sdpa
+    masking_utils._ignore_causal_mask_sdpa = _needs_no_mask
+    try:
+        yield
+    finally:
+        masking_utils._ignore_causal_mask_sdpa = usual
+
+
+def _needs_no_mask(padding_mask: torch.Tensor | None, q_length: int, kv_length: int, q_offset: object, kv_offset: object,
+                   local_size: int | None = None) -> bool:
+    """One function for all calls, since Dynamo's guards know it by its identity."""
+    return padding_mask is None and local_size is None and q_length == kv_length
+
+
 def prefill(model: torch.nn.Module, input_ids: torch.Tensor, generation_config: object, model_kwargs: dict[str, object]):
     """``generate``'s first forward pass over the prompt, in chunks where ``generation_config`` asks for them."""
     return model._prefill(input_ids, generation_config, model_kwargs)
@@ -494,15 +517,19 @@ def has_own_inputs(model: torch.nn.Module) -> bool:
 
 
 def cache_shape(model: torch.nn.Module) -> tuple[int | list[int], int | list[int]] | None:
-    """(key-value heads, head size) of a static cache, lists where layers differ; None where keys and values do.
+    """(key-value heads, head size) of a static cache, lists where layers differ; None where keys and values do, or are not.
 
     Releases without transformers' own answer get it from the configuration, which does not know how many heads a rank has.
     """
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "num_attention_heads", None) is None:
+        return None
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1, config.hidden_size // config.num_attention_heads  # Falcon's own name for it, which transformers overlooks
     if hasattr(model, "_get_static_cache_init_shape"):
         return model._get_static_cache_init_shape()
     if any(map(is_dtensor, model.parameters())):
         return None
-    config = model.config.get_text_config(decoder=True)
     if any(getattr(config, name, None) is not None for name in ("kv_lora_rank", "v_head_dim", "global_head_dim")):
         return None
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -10,7 +10,7 @@ import torch
 
 from larosa_fx.ir.expressions import WEIGHT_FUNCTIONS, centred, stored
 
-_LARGE = 1 << 26  # elements of a weight that is folded whole
+_LARGE = 1 << 24  # elements of a weight that is folded whole
 _ROWS = 128  # what pieces are a multiple of; groups of quantised columns divide it
 
 
@@ -49,82 +49,96 @@ class Recipe:
         finite value is beyond the dtype's range.
         """
         with torch.no_grad():
-            folded = self._by_rows(parameters, rotations, dtype, device)
-            return self._whole(parameters, rotations, dtype, device) if folded is None else folded
+            return _folded(self.expression, [p.detach() for p in parameters], rotations, dtype, device).contiguous()
 
-    def _whole(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], dtype: torch.dtype,
-               device: torch.device) -> torch.Tensor:
-        def value(e: object):
-            if not isinstance(e, tuple):
-                return e
-            kind, *rest = e
-            if kind == "input":
-                return parameters[rest[0]].detach().to(device, torch.float64)
-            if kind == "rotation":
-                return rotations[rest[0]].to(device, torch.float64)
-            if kind == "list":
-                return [value(x) for x in rest]
-            if kind == "constant":
-                return rest[0]
-            return WEIGHT_FUNCTIONS[rest[0]](*map(value, rest[1:]))
 
-        def cast(e: tuple) -> torch.Tensor:
-            """The value in ``dtype``. Parts are cast before they are joined: no two lie in memory in fp64 at a time."""
-            kind, *rest = e
-            if kind == "call" and rest[0] is torch.cat and rest[1][0] == "list":
-                return torch.cat([cast(part) for part in rest[1][1:]], *map(value, rest[2:]))
-            if kind == "call" and rest[0] in (torch.t, "t"):
-                return cast(rest[1]).t()
-            exact = value(e)
-            if not exact.is_floating_point():
-                return exact
-            folded = exact.to(dtype)
-            if not folded.is_meta and not folded.isfinite().all() and exact.isfinite().all():
-                raise FoldError(f"{exact.abs().max().item():.3g} is beyond the range of {dtype}")
-            return folded
-
-        return cast(self.expression).contiguous()
-
-    def _by_rows(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], dtype: torch.dtype,
-                 device: torch.device) -> torch.Tensor | None:
-        """The value of a large table or head, some rows at a time; None where it is small, or its rows depend on each other.
-
-        An embedding of 128,256 x 4,096 takes 4 GiB in fp64, for each step of its expression.
-        """
-        if device.type == "meta":
-            return None
+def _folded(e: tuple, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], dtype: torch.dtype,
+            device: torch.device) -> torch.Tensor:
+    """The value in ``dtype``. Parts are cast before they are joined: no two lie in memory in fp64 at a time."""
+    kind, *rest = e
+    if kind == "call" and rest[0] is torch.cat and rest[1][0] == "list":
+        return torch.cat([_folded(part, parameters, rotations, dtype, device) for part in rest[1][1:]],
+                         *[argument for _, argument in rest[2:]])
+    if kind == "call" and rest[0] in (torch.t, "t"):
+        return _folded(rest[1], parameters, rotations, dtype, device).t()
+    if device.type != "meta":
         for i, p in enumerate(parameters):
-            axis = _axis(self.expression, i)
-            if axis is None or p.ndim != 2 or p.numel() <= _LARGE:
-                continue
-            step = max(_LARGE // p.shape[1] // _ROWS, 1) * _ROWS
-            parts = [self._whole([*parameters[:i], p[at:at + step], *parameters[i + 1:]], rotations, dtype, device)
-                     for at in range(0, len(p), step)]
-            return torch.cat(parts, axis)
-        return None
+            for dim in (0, 1) if p.ndim == 2 and p.numel() > _LARGE else ():
+                if (axis := _axis(e, i, dim)) is not None:
+                    return _in_pieces(e, parameters, rotations, dtype, device, i, dim, axis)
+    return _cast(_value(e, parameters, rotations, device), dtype)
 
 
-def _axis(e: object, i: int) -> int | None:
-    """The dimension of the expression's value along which the rows of input ``i`` lie, each made of one row alone; None
-    where there is none."""
+def _in_pieces(e: tuple, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], dtype: torch.dtype,
+               device: torch.device, i: int, dim: int, axis: int) -> torch.Tensor:
+    """The value, made of some rows or columns of input ``i`` at a time, which lie along its dimension ``axis``.
+
+    An embedding of 128,256 x 4,096 takes 4 GiB in fp64, for each step of its expression.
+    """
+    whole, at = None, 0
+    length, across = parameters[i].shape[dim], parameters[i].numel() // parameters[i].shape[dim]
+    for part in parameters[i].split(max(_LARGE // across // _ROWS, 1) * _ROWS, dim):
+        piece = _cast(_value(e, [*parameters[:i], part, *parameters[i + 1:]], rotations, device), dtype)
+        if whole is None:  # a byte may hold two columns, and a scale be common to many
+            shape = list(piece.shape)
+            shape[axis] = piece.shape[axis] * length // part.shape[dim]
+            whole = torch.empty(shape, dtype=piece.dtype, device=device)
+        whole.narrow(axis, at, piece.shape[axis]).copy_(piece)
+        at += piece.shape[axis]
+    return whole
+
+
+def _value(e: object, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], device: torch.device):
+    """The value in fp64, on ``device``."""
+    if not isinstance(e, tuple):
+        return e
+    kind, *rest = e
+    if kind == "input":
+        return parameters[rest[0]].to(device, torch.float64)
+    if kind == "rotation":
+        return rotations[rest[0]].to(device, torch.float64)
+    if kind == "list":
+        return [_value(x, parameters, rotations, device) for x in rest]
+    if kind == "constant":
+        return rest[0]
+    return WEIGHT_FUNCTIONS[rest[0]](*(_value(x, parameters, rotations, device) for x in rest[1:]))
+
+
+def _cast(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not exact.is_floating_point():
+        return exact
+    folded = exact.to(dtype)
+    if not folded.is_meta and not folded.isfinite().all() and exact.isfinite().all():
+        raise FoldError(f"{exact.abs().max().item():.3g} is beyond the range of {dtype}")
+    return folded
+
+
+def _axis(e: object, i: int, dim: int) -> int | None:
+    """The dimension of the expression's value along which ``dim`` of input ``i`` lies, each slice of it made of one slice of
+    the input alone; None where there is none."""
     if not isinstance(e, tuple) or not _mentions(e, i):
         return None
     kind, *rest = e
     if kind == "input":
-        return 0
+        return dim
     if kind != "call":
         return None
-    name, first, *others = rest
-    axis = _axis(first, i)
-    if axis is None or any(_mentions(other, i) for other in others):
+    name, *operands = rest
+    within = [n for n, operand in enumerate(operands) if _mentions(operand, i)]
+    axis = _axis(operands[within[0]], i, dim)
+    if axis is None or len(within) > 1:
         return None
     if name in (torch.t, "t"):
         return 1 - axis
-    if name is torch.matmul or (name is centred and others == [("constant", 1)]):
-        return axis if axis == 0 else None
+    if name is torch.matmul:  # rows of the first operand, columns of the second
+        return axis if within == [axis] else None
+    if within != [0]:
+        return None
     if name in (torch.mul, operator.mul) and axis == 0:  # by a gain: what is as long as the columns
-        return axis if others[0][0] == "input" else None
-    return axis if name is stored and axis == 1 else None  # groups of columns, of which _ROWS is a multiple
+        return axis if operands[1][0] == "input" else None
+    if name is centred:
+        return axis if operands[1][1] % 2 != axis else None
+    return axis if name is stored else None  # a row for itself; groups of columns, of which _ROWS is a multiple
 
 
 def _mentions(e: object, i: int) -> bool:

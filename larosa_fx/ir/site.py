@@ -183,7 +183,8 @@ class SparseSite:
         x = product.args[0]
         *leading, channels = g.sizes(x)
         rows = math.prod(leading)  # torch's own numel() would fix a symbol at the size that it has now
-        return cls(name, output, product, x, stored, k, channels, columns, rows, weight, threshold, bias=bias, shard=shard)
+        # Where shapes are dynamic, torch 2.11 takes what a reshape leaves for the channels for a symbol, though it is a number.
+        return cls(name, output, product, x, stored, k, int(channels), columns, rows, weight, threshold, bias=bias, shard=shard)
 
     # What kernels.pick looks at.
 

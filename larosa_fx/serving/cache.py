@@ -33,14 +33,24 @@ def every_position_stays(cache: object) -> bool:
             and all(type(layer) is StaticLayer for layer in cache.layers))
 
 
-def capacity(cache: StaticCache) -> int:
-    """Positions that every layer holds."""
-    return max(layer.max_cache_len for layer in cache.layers)
+def _positional(cache: Cache) -> list[StaticLayer]:
+    """The layers that hold positions; a layer without attention holds a state."""
+    return [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+
+
+def capacity(cache: StaticCache) -> int | None:
+    """Positions that every layer holds; None where none holds any."""
+    return max((layer.max_cache_len for layer in _positional(cache)), default=None)
 
 
 def filled(cache: Cache) -> int:
-    """Positions written so far. Waits for the device where a static cache counts there."""
-    return int(cache.get_seq_length())
+    """Positions written so far, 0 where none are. Waits for the device where a static cache counts there."""
+    return 0 if isinstance(cache, StaticCache) and not _positional(cache) else int(cache.get_seq_length())
+
+
+def begins(cache: Cache | None) -> bool:
+    """Whether a prompt is all that attention will see: there is no cache, or one of ours with nothing in it."""
+    return cache is None or (isinstance(cache, Prompt) and cache.get_seq_length() == 0)
 
 
 def lies_alike(cache: Cache, mapping: str | None) -> bool:
@@ -64,7 +74,7 @@ def prepare(cache: StaticCache, model: torch.nn.Module, rows: int) -> bool:
         if shape is None:
             return False
         cache.early_initialization(rows, *shape, model.dtype, model.device)
-    for layer in cache.layers:
+    for layer in _positional(cache):
         for tensor in (layer.keys, layer.values):
             compat.mark_growing(tensor, growing_dims(tensor, 2))
     return True
@@ -90,7 +100,8 @@ class CachePool:
         """An empty cache of at least ``positions``, and of ``least``, that nobody else holds."""
         wanted = max(-(-positions // POSITIONS) * POSITIONS, least)
         for entry in self._free:
-            if entry[0] == rows and wanted <= capacity(entry[1]) <= 4 * wanted:
+            held = capacity(entry[1])
+            if entry[0] == rows and (held is None or wanted <= held <= 4 * wanted):
                 self._free.remove(entry)
                 entry[1].reset()
                 return entry[1]

@@ -8,7 +8,7 @@ import functools
 import itertools
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -22,6 +22,7 @@ from larosa_fx.compiler.backend import LarosaError
 from larosa_fx.compiler.folds import STORE, Folded
 from larosa_fx.compiler.options import Options
 from larosa_fx.ir import compat, shards
+from larosa_fx.ir.report import Report
 from larosa_fx.kernels.pick import crossover
 from larosa_fx.plan.plan import ATTACHED, Plan
 from larosa_fx.serving import cache as caches
@@ -92,10 +93,13 @@ class Kept:
     pool: caches.CachePool = field(default_factory=caches.CachePool)
     folded: list[Folded] = field(default_factory=list)
     steps: dict[tuple[Options, int], Callable] = field(default_factory=dict)
+    _made: int = -1  # STORE.made when it was looked through
 
-    def hold(self, model: torch.nn.Module) -> None:
-        found = STORE.folded_from([p for p in model.parameters() if STORE.is_replaced(p)])
-        self.folded = list(dict.fromkeys((*self.folded, *found)))
+    def hold(self, parameters: Sequence[torch.Tensor]) -> None:
+        if self._made != STORE.made:
+            found = STORE.folded_from([p for p in parameters if STORE.is_replaced(p)])
+            self.folded = list(dict.fromkeys((*self.folded, *found)))
+            self._made = STORE.made
 
 
 class Engine:
@@ -111,8 +115,9 @@ class Engine:
     def __call__(self, inputs: torch.Tensor | None = None, generation_config: object = None, *args: object,
                  streamer: object | None = None, **kwargs: object):
         """``model.generate``, sparsely where it can be; LarosaError under strict where it cannot."""
-        attach(self.plan, self.model)
-        folds.check(self.model)  # the weights may have been written to in a way that no call can afford to look for
+        parameters = list(self.model.parameters())
+        attach(self.plan, self.model, parameters)
+        folds.check(parameters)  # the weights may have been written to in a way that no call can afford to look for
         config = compat.merged_generation_config(self.model, generation_config, _settings(kwargs))
         reason = self._unserved(config, kwargs)
         if reason is not None:
@@ -130,7 +135,7 @@ class Engine:
         result = self._generate(inputs, generation_config, *args, streamer=streamer,
                                 custom_generate=partial(self._decode, streamer=streamer, own=own), **kwargs)
         if self.settings.options.weights == "replace":
-            self._kept.hold(self.model)
+            self._kept.hold(parameters)
         return result
 
     def forward(self, *args: object, **kwargs: object):
@@ -147,7 +152,10 @@ class Engine:
             self._prompts = _compiled(_outputs, options, dynamic=True)
         if isinstance(cache := caches.of(kwargs), StaticCache):
             self._check_values(cache)
-        with torch.no_grad(), compat.sizes_stay_apart():
+        mask = kwargs.get("attention_mask")
+        if caches.begins(cache) and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.all():
+            kwargs["attention_mask"] = None
+        with torch.no_grad(), compat.sizes_stay_apart(), compat.causal_prompts():
             return self._prompts(self.model, *args, **kwargs)
 
     def _generate(self, *args: object, **kwargs: object):
@@ -264,8 +272,11 @@ class Engine:
             how = self._losslessly if self.settings.lossless and stays and len(run.input_ids) == 1 else self._plainly
             remarks = how(inputs, run, logits, cache, undo)
         if backend.calls() != calls:
+            report = backend.last_report()
             for name, remark in remarks.items():
-                setattr(backend.last_report(), name, remark)
+                setattr(report, name, remark)
+            if "reason" not in remarks and (reason := _why_dense(report)):
+                self._dense(f"no site of a step is sparse: {reason}")
         elif run.length > before + 1:
             self._dense("no compiled graph was reached")
 
@@ -315,26 +326,46 @@ class Engine:
         """The compiled forward pass of so many tokens of a sequence. Each has code of its own, so that its graph fits it
         alone. All engines of a model share them."""
         options = replace(self.settings.options, sparsity=sparsity)
-        forward = self._kept.steps.get((options, tokens))
-        if forward is None:
-            forward = self._kept.steps[options, tokens] = _compiled(_logits, options)
+        steps, key = self._kept.steps, (options, tokens)
+        if key not in steps:
+            steps[key] = _compiled(_logits, options)
 
         def step(**inputs: object) -> torch.Tensor:
             torch.compiler.cudagraph_mark_step_begin()
-            return forward(self.model, **inputs)
+            try:
+                return steps[key](self.model, **inputs)
+            except RuntimeError as error:
+                if not compat.is_trace_failure(error):
+                    raise
+                steps[key] = self._other_step(options, caches.of(inputs), f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            return steps[key](self.model, **inputs)
 
         return step
 
+    def _other_step(self, options: Options, cache: StaticCache, failure: str) -> Callable:
+        """For a model that Dynamo cannot trace over a static cache: in Python it asks how long that is, which a tensor says.
 
-def attach(plan: Plan, model: torch.nn.Module) -> None:
-    """Make ``plan`` the one that a model's graphs find. PlanError where it is another model's.
+        Over a view whose length is a size the same step can be traced, though no CUDA graph replays it.
+        """
+        if caches.every_position_stays(cache):
+            return _growing(_compiled(_logits, replace(options, mode=None), dynamic=True))
+        reason = f"torch.compile cannot trace a step of this model: {failure}"
+        if self.settings.owns:
+            raise LarosaError(f"larosa: {reason}. The model's weights were given up for folded ones, so nothing else can run "
+                              "it; load it again, and enable it with weights='copy', which leaves such a model dense")
+        self._dense(reason)
+        return _logits
+
+
+def attach(plan: Plan, model: torch.nn.Module, parameters: Sequence[torch.Tensor]) -> None:
+    """Make ``plan`` the one that graphs of a model, with these parameters, find. PlanError where it is another model's.
 
     LarosaError where the weights were folded with other rotations and are gone.
     """
-    current = ATTACHED.find(model.parameters())
+    current = ATTACHED.find(parameters)
     if current is plan:
         return
-    if not any(STORE.is_replaced(p) for p in model.parameters()):
+    if not any(map(STORE.is_replaced, parameters)):
         plan.attach(model)
         return
     if current is None or current.digest != plan.digest:
@@ -362,6 +393,14 @@ def _undo(cache: StaticCache, stays: bool) -> None:
         caches.forget(cache, 1)
 
 
+def _why_dense(report: Report) -> str:
+    """Why a step that keeps fewer channels than there are multiplies by all of them, where the backend has not said so."""
+    asked = [site for site in report.sites if site.k < site.channels]
+    if any(site.form != "dense" or site.unserved for site in asked):
+        return ""
+    return "; ".join(dict.fromkeys(site.reason for site in asked))
+
+
 def _settings(kwargs: Mapping[str, object]) -> dict[str, object]:
     """Arguments of ``generate`` that a GenerationConfig may know; tensors and caches are none of its business."""
     return {name: value for name, value in kwargs.items() if not isinstance(value, (torch.Tensor, Cache))}
@@ -373,6 +412,18 @@ def _outputs(model: torch.nn.Module, *args: object, **kwargs: object):
 
 def _logits(model: torch.nn.Module, **inputs: object) -> torch.Tensor:
     return type(model).forward(model, **inputs, return_dict=True).logits
+
+
+def _growing(forward: Callable) -> Callable:
+    """``forward`` over a view of the cache that is as long as what it holds."""
+    def step(model: torch.nn.Module, **inputs: object) -> torch.Tensor:
+        cache = caches.of(inputs)
+        view = caches.Prompt(cache)
+        logits = forward(model, **caches.with_cache(loop.masks_up_to(inputs, view.get_seq_length()), view))
+        view.settle(cache.layers)
+        return logits
+
+    return step
 
 
 def _compiled(function: Callable, options: Options, **settings: object) -> Callable:

@@ -209,6 +209,17 @@ def _masks(inputs: dict[str, object]) -> list[Tensor]:
     return [m for m in (mask.values() if isinstance(mask, dict) else [mask]) if m is not None]
 
 
+def masks_up_to(inputs: dict[str, object], past: int) -> dict[str, object]:
+    """``inputs`` with masks of so many positions, and the step's own, in place of all that a cache can hold."""
+    def cut(mask: object) -> object:
+        return mask[..., :past + mask.shape[2]] if isinstance(mask, Tensor) and mask.ndim == 4 else mask
+
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return inputs
+    return {**inputs, "attention_mask": {kind: cut(m) for kind, m in mask.items()} if isinstance(mask, dict) else cut(mask)}
+
+
 def _let_grow(inputs: dict[str, object]) -> None:
     """One graph for all batches of several sequences, and for caches of all lengths."""
     for name, value in inputs.items():

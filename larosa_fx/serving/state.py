@@ -26,7 +26,7 @@ def engine_of(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, set
     with together(shards.group(model.parameters())):
         plan = plan_of(model, plan)
         plan.thresholds_at(settings.options.sparsity, settings.options.selection)  # which it may not have
-        attach(plan, model)
+        attach(plan, model, list(model.parameters()))
     engine = state.engines.get(settings)
     if engine is None or not _alike(engine.plan, plan, settings):
         engine = state.engines[settings] = Engine(model, plan, settings, state.kept)

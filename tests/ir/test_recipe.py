@@ -8,22 +8,26 @@ from larosa_fx.ir import recipe
 from larosa_fx.ir.expressions import centred, stored
 from larosa_fx.ir.recipe import Recipe
 
-TABLE, GAIN, Q = ("input", 0), ("input", 1), ("rotation", "q")
+TABLE, GAIN, BROAD, Q = ("input", 0), ("input", 1), ("input", 2), ("rotation", "q")
 SCALED = ("call", torch.mul, TABLE, GAIN)
 ROTATED = ("call", torch.matmul, SCALED, Q)
 INT4 = [("constant", 4), ("constant", 64), ("constant", torch.float32)]
 BY_ROWS = {
     "table": ("call", torch.matmul, TABLE, Q), "head": ROTATED, "turned": ("call", torch.t, ROTATED),
+    "writer": ("call", torch.matmul, Q, ("call", torch.t, TABLE)),
     "centred": ("call", torch.matmul, ("call", centred, TABLE, ("constant", 1)), Q),
     "four bits": ("call", stored, ("call", torch.t, ROTATED), *INT4, ("constant", 0)),
     "their scales": ("call", stored, ("call", torch.t, ROTATED), *INT4, ("constant", 1)),
-}
-WHOLE = {
-    "writer": ("call", torch.matmul, Q, ("call", torch.t, TABLE)),
-    "centred over rows": ("call", centred, TABLE, ("constant", 0)),
     "groups of its own rows": ("call", stored, TABLE, ("constant", 8), ("constant", 64), ("constant", torch.float32),
                                ("constant", 0)),
+}
+BY_COLUMNS = {
+    "reader": ("call", torch.matmul, ("call", torch.t, BROAD), Q), "projected": ("call", torch.matmul, Q, BROAD),
+    "centred over rows": ("call", centred, BROAD, ("constant", 0)),
+}
+WHOLE = {
     "twice": ("call", torch.matmul, TABLE, ("call", torch.t, TABLE)),
+    "centred over all rows": ("call", centred, ("call", torch.matmul, TABLE, Q), ("constant", 0)),
 }
 
 
@@ -50,24 +54,34 @@ def test_parts_are_cast_before_they_are_joined():
 
 def evaluate(expression):
     g = torch.Generator().manual_seed(0)
-    table, gain, q = torch.randn(640, 64, generator=g), torch.rand(64, generator=g), torch.randn(64, 64, generator=g)
-    made = Recipe.of(expression)
-    return made.evaluate([[table, gain][i] for i in made.sources], {"q": q}, dtype=torch.float32, device=torch.device("cpu"))
+    sources = [torch.randn(640, 64, generator=g), torch.rand(64, generator=g), torch.randn(64, 640, generator=g)]
+    made, q = Recipe.of(expression), torch.randn(64, 64, generator=g)
+    return made.evaluate([sources[i] for i in made.sources], {"q": q}, dtype=torch.float32, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", [*BY_ROWS, *WHOLE])
+@pytest.mark.parametrize("name", [*BY_ROWS, *BY_COLUMNS, *WHOLE])
 def test_pieces_make_up_the_whole(name, monkeypatch):
-    expression = BY_ROWS.get(name) or WHOLE[name]
+    expression = (BY_ROWS | BY_COLUMNS | WHOLE)[name]
     whole = evaluate(expression)
     monkeypatch.setattr(recipe, "_LARGE", 200 * 64)
     sizes = []
-    evaluate_whole = Recipe._whole
-    monkeypatch.setattr(Recipe, "_whole", lambda self, parameters, *rest: (
-        sizes.append(len(parameters[0])), evaluate_whole(self, parameters, *rest))[1])
+    cast = recipe._cast
+    monkeypatch.setattr(recipe, "_cast", lambda exact, dtype: (sizes.append(exact.numel()), cast(exact, dtype))[1])
     pieces = evaluate(expression)
-    assert sizes == ([128] * 5 if name in BY_ROWS else [640])
+    assert len(sizes) == (1 if name in WHOLE else 5)
     assert pieces.dtype == whole.dtype and pieces.is_contiguous()
     if pieces.dtype == torch.uint8:  # a value between two steps may fall on either side
         assert (pieces != whole).float().mean() < 1e-3
     else:
         torch.testing.assert_close(pieces, whole)
+
+
+def test_joined_parts_are_made_in_pieces_too(monkeypatch):
+    """gate and up of a large model, each larger than what is folded whole."""
+    joined = ("call", torch.cat, ("list", ROTATED, ("call", torch.t, ("call", torch.matmul, Q, BROAD))), ("constant", 0))
+    whole = evaluate(joined)
+    monkeypatch.setattr(recipe, "_LARGE", 200 * 64)
+    with LargestInFp64() as seen:
+        pieces = evaluate(joined)
+    assert seen.elements == 128 * 64
+    torch.testing.assert_close(pieces, whole)

@@ -63,6 +63,18 @@ def test_another_reader_of_the_values_rules_them_out():
     assert [name for name, _ in result.skipped] == ["layers.1.h2"]
 
 
+def test_a_cast_to_the_values_own_dtype_reads_no_channel():
+    """x.type_as(v), as Llama 4's rotary embeddings have it."""
+    p = program("llama")
+    linear = next(s for s in p.structure.sites if s.name == "layers.1.h2").source.linear
+    with p.gm.graph.inserting_after(linear):
+        cast = p.gm.graph.call_method("type_as", (linear.args[0], linear))
+    cast.meta["example_value"] = linear.args[0].meta["example_value"]
+    for site in p.structure.sites:
+        site.source = None
+    assert not match_sources.run(p.context).skipped
+
+
 @pytest.mark.parametrize("rotation", ["layer", "online", "none"])
 @pytest.mark.parametrize("family", [*SEPARATE, "phi3", "gemma2", "mixtral"])
 def test_nothing_changes_at_sparsity_zero(family, rotation):

@@ -16,6 +16,7 @@ import larosa_fx
 from larosa_fx.compiler import backend
 from larosa_fx.compiler.policy import LarosaError
 from larosa_fx.plan.plan import ATTACHED
+from larosa_fx.study import families
 from listeners import Asked, Ranked, Streamed
 from tiny import batches, error, ids, llama
 
@@ -298,3 +299,50 @@ def test_a_model_that_nobody_holds_is_freed():
     torch.compiler.reset()
     gc.collect()
     assert model() is None and weight() is None
+
+
+@pytest.mark.parametrize("weights", ["copy", "replace"])
+@pytest.mark.parametrize("name", ["TrOCRForCausalLM", "RoFormerForCausalLM", "MambaForCausalLM", "BertLMHeadModel"])
+def test_a_cache_that_is_asked_in_python_how_long_it_is(name, weights, fresh_dynamo):
+    """Dynamo cannot trace such a step over a static cache, nor are there positions in one without attention."""
+    model, dense = (families.tiny_model(name) for _ in range(2))
+    larosa_fx.calibrate(model, [ids(2, 24)], progress=False)
+    prompt = ids(1, 9)
+    for sparsity in (0.0, 0.5):
+        larosa_fx.enable(model, sparsity=sparsity, compiler="eager", weights=weights)
+        for _ in range(2):
+            answer = model.generate(prompt, **SETTINGS)
+        report = larosa_fx.last_report()
+        assert len(report.sites) >= 4 and all(site.form == ("sparse GEMV" if sparsity else "dense") for site in report.sites)
+        assert sparsity or torch.equal(answer, dense.generate(prompt, **SETTINGS))
+
+
+def test_a_model_without_a_cache_says_that_it_stays_dense(fresh_dynamo):
+    model, dense = (families.tiny_model("OpenAIGPTLMHeadModel") for _ in range(2))
+    larosa_fx.calibrate(model, [ids(2, 24)], progress=False)
+    larosa_fx.enable(model, compiler="eager", weights="copy")
+    prompt = ids(1, 9)
+    with pytest.warns(UserWarning, match="no site of a step is sparse: several tokens a sequence"):
+        answer = model.generate(prompt, **SETTINGS)
+    assert torch.equal(answer, dense.generate(prompt, **SETTINGS))
+
+
+def test_a_prompt_without_padding_has_no_mask(tmp_path, fresh_dynamo):
+    """Attention over a prompt alone is causal, and knows it: a mask would keep it from the kernels that skip half of it."""
+    model, dense = calibrated()
+    larosa_fx.enable(model, sparsity=0.0, compiler="eager", dump_dir=str(tmp_path))
+
+    def masked(**settings):
+        """Whether attention has a mask in the graph of a prompt that was traced now; None where none was."""
+        before = set(tmp_path.glob("*/01-*.py"))
+        assert torch.equal(*(m.generate(**{**SETTINGS, "max_new_tokens": 1}, **settings) for m in (model, dense)))
+        code = "".join(file.read_text() for file in set(tmp_path.glob("*/01-*.py")) - before)
+        return "attn_mask = None" not in code if code else None
+
+    assert masked(input_ids=ids(1, 9)) is False
+    assert masked(input_ids=ids(1, 14)) is None
+    mask = torch.ones(2, 9, dtype=torch.long)
+    assert masked(input_ids=ids(2, 9), attention_mask=mask) in (None, False)
+    mask[0, :4] = 0
+    assert masked(input_ids=ids(2, 9), attention_mask=mask) is True
+    assert masked(input_ids=ids(2, 12), attention_mask=torch.nn.functional.pad(mask, (0, 3), value=1)) is None
