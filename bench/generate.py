@@ -135,9 +135,9 @@ def main() -> int:
                 rows.append(about | row | origin)
                 times = ", ".join(f"{new}: {ms:.3f}" for new, ms in row["ms_per_token"].items())
                 first = row["first_call_s"] or row["new_prompt_s"]
-                print(f"{name} {variant} {sparsity or ''} {row['batch']} x {row['prompt']}: ms a token of {times}; first token "
-                      f"{row['ttft_ms']:.1f} ms, first call {first:.1f} s, peak {row['peak_gib']:.1f} GiB of {weights:.1f}",
-                      flush=True)
+                print(f"{name} {variant} {sparsity or ''} {row['batch']} x {row['prompt']}: ms a token of {times}; "
+                      f"first token {row['ttft_ms']:.1f} ms, first call {first:.1f} s, "
+                      f"peak {row['peak_gib']:.1f} GiB of {weights:.1f}", flush=True)
                 if args.json:
                     args.json.write_text(json.dumps({"rows": rows, "provenance": library_versions()}, indent=1) + "\n")
         del model, generate

@@ -77,6 +77,26 @@ def _larosa(gm: fx.GraphModule, example_inputs: Sequence[object], *, mode: str |
         return CompiledGraph(gm, example_inputs, Options.parse(options, mode), ranks)
 
 
+def rehearse(function: Callable, options: Options, *args: object, **kwargs: object) -> Report:
+    """What this backend would make of ``function``, whole, for these arguments. Nothing is folded, and nothing run.
+
+    Whatever Dynamo raises where it cannot trace the function.
+    """
+    reports: list[Report] = []
+
+    def stop(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable:
+        with together(shards.group(example_inputs)) as ranks:
+            reports.append(CompiledGraph(gm, example_inputs, options, ranks).report)
+        raise RuntimeError("that was all there was to see")
+
+    try:
+        torch.compile(function, backend=stop, fullgraph=True)(*args, **kwargs)
+    except RuntimeError:
+        if not reports:
+            raise
+    return reports[0]
+
+
 _larosa.__name__ = _larosa.__qualname__ = "larosa"
 
 

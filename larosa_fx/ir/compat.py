@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import inspect
 import re
 import sys
 import weakref
@@ -516,24 +517,41 @@ def has_own_inputs(model: torch.nn.Module) -> bool:
     return type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
 
 
-def cache_shape(model: torch.nn.Module) -> tuple[int | list[int], int | list[int]] | None:
-    """(key-value heads, head size) of a static cache, lists where layers differ; None where keys and values do, or are not.
+def cache_shapes(model: torch.nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]] | None] | None:
+    """((heads, size of a key), (heads, size of a value)) of each layer's cache, None of one without attention.
 
-    Releases without transformers' own answer get it from the configuration, which does not know how many heads a rank has.
+    What a pass over two tokens leaves in a cache; where the model cannot make one, or a rank has only a part of it, what
+    transformers reads from the configuration, and None where that says nothing (transformers 5.17 to 5.24).
     """
+    if not any(map(is_dtensor, model.parameters())) and (found := _observed_shapes(model)) is not None:
+        return found
     config = model.config.get_text_config(decoder=True)
-    if getattr(config, "num_attention_heads", None) is None:
+    if getattr(config, "num_attention_heads", None) is None or not hasattr(model, "_get_static_cache_init_shape"):
         return None
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1, config.hidden_size // config.num_attention_heads  # Falcon's own name for it, which transformers overlooks
-    if hasattr(model, "_get_static_cache_init_shape"):
-        return model._get_static_cache_init_shape()
-    if any(map(is_dtensor, model.parameters())):
+    shape = model._get_static_cache_init_shape()
+    if shape is None:
         return None
-    if any(getattr(config, name, None) is not None for name in ("kv_lora_rank", "v_head_dim", "global_head_dim")):
+    heads, sizes = ([n] * config.num_hidden_layers if isinstance(n, int) else n for n in shape)
+    return [(layer, layer) for layer in zip(heads, sizes, strict=True)]
+
+
+def _observed_shapes(model: torch.nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]] | None] | None:
+    from transformers import DynamicCache
+
+    def shape(x: torch.Tensor) -> tuple[int, int]:
+        return x.shape[1], x.shape[3]
+
+    forward = type(model).forward
+    name = next((name for name in ("past_key_values", "cache") if name in inspect.signature(forward).parameters), None)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad():
+            forward(model, input_ids=ids, use_cache=True, **{name: cache})
+        return [(shape(layer.keys), shape(layer.values)) if isinstance(getattr(layer, "keys", None), torch.Tensor) else None
+                for layer in cache.layers]
+    except Exception:  # whatever a model raises that cannot run so: one that was folded away, for instance
         return None
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def causal_language_models() -> Mapping[type, type | tuple[type, ...]]:

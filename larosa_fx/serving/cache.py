@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import StaticCache
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
 
 from larosa_fx.ir import compat
 
@@ -48,6 +48,11 @@ def filled(cache: Cache) -> int:
     return 0 if isinstance(cache, StaticCache) and not _positional(cache) else int(cache.get_seq_length())
 
 
+def keeps_states(cache: Cache) -> bool:
+    """Whether a layer keeps something else than keys and values: a convolution's inputs, a recurrence's state."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
 def begins(cache: Cache | None) -> bool:
     """Whether a prompt is all that attention will see: there is no cache, or one of ours with nothing in it."""
     return cache is None or (isinstance(cache, Prompt) and cache.get_seq_length() == 0)
@@ -64,16 +69,18 @@ def lies_alike(cache: Cache, mapping: str | None) -> bool:
     return alike
 
 
-def prepare(cache: StaticCache, model: torch.nn.Module, rows: int) -> bool:
+def prepare(cache: StaticCache, model: torch.nn.Module, shapes: Sequence[tuple | None] | None, rows: int) -> bool:
     """Allocate a cache for ``rows`` sequences of a model, if it is not, and let one graph serve caches of all lengths.
 
-    False where its layers' shapes cannot be known before the first prompt.
+    shapes: of the layers' keys and values, see ``compat.cache_shapes``. False where they are not known.
     """
     if not cache.is_initialized:
-        shape = compat.cache_shape(model)
-        if shape is None:
+        if shapes is None:
             return False
-        cache.early_initialization(rows, *shape, model.dtype, model.device)
+        for layer, shape in zip(cache.layers, shapes, strict=True):
+            if shape is not None and not layer.is_initialized:
+                layer.lazy_initialization(*(torch.empty(rows, heads, 0, size, dtype=model.dtype, device=model.device)
+                                            for heads, size in shape))
     for layer in _positional(cache):
         for tensor in (layer.keys, layer.values):
             compat.mark_growing(tensor, growing_dims(tensor, 2))
@@ -91,10 +98,19 @@ def forget(cache: StaticCache, positions: int) -> None:
 
 
 class CachePool:
-    """A model's own static caches, free for the next call; the latest ``_KEPT`` batch sizes."""
+    """A model's own static caches, free for the next call; the latest ``_KEPT`` batch sizes.
+
+    shapes: of the model's keys and values, see ``prepare``, found before its weights are given up.
+    """
 
     def __init__(self) -> None:
         self._free: list[tuple[int, StaticCache]] = []
+        self._shapes: list[list[tuple | None] | None] = []
+
+    def shapes(self, model: torch.nn.Module) -> list[tuple | None] | None:
+        if not self._shapes:
+            self._shapes = [compat.cache_shapes(model)]
+        return self._shapes[0]
 
     def take(self, model: torch.nn.Module, rows: int, positions: int, least: int = 0) -> StaticCache:
         """An empty cache of at least ``positions``, and of ``least``, that nobody else holds."""

@@ -86,6 +86,7 @@ class Settings:
 class Kept:
     """What the engines of one model share and keep: caches, compiled steps, what was folded from weights that are gone.
 
+    rehearsed: whether it is known what a step's graph holds.
     steps: by options and tokens of a sequence. The graphs that read folded tensors keep them too, but graphs come and go
     (``torch.compiler.reset``).
     """
@@ -93,6 +94,7 @@ class Kept:
     pool: caches.CachePool = field(default_factory=caches.CachePool)
     folded: list[Folded] = field(default_factory=list)
     steps: dict[tuple[Options, int], Callable] = field(default_factory=dict)
+    rehearsed: bool = False
     _made: int = -1  # STORE.made when it was looked through
 
     def hold(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -144,6 +146,8 @@ class Engine:
         if torch.compiler.is_compiling():
             raise RuntimeError("larosa: this model was enabled with weights='replace' and is compiled already; call it as "
                                "it is, or load the model again")
+        if not self.settings.owns:  # nothing was given up, nor will be
+            return type(self.model).forward(self.model, *args, **kwargs)
         if self._prompts is None:
             # Op by op: the products of a prompt keep a device busy, and a graph for all lengths is there in a moment.
             options = replace(self.settings.options, compiler="eager", mode=None)
@@ -258,6 +262,8 @@ class Engine:
     def _tokens(self, cache: StaticCache, model_kwargs: dict[str, object], run: loop.Run, new: int, own: bool) -> None:
         """Prompt and decoding, of at most ``new`` tokens."""
         before, config = run.length, run.generation_config
+        if self.settings.owns and caches.keeps_states(cache) and not self._kept.rehearsed:
+            self._rehearse(run, model_kwargs)
         logits, filled = self._prompt(cache, run.input_ids, config, model_kwargs)
         stays = caches.every_position_stays(cache)
         if stays and filled + new - 1 > caches.capacity(cache):
@@ -279,6 +285,34 @@ class Engine:
                 self._dense(f"no site of a step is sparse: {reason}")
         elif run.length > before + 1:
             self._dense("no compiled graph was reached")
+
+    def _rehearse(self, run: loop.Run, model_kwargs: dict[str, object]) -> None:
+        """Look what a step's graph holds, and keep the model's weights where it is none of the plan's.
+
+        A recurrence goes over a prompt in another way than over one token, so its linears may be found in one of the two graphs
+        alone. Once a prompt's graph has folded the weights, there are none that a dense step could read.
+        """
+        self._kept.rehearsed = True
+        if any(map(STORE.is_replaced, self.model.parameters())):  # a pack's, say
+            return
+        options = replace(self.settings.options, weights="copy", rotate_cache=False, mode=None)
+        kwargs = caches.with_cache(model_kwargs, StaticCache(config=self.model.config.get_text_config(decoder=True),
+                                                             max_cache_len=run.length + 1))
+        forward = self.model.__dict__.pop("forward", None)
+        try:
+            compat.prefill(self.model, run.input_ids, run.generation_config, kwargs)
+            one_more = torch.cat([run.input_ids, run.input_ids[:, -1:]], dim=1)
+            inputs = loop.StepInputs(self.model, kwargs, run.length, run.length).after(one_more)
+            report = backend.rehearse(_renamed(_logits), options, self.model, **inputs)
+        except RuntimeError as error:
+            if not compat.is_trace_failure(error):
+                raise
+            return
+        finally:
+            if forward is not None:
+                self.model.forward = forward
+        if report.treatment == "dense":
+            self.settings = replace(self.settings, options=replace(self.settings.options, weights="copy", rotate_cache=False))
 
     def _plainly(self, inputs: loop.StepInputs, run: loop.Run, logits: torch.Tensor, cache: StaticCache,
                  undo: Callable[[], None] | None) -> dict[str, object]:
@@ -312,7 +346,7 @@ class Engine:
                 model_kwargs: dict[str, object]) -> tuple[torch.Tensor, int]:
         """Fill the cache with the prompt. Returns its logits and how many positions the cache holds then."""
         view = None
-        if caches.prepare(cache, self.model, len(input_ids)) and caches.every_position_stays(cache):
+        if caches.prepare(cache, self.model, self._pool.shapes(self.model), len(input_ids)) and caches.every_position_stays(cache):
             view = caches.Prompt(cache)
             model_kwargs = caches.with_cache(model_kwargs, view)
         with self._owning():
@@ -337,7 +371,7 @@ class Engine:
             except RuntimeError as error:
                 if not compat.is_trace_failure(error):
                     raise
-                steps[key] = self._other_step(options, caches.of(inputs), f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+                steps[key] = self._other_step(options, caches.of(inputs), " ".join(str(error).split())[:160])
             return steps[key](self.model, **inputs)
 
         return step
@@ -432,6 +466,9 @@ def _compiled(function: Callable, options: Options, **settings: object) -> Calla
     Dynamo counts compilations, and limits them, by code. By name it remembers sizes that it has seen, and would make them
     dynamic where another model, or a step of other tokens, has others.
     """
+    return torch.compile(_renamed(function), backend="larosa", fullgraph=True, options=asdict(options), **settings)
+
+
+def _renamed(function: Callable) -> Callable:
     name = f"{function.__name__}_{next(_names)}"
-    own = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    return torch.compile(own, backend="larosa", fullgraph=True, options=asdict(options), **settings)
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)

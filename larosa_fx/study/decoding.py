@@ -5,15 +5,15 @@ Both ways of decoding are forced to the same tokens, so that their logits can be
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
 from larosa_fx.compiler import backend
-from larosa_fx.generation import generate
+from larosa_fx.enable import enable
 from larosa_fx.method.reference import aside, keep_top_k, mapped
 from larosa_fx.plan.plan import Plan
 from larosa_fx.study.numbers import relative_error
@@ -29,13 +29,15 @@ def errors(model: torch.nn.Module, plan: str, seed: int) -> tuple[float, float]:
     """(error at sparsity 0 against the eager model, error at 50 % by Top-K against hooks on it), each the largest
     difference of the logits over the largest logit.
 
-    plan: a file. seed: of the tokens. Decoding is ``larosa_fx.generate``'s, with all passes; what is rewritten is not handed
-    to Inductor. NoStaticCacheError where it reaches no compiled step, or transformers has no static cache for the class.
+    plan: a file. seed: of the tokens. Decoding is that of ``larosa_fx.enable`` with its defaults: the prompt, too, runs through
+    folded weights. All passes run; what is rewritten is not handed to Inductor. NoStaticCacheError where no compiled step
+    is reached, or the class does not generate.
     """
     tokens = torch.randint(3, 100, (PROMPT + STEPS + 1,), generator=torch.Generator().manual_seed(seed))
     dense = _eager(model, tokens)
-    found = relative_error(_compiled(model, tokens, plan, 0.0), dense)
-    sparse = _compiled(model, tokens, plan, 0.5)
+    enabled = copy.deepcopy(model)
+    found = relative_error(_compiled(enabled, tokens, plan, 0.0), dense)
+    sparse = _compiled(enabled, tokens, plan, 0.5)
     held = {site.site for site in backend.last_report().sites if site.form != "dense"}
     return found, relative_error(sparse, _simulated(model, tokens, Plan.load(plan), held))
 
@@ -45,7 +47,7 @@ def _compiled(model: torch.nn.Module, tokens: torch.Tensor, plan: str, sparsity:
     before = backend.calls()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        logits = _decode(partial(generate, model), tokens, plan=plan, sparsity=sparsity, selection="topk", compiler="eager")
+        logits = _decode(enable(model, plan, sparsity=sparsity, selection="topk", compiler="eager").generate, tokens)
     if backend.calls() == before:
         why = (str(warning.message).partition("larosa: ")[2] for warning in said)
         raise NoStaticCacheError(next(filter(None, why), "no step of this class is compiled"))
@@ -70,13 +72,12 @@ def _eager(model: torch.nn.Module, tokens: torch.Tensor, after_prompt: Callable[
 
 
 @torch.no_grad()
-def _decode(generate: Callable, tokens: torch.Tensor, after_prompt: Callable[[], object] = lambda: None,
-            **options: object) -> torch.Tensor:
+def _decode(generate: Callable, tokens: torch.Tensor, after_prompt: Callable[[], object] = lambda: None) -> torch.Tensor:
     """Logits of the steps behind the prompt, [STEPS, vocabulary], where ``tokens`` are what is generated."""
     def force(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         after_prompt()
         return torch.full_like(scores, -torch.inf).index_fill_(-1, tokens[input_ids.shape[1]].view(1), 0.0)
 
     answer = generate(tokens[None, :PROMPT], max_new_tokens=STEPS + 1, do_sample=False, num_beams=1, logits_processor=[force],
-                      output_logits=True, return_dict_in_generate=True, **options)
+                      output_logits=True, return_dict_in_generate=True)
     return torch.cat(answer.logits[1:])
