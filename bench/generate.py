@@ -74,7 +74,8 @@ def measure(model: torch.nn.Module, generate: Callable, cases: list[tuple[int, i
         return time.perf_counter() - started
 
     for batch, prompt in cases:
-        ids = torch.randint(model.config.vocab_size, (batch, prompt), device=model.device)
+        # Without 0, the padding token, which generate would take for padding.
+        ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=model.device)
         first = seconds(ids, 8)
         seconds(ids, 8)  # CUDA graphs are recorded by the second call
         one = statistics.median(seconds(ids, 1) for _ in range(repeats))

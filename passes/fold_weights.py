@@ -29,11 +29,12 @@ def run(ctx: Context) -> PassResult:
     last = list(position)[-1]
     folded: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op == "placeholder" or not ex.is_weight(node) or all(map(ex.is_weight, node.users)):
+        readers = _readers(node)
+        if node.op == "placeholder" or not ex.is_weight(node) or not readers:
             continue
         if ex.is_local_part(node):
             continue  # nothing was folded: the graph reads the parameter itself
-        if g.dtype(node) not in (None, dtype) or (g.value(node) is not None and g.calls(node, *g.TRANSPOSES)):
+        if g.dtype(node) not in (None, dtype) or _is_view(node):
             continue
         expression = _expression(node, position)
         if expression not in folded:
@@ -41,7 +42,7 @@ def run(ctx: Context) -> PassResult:
                 last = folded[expression] = graph.placeholder(f"larosa_folded_{len(folded)}")
             compat.mark_static_placeholder(last)
             result.count("folded tensors")
-        for user in [u for u in node.users if not ex.is_weight(u)]:
+        for user in readers:
             user.replace_input_with(node, folded[expression])
     effects.remove_dead_code(graph)
     recipe_of = {node: Recipe.of(expression) for expression, node in folded.items()}
@@ -58,6 +59,16 @@ def run(ctx: Context) -> PassResult:
         delattr(gm, name)
     ctx.inputs = inputs
     return result
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether node is a weight transposed as the model has it."""
+    return g.value(node) is not None and g.calls(node, *g.TRANSPOSES)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a weight expression's value: users that are none themselves, and views that are read."""
+    return [user for user in node.users if not ex.is_weight(user) or (_is_view(user) and _readers(user))]
 
 
 def _expression(node: object, position: dict[fx.Node, int]) -> object:

@@ -105,9 +105,17 @@ def edit_weight(linear: fx.Node, edit: Callable[[fx.Node], fx.Node]) -> None:
         if g.calls(linear, F.linear, expert_linear):
             weight = edit(weight)
         else:
-            turned = edit(ex.weight_call(graph, torch.transpose, weight, -2, -1))
-            weight = ex.weight_call(graph, torch.transpose, turned, -2, -1)
+            turned = weight.args[0] if _is_turned(weight) else ex.weight_call(graph, torch.transpose, weight, -2, -1)
+            view = ex.weight_call(graph, torch.transpose, edit(turned), -2, -1)
+            # As the model has it, so that what is folded is the same whichever way experts' products are written.
+            view.meta["example_value"] = g.value(weight)
+            weight = view
     linear.update_arg(1, weight)
+
+
+def _is_turned(weight: fx.Node) -> bool:
+    """Whether the last two dimensions of what it is made of, three, were exchanged."""
+    return g.calls(weight, torch.transpose, "transpose") and {d % 3 for d in weight.args[1:]} == {1, 2}
 
 
 def edit_bias(linear: fx.Node, edit: Callable[[fx.Node | None], fx.Node | None]) -> None:

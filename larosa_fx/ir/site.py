@@ -183,7 +183,7 @@ class SparseSite:
         x = product.args[0]
         *leading, channels = g.sizes(x)
         rows = math.prod(leading)  # torch's own numel() would fix a symbol at the size that it has now
-        # Where shapes are dynamic, torch 2.11 makes a symbol of the channels that a reshape leaves, though they are a number.
+        # Where shapes are dynamic, torch 2.11 makes a symbol of the channels that a reshape leaves, though it is a number.
         return cls(name, output, product, x, stored, k, int(channels), columns, rows, weight, threshold, bias=bias,
                    shard=shard)
 

@@ -289,8 +289,8 @@ class Engine:
     def _rehearse(self, run: loop.Run, model_kwargs: dict[str, object]) -> None:
         """Look what a step's graph holds, and keep the model's weights where it is none of the plan's.
 
-        A recurrence goes over a prompt in another way than over one token, so its linears may be found in one of the two graphs
-        alone. Once a prompt's graph has folded the weights, there are none that a dense step could read.
+        A recurrence goes over a prompt in another way than over one token, so its linears may be found in one of the two
+        graphs alone. Once a prompt's graph has folded the weights, there are none that a dense step could read.
         """
         self._kept.rehearsed = True
         if any(map(STORE.is_replaced, self.model.parameters())):  # a pack's, say
@@ -312,7 +312,8 @@ class Engine:
             if forward is not None:
                 self.model.forward = forward
         if report.treatment == "dense":
-            self.settings = replace(self.settings, options=replace(self.settings.options, weights="copy", rotate_cache=False))
+            options = replace(self.settings.options, weights="copy", rotate_cache=False)
+            self.settings = replace(self.settings, options=options)
 
     def _plainly(self, inputs: loop.StepInputs, run: loop.Run, logits: torch.Tensor, cache: StaticCache,
                  undo: Callable[[], None] | None) -> dict[str, object]:
@@ -346,7 +347,8 @@ class Engine:
                 model_kwargs: dict[str, object]) -> tuple[torch.Tensor, int]:
         """Fill the cache with the prompt. Returns its logits and how many positions the cache holds then."""
         view = None
-        if caches.prepare(cache, self.model, self._pool.shapes(self.model), len(input_ids)) and caches.every_position_stays(cache):
+        shapes = self._pool.shapes(self.model)
+        if caches.prepare(cache, self.model, shapes, len(input_ids)) and caches.every_position_stays(cache):
             view = caches.Prompt(cache)
             model_kwargs = caches.with_cache(model_kwargs, view)
         with self._owning():
@@ -385,8 +387,8 @@ class Engine:
             return _growing(_compiled(_logits, replace(options, mode=None), dynamic=True))
         reason = f"torch.compile cannot trace a step of this model: {failure}"
         if self.settings.owns:
-            raise LarosaError(f"larosa: {reason}. The model's weights were given up for folded ones, so nothing else can run "
-                              "it; load it again, and enable it with weights='copy', which leaves such a model dense")
+            raise LarosaError(f"larosa: {reason}. The model's weights were given up for folded ones, so nothing else can "
+                              "run it; load it again, and enable it with weights='copy', which leaves such a model dense")
         self._dense(reason)
         return _logits
 

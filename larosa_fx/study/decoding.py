@@ -29,9 +29,9 @@ def errors(model: torch.nn.Module, plan: str, seed: int) -> tuple[float, float]:
     """(error at sparsity 0 against the eager model, error at 50 % by Top-K against hooks on it), each the largest
     difference of the logits over the largest logit.
 
-    plan: a file. seed: of the tokens. Decoding is that of ``larosa_fx.enable`` with its defaults: the prompt, too, runs through
-    folded weights. All passes run; what is rewritten is not handed to Inductor. NoStaticCacheError where no compiled step
-    is reached, or the class does not generate.
+    plan: a file. seed: of the tokens. Decoding is that of ``larosa_fx.enable`` with its defaults: the prompt, too, runs
+    through folded weights. All passes run; what is rewritten is not handed to Inductor. NoStaticCacheError where no
+    compiled step is reached, or the class does not generate.
     """
     tokens = torch.randint(3, 100, (PROMPT + STEPS + 1,), generator=torch.Generator().manual_seed(seed))
     dense = _eager(model, tokens)
@@ -78,6 +78,6 @@ def _decode(generate: Callable, tokens: torch.Tensor, after_prompt: Callable[[],
         after_prompt()
         return torch.full_like(scores, -torch.inf).index_fill_(-1, tokens[input_ids.shape[1]].view(1), 0.0)
 
-    answer = generate(tokens[None, :PROMPT], max_new_tokens=STEPS + 1, do_sample=False, num_beams=1, logits_processor=[force],
-                      output_logits=True, return_dict_in_generate=True)
+    answer = generate(tokens[None, :PROMPT], max_new_tokens=STEPS + 1, do_sample=False, num_beams=1,
+                      logits_processor=[force], output_logits=True, return_dict_in_generate=True)
     return torch.cat(answer.logits[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -14,7 +15,9 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import larosa_fx
 from larosa_fx.compiler import backend
+from larosa_fx.compiler.folds import STORE
 from larosa_fx.compiler.policy import LarosaError
+from larosa_fx.ir import compat
 from larosa_fx.plan.plan import ATTACHED
 from larosa_fx.study import families
 from listeners import Asked, Ranked, Streamed
@@ -346,3 +349,45 @@ def test_a_prompt_without_padding_has_no_mask(tmp_path, fresh_dynamo):
     mask[0, :4] = 0
     assert masked(input_ids=ids(2, 9), attention_mask=mask) is True
     assert masked(input_ids=ids(2, 12), attention_mask=torch.nn.functional.pad(mask, (0, 3), value=1)) is None
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
+def test_experts_written_in_two_ways(name, monkeypatch, fresh_dynamo):
+    """On a GPU transformers multiplies a prompt's experts in groups and a step's one by one: by weights that are gone."""
+    @contextlib.contextmanager
+    def decoding(model):
+        model.set_experts_implementation("batched_mm")
+        yield
+        model.set_experts_implementation("grouped_mm")
+
+    monkeypatch.setattr(compat, "decoding", decoding)
+    model, dense = (families.tiny_model(name) for _ in range(2))
+    model.set_experts_implementation("grouped_mm")
+    larosa_fx.calibrate(model, [ids(2, 24)], progress=False)
+    larosa_fx.enable(model, sparsity=0.0, compiler="eager")
+    prompt = ids(1, 9)
+    for _ in range(2):
+        assert torch.equal(model.generate(prompt, **SETTINGS), dense.generate(prompt, **SETTINGS))
+    assert larosa_fx.last_report().treatment == "fold"
+
+
+def test_caches_take_the_shapes_that_the_model_fills_them_with(fresh_dynamo):
+    """Falcon's one head of keys has a name that transformers overlooks; DeepSeek's keys are wider than its values."""
+    falcon, deepseek = (families.tiny_model(name) for name in ("FalconForCausalLM", "DeepseekV3ForCausalLM"))
+    assert compat.cache_shapes(falcon) == [((1, 16), (1, 16))] * 2
+    assert all(key != value for key, value in compat.cache_shapes(deepseek))
+    assert compat.cache_shapes(families.tiny_model("MambaForCausalLM")) in (None, [None, None])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_step_with_other_sites_than_the_plans_keeps_the_weights(strict, fresh_dynamo):
+    """A recurrence over one token is recognised where that over a prompt is not."""
+    model, dense = (families.tiny_model("FalconH1ForCausalLM") for _ in range(2))
+    larosa_fx.calibrate(model, [ids(2, 24)], progress=False)
+    larosa_fx.enable(model, compiler="eager", strict=strict)
+    prompt = ids(1, 9)
+    with pytest.raises(Exception, match="the plan does not fit") if strict else pytest.warns(match="the plan does not fit"):
+        model.generate(prompt, **SETTINGS)
+    if not strict:
+        assert torch.equal(model.generate(prompt, **SETTINGS), dense.generate(prompt, **SETTINGS))
+    assert not any(map(STORE.is_replaced, model.parameters()))
