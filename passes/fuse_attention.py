@@ -65,7 +65,7 @@ def _step(node: fx.Node, attends: Attends, memory: effects.Memory, result: PassR
     if keys is None or values is None or not attends(g.value(q), g.value(keys), mask and g.value(mask)):
         result.skip(node, "not one token over a static cache, or the device has no kernel for it")
         return None
-    if g.shape(values) != g.shape(keys) or g.dtype(values) != g.dtype(keys):
+    if not _alike(g.value(keys), g.value(values)):
         result.skip(node, "the cache's values are not of the shape and dtype of its keys")
         return None
     updates = _updates(node, keys, values, memory)
@@ -75,6 +75,16 @@ def _step(node: fx.Node, attends: Attends, memory: effects.Memory, result: PassR
         q, k, cos, sin = before
     scale = g.shape(q)[-1] ** -0.5 if scale is None else scale
     return _Step(node, (q, keys, values, mask, scale, k, v, position, cos, sin), updates, cos is not None)
+
+
+def _alike(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether two caches have one shape and dtype.
+
+    Where caches of all lengths share a graph, each has a symbol of its own for its length. To compare them is to guard on
+    their being equal, so the answer holds for the graph.
+    """
+    return keys.dtype == values.dtype and keys.ndim == values.ndim and all(
+        bool(a == b) for a, b in zip(keys.shape, values.shape, strict=True))
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:

@@ -411,8 +411,10 @@ def sizes_stay_apart() -> Iterator[None]:
     """Within it Dynamo takes no two dynamic sizes for one because they are equal at first (2.11 to 2.13).
 
     A prompt as long as a head is wide would otherwise have a graph of its own: the width is a constant, so the length is.
+    Nor does it make inputs of a graph of the numbers in a model's code that are no sizes. Scalars that scale a branch or the
+    stream are constants of the model, and known as such to all passes.
     """
-    with torch.fx.experimental._config.patch(use_duck_shape=False):
+    with torch.fx.experimental._config.patch(use_duck_shape=False), torch._dynamo.config.patch(specialize_float=True):
         yield
 
 

@@ -86,7 +86,7 @@ class Settings:
 class Kept:
     """What the engines of one model share and keep: caches, compiled steps, what was folded from weights that are gone.
 
-    rehearsed: whether it is known what a step's graph holds.
+    rehearsed: by a plan's digest, whether a step's graph holds what the plan is for, where that was looked at.
     steps: by options and tokens of a sequence. The graphs that read folded tensors keep them too, but graphs come and go
     (``torch.compiler.reset``).
     """
@@ -94,7 +94,7 @@ class Kept:
     pool: caches.CachePool = field(default_factory=caches.CachePool)
     folded: list[Folded] = field(default_factory=list)
     steps: dict[tuple[Options, int], Callable] = field(default_factory=dict)
-    rehearsed: bool = False
+    rehearsed: dict[str, bool] = field(default_factory=dict)
     _made: int = -1  # STORE.made when it was looked through
 
     def hold(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -262,8 +262,9 @@ class Engine:
     def _tokens(self, cache: StaticCache, model_kwargs: dict[str, object], run: loop.Run, new: int, own: bool) -> None:
         """Prompt and decoding, of at most ``new`` tokens."""
         before, config = run.length, run.generation_config
-        if self.settings.owns and caches.keeps_states(cache) and not self._kept.rehearsed:
-            self._rehearse(run, model_kwargs)
+        if self.settings.owns and caches.keeps_states(cache) and not self._rehearsed(run, model_kwargs):
+            options = replace(self.settings.options, weights="copy", rotate_cache=False)
+            self.settings = replace(self.settings, options=options)
         logits, filled = self._prompt(cache, run.input_ids, config, model_kwargs)
         stays = caches.every_position_stays(cache)
         if stays and filled + new - 1 > caches.capacity(cache):
@@ -286,15 +287,17 @@ class Engine:
         elif run.length > before + 1:
             self._dense("no compiled graph was reached")
 
-    def _rehearse(self, run: loop.Run, model_kwargs: dict[str, object]) -> None:
-        """Look what a step's graph holds, and keep the model's weights where it is none of the plan's.
+    def _rehearsed(self, run: loop.Run, model_kwargs: dict[str, object]) -> bool:
+        """Whether the model's weights may be given up: not where a step's graph is none of the plan's.
 
         A recurrence goes over a prompt in another way than over one token, so its linears may be found in one of the two
         graphs alone. Once a prompt's graph has folded the weights, there are none that a dense step could read.
         """
-        self._kept.rehearsed = True
-        if any(map(STORE.is_replaced, self.model.parameters())):  # a pack's, say
-            return
+        known = self._kept.rehearsed
+        if any(map(STORE.is_replaced, self.model.parameters())):  # they are gone: a pack's, say
+            known[self.plan.digest] = True
+        if self.plan.digest in known:
+            return known[self.plan.digest]
         options = replace(self.settings.options, weights="copy", rotate_cache=False, mode=None)
         kwargs = caches.with_cache(model_kwargs, StaticCache(config=self.model.config.get_text_config(decoder=True),
                                                              max_cache_len=run.length + 1))
@@ -303,17 +306,15 @@ class Engine:
             compat.prefill(self.model, run.input_ids, run.generation_config, kwargs)
             one_more = torch.cat([run.input_ids, run.input_ids[:, -1:]], dim=1)
             inputs = loop.StepInputs(self.model, kwargs, run.length, run.length).after(one_more)
-            report = backend.rehearse(_renamed(_logits), options, self.model, **inputs)
+            known[self.plan.digest] = backend.rehearse(_renamed(_logits), options, self.model, **inputs).treatment != "dense"
         except RuntimeError as error:
             if not compat.is_trace_failure(error):
                 raise
-            return
+            known[self.plan.digest] = True  # see _other_step
         finally:
             if forward is not None:
                 self.model.forward = forward
-        if report.treatment == "dense":
-            options = replace(self.settings.options, weights="copy", rotate_cache=False)
-            self.settings = replace(self.settings, options=options)
+        return known[self.plan.digest]
 
     def _plainly(self, inputs: loop.StepInputs, run: loop.Run, logits: torch.Tensor, cache: StaticCache,
                  undo: Callable[[], None] | None) -> dict[str, object]:
@@ -371,7 +372,7 @@ class Engine:
             try:
                 return steps[key](self.model, **inputs)
             except RuntimeError as error:
-                if not compat.is_trace_failure(error):
+                if not (compat.is_trace_failure(error) or isinstance(error, folds.GoneError)):
                     raise
                 steps[key] = self._other_step(options, caches.of(inputs), " ".join(str(error).split())[:160])
             return steps[key](self.model, **inputs)
