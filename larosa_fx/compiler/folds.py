@@ -120,10 +120,6 @@ class Folded:
         return all(ref() is p for ref, p in zip(self.sources, parameters, strict=True))
 
 
-class GoneError(RuntimeError):
-    """What a graph reads was to be folded from weights that weights="replace" gave up for other folded tensors."""
-
-
 class FoldStore:
     """Folded tensors of all live models, shared by every graph that needs the same expression of the same parameters.
 
@@ -209,7 +205,7 @@ class FoldStore:
             dtype: torch.dtype, device: torch.device) -> Folded:
         """The folded tensor, evaluated anew, into the same memory, when a parameter changed in place.
 
-        ``digest`` names the rotations' values. GoneError where a source was replaced and cannot be folded anew.
+        ``digest`` names the rotations' values. RuntimeError where a source was replaced and cannot be folded anew.
         """
         key = (recipe.expression, digest, dtype, device, tuple(map(id, parameters)))
         marks = self.marks(parameters)
@@ -219,7 +215,7 @@ class FoldStore:
         if entry is not None and entry.marks == marks:
             return entry
         if any(self.is_replaced(p) for p in parameters):
-            raise GoneError(self._gone(parameters))
+            raise RuntimeError(self._gone(parameters))
         # What is folded outlives the call. An inference tensor could not be written to when a parameter changes.
         with torch.inference_mode(False), torch.no_grad():
             folded = _evaluate(recipe, parameters, rotations, dtype, device)
@@ -238,7 +234,8 @@ class FoldStore:
             return (f"larosa: {packed[0][0]} does not hold what this graph folds {names} into: it was packed with other "
                     "options or releases, or a parameter was changed since; load it as it was packed, or pack it again")
         return ("larosa: this model's weights were folded with weights='replace' and are gone, so another plan, rotation or "
-                "new values cannot be folded; load the model again")
+                "new values cannot be folded; load the model again. Where nothing was changed, this model's steps fold them "
+                "otherwise than its prompts do: enable it with weights='copy'")
 
     def is_replaced(self, parameter: torch.Tensor) -> bool:
         parameter = shards.local(parameter)

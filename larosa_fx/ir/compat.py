@@ -507,9 +507,32 @@ def pad_token(generation_config: object) -> torch.Tensor | None:
     return generation_config._pad_token_tensor
 
 
+def asks_for_more(model: torch.nn.Module, kwargs: Mapping[str, object]) -> bool:
+    """Whether a call of a model with these arguments is to return more than logits and a cache."""
+    def asked(name: str) -> object:
+        return kwargs[name] if kwargs.get(name) is not None else getattr(model.config, name, None)
+
+    return kwargs.get("labels") is not None or asked("return_dict") is False or any(
+        map(asked, ("output_hidden_states", "output_attentions", "output_router_logits")))
+
+
+def logits_with(cache: object, logits: torch.Tensor):
+    """What a model returns that computed ``logits``, [B, T, V], over ``cache``, which 5.24 calls so and others otherwise."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    name = next(name for name in ("past_key_values", "cache") if name in CausalLMOutputWithPast.__annotations__)
+    return CausalLMOutputWithPast(logits=logits, **{name: cache})
+
+
 def decoding(model: torch.nn.Module):
     """The context in which ``generate`` decodes: experts as suit one token. Older releases have none."""
     return getattr(model, "_optimize_model_for_decode", contextlib.nullcontext)()
+
+
+def has_own_cache(model: torch.nn.Module) -> bool:
+    """Whether a model decodes over a cache of its own making, which no static cache can stand in for (5.17 to 5.24)."""
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    return supports is not None and not supports()
 
 
 def has_own_inputs(model: torch.nn.Module) -> bool:

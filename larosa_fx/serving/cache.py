@@ -78,10 +78,10 @@ def prepare(cache: StaticCache, model: torch.nn.Module, shapes: Sequence[tuple |
         if shapes is None:
             return False
         for layer, shape in zip(cache.layers, shapes, strict=True):
-            if shape is not None and not layer.is_initialized:
+            if shape is not None and isinstance(layer, StaticLayer) and not layer.is_initialized:
                 layer.lazy_initialization(*(torch.empty(rows, heads, 0, size, dtype=model.dtype, device=model.device)
                                             for heads, size in shape))
-    for layer in _positional(cache):
+    for layer in (layer for layer in _positional(cache) if layer.is_initialized):
         for tensor in (layer.keys, layer.values):
             compat.mark_growing(tensor, growing_dims(tensor, 2))
     return True

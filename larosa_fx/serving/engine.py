@@ -111,7 +111,7 @@ class Engine:
         self.model, self.plan, self.settings = model, plan, settings
         self._kept, self._pool = kept, kept.pool
         self._pace: Pace | None = None
-        self._prompts: Callable | None = None
+        self._prompts: dict[Callable, Callable] = {}
         self._said: set[str] = set()
 
     def __call__(self, inputs: torch.Tensor | None = None, generation_config: object = None, *args: object,
@@ -148,19 +148,28 @@ class Engine:
                                "it is, or load the model again")
         if not self.settings.owns:  # nothing was given up, nor will be
             return type(self.model).forward(self.model, *args, **kwargs)
-        if self._prompts is None:
-            # Op by op: the products of a prompt keep a device busy, and a graph for all lengths is there in a moment.
-            options = replace(self.settings.options, compiler="eager", mode=None)
-            if options.sparsify != "all":
-                options = replace(options, sparsity=0.0)
-            self._prompts = _compiled(_outputs, options, dynamic=True)
         if isinstance(cache := caches.of(kwargs), StaticCache):
             self._check_values(cache)
         mask = kwargs.get("attention_mask")
         if caches.begins(cache) and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.all():
             kwargs["attention_mask"] = None
+        # What else a model may return, its last hidden state say, is another reader of what is folded: a step has none.
+        for_logits = cache is not None and not args and not compat.asks_for_more(self.model, kwargs)
         with torch.no_grad(), compat.sizes_stay_apart(), compat.causal_prompts():
-            return self._prompts(self.model, *args, **kwargs)
+            if not for_logits:
+                return self._prompt_of(_outputs)(self.model, *args, **kwargs)
+            kwargs.pop("return_dict", None)
+            return compat.logits_with(cache, self._prompt_of(_logits)(self.model, **kwargs))
+
+    def _prompt_of(self, function: Callable) -> Callable:
+        """``function`` compiled for any number of tokens."""
+        if function not in self._prompts:
+            # Op by op: the products of a prompt keep a device busy, and a graph for all lengths is there in a moment.
+            options = replace(self.settings.options, compiler="eager", mode=None)
+            if options.sparsify != "all":
+                options = replace(options, sparsity=0.0)
+            self._prompts[function] = _compiled(function, options, dynamic=True)
+        return self._prompts[function]
 
     def _generate(self, *args: object, **kwargs: object):
         return type(self.model).generate(self.model, *args, **kwargs)
@@ -184,6 +193,8 @@ class Engine:
         """Why a call is left to transformers' own loop, which decodes densely; None where it is not."""
         if self.model.config.is_encoder_decoder:
             return "encoder-decoder models are not decoded sparsely"
+        if compat.has_own_cache(self.model):
+            return "this model decodes over a cache of its own making"
         if kwargs.get("custom_generate") is not None:
             return "custom_generate brings a loop of its own"
         if kwargs.get("synced_gpus"):
@@ -372,7 +383,7 @@ class Engine:
             try:
                 return steps[key](self.model, **inputs)
             except RuntimeError as error:
-                if not (compat.is_trace_failure(error) or isinstance(error, folds.GoneError)):
+                if not compat.is_trace_failure(error):
                     raise
                 steps[key] = self._other_step(options, caches.of(inputs), " ".join(str(error).split())[:160])
             return steps[key](self.model, **inputs)

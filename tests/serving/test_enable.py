@@ -393,3 +393,37 @@ def test_a_step_with_other_sites_than_the_plans_keeps_the_weights(strict, fresh_
     larosa_fx.enable(model, compiler="eager", sparsity=0.25)
     model.generate(prompt, **SETTINGS)
     assert not any(map(STORE.is_replaced, model.parameters()))
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_steps_over_caches_of_all_lengths_have_their_attention_fused(heads, fresh_dynamo):
+    """Each cache's length is a symbol of its own there, which once made keys and values look unlike."""
+    model, dense = calibrated(hidden_size=256, num_key_value_heads=heads)
+    larosa_fx.enable(model, sparsity=0.0, compiler="eager")
+    for length in (9, 1030):
+        prompt = ids(1, length)
+        assert torch.equal(model.generate(prompt, **SETTINGS), dense.generate(prompt, **SETTINGS))
+    report = larosa_fx.last_report()
+    assert [report.count("fuse_attention", what) for what in ("attentions", "cache updates", "rotary embeddings")] == [2] * 3
+
+
+@pytest.mark.parametrize("name", ["GraniteForCausalLM", "MoshiForCausalLM"])
+def test_prompts_and_steps_read_the_same_folded_weights(name, fresh_dynamo):
+    """Granite scales branches by numbers, which are constants of any graph; Moshi returns its last hidden state as well."""
+    model, dense = (families.tiny_model(name) for _ in range(2))
+    larosa_fx.calibrate(model, [ids(2, 24)], progress=False)
+    larosa_fx.enable(model, sparsity=0.0, compiler="eager")
+    prompt = ids(1, 9)
+    static = dense.generate(prompt, cache_implementation="static", disable_compile=True, **SETTINGS)
+    assert torch.equal(model.generate(prompt, **SETTINGS), static)
+    assert larosa_fx.last_report().treatment == "fold"
+
+
+def test_a_cache_of_the_models_own_making_is_left_to_it(fresh_dynamo):
+    model, dense = (families.tiny_model("MiniMaxForCausalLM") for _ in range(2))
+    larosa_fx.calibrate(model, [ids(2, 24)], progress=False)
+    larosa_fx.enable(model, sparsity=0.0, compiler="eager")
+    prompt = ids(1, 9)
+    with pytest.warns(UserWarning, match="decodes over a cache of its own making"):
+        answer = model.generate(prompt, **SETTINGS)
+    assert torch.equal(answer, dense.generate(prompt, **SETTINGS))
