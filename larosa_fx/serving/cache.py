@@ -40,7 +40,7 @@ def _positional(cache: Cache) -> list[StaticLayer]:
 
 def capacity(cache: StaticCache) -> int | None:
     """Positions that every layer holds; None where none holds any."""
-    return max((layer.max_cache_len for layer in _positional(cache)), default=None)
+    return max((layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")), default=None)
 
 
 def filled(cache: Cache) -> int:
