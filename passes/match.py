@@ -367,7 +367,7 @@ def _centring_obstacles(structure: Structure) -> list[tuple[str, str]]:
     values = {value.node for value in structure.stream}
     return [(str(user), "this reads the residual stream, which cannot be centred for its LayerNorms then")
             for value in structure.stream for user in value.node.users
-            if user not in values and not layers.is_layer_norm(user)]
+            if user not in values and not layers.is_layer_norm(user) and not g.calls(user, "size")]
 
 
 def _lookup(source: fx.Node) -> fx.Node | None:
