@@ -10,8 +10,10 @@ and gets the folded tensors that belong to exactly these parameters. Three thing
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -357,6 +359,23 @@ _GONE = ("larosa: the weights of this module were folded into a compiled model w
          "no longer be run or saved. Use the compiled model, or load the model again.")
 
 
+class _Asked(threading.local):
+    shapes = False
+
+
+_asked = _Asked()
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Within it modules whose weights are gone may run in this thread: for the shapes of what they return."""
+    _asked.shapes = True
+    try:
+        yield
+    finally:
+        _asked.shapes = False
+
+
 def forbid_use(parameters: Sequence[torch.Tensor]) -> None:
     """Make the modules that own these parameters refuse to run eagerly or to be saved, until they own others.
 
@@ -365,7 +384,7 @@ def forbid_use(parameters: Sequence[torch.Tensor]) -> None:
     gone = WeakIdKeyDictionary(dict.fromkeys(parameters, True))
 
     def refuse(module: torch.nn.Module, *_: object, **__: object) -> None:
-        if not torch.compiler.is_compiling() and _owns(module, gone):
+        if not (torch.compiler.is_compiling() or _asked.shapes) and _owns(module, gone):
             raise RuntimeError(_GONE)
 
     for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:

@@ -10,6 +10,7 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
 
+from larosa_fx.compiler import folds
 from larosa_fx.ir import compat
 
 #: Caches are made for a multiple of so many positions: few lengths, for each of which a CUDA graph is recorded once.
@@ -100,7 +101,7 @@ def forget(cache: StaticCache, positions: int) -> None:
 class CachePool:
     """A model's own static caches, free for the next call; the latest ``_KEPT`` batch sizes.
 
-    shapes: of the model's keys and values, see ``prepare``, found before its weights are given up.
+    shapes: of the model's keys and values, see ``prepare``.
     """
 
     def __init__(self) -> None:
@@ -109,7 +110,8 @@ class CachePool:
 
     def shapes(self, model: torch.nn.Module) -> list[tuple | None] | None:
         if not self._shapes:
-            self._shapes = [compat.cache_shapes(model)]
+            with folds.shapes_alone():
+                self._shapes = [compat.cache_shapes(model)]
         return self._shapes[0]
 
     def take(self, model: torch.nn.Module, rows: int, positions: int, least: int = 0) -> StaticCache:
