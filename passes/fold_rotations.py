@@ -88,7 +88,7 @@ def _carry(rotate: _Rotator, previous: StreamNode, value: StreamNode, result: Pa
 
 def _return(rotate: _Rotator, value: StreamNode, kept: set, result: PassResult) -> None:
     """Hand the stream in the model's own basis to whatever is not part of the method."""
-    others = [user for user in value.node.users if user not in kept]
+    others = [user for user in g.value_readers(value.node) if user not in kept]
     if value.basis is None or not others:
         return
     own = rotate.activation(value.node, value.basis, back=True)

@@ -366,8 +366,8 @@ def _centring_obstacles(structure: Structure) -> list[tuple[str, str]]:
         return []
     values = {value.node for value in structure.stream}
     return [(str(user), "this reads the residual stream, which cannot be centred for its LayerNorms then")
-            for value in structure.stream for user in value.node.users
-            if user not in values and not layers.is_layer_norm(user) and not g.calls(user, "size")]
+            for value in structure.stream for user in g.value_readers(value.node)
+            if user not in values and not layers.is_layer_norm(user)]
 
 
 def _lookup(source: fx.Node) -> fx.Node | None:

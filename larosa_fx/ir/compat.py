@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
 
@@ -516,12 +516,16 @@ def asks_for_more(model: torch.nn.Module, kwargs: Mapping[str, object]) -> bool:
         map(asked, ("output_hidden_states", "output_attentions", "output_router_logits")))
 
 
+def cache_name(names: Container[str]) -> str | None:
+    """What a cache is called among the names of arguments or of fields: "past_key_values" up to 5.23, "cache" since."""
+    return next((name for name in ("past_key_values", "cache") if name in names), None)
+
+
 def logits_with(cache: object, logits: torch.Tensor):
-    """What a model returns that computed ``logits``, [B, T, V], over ``cache``, which 5.24 calls so and others otherwise."""
+    """What a model returns that computed ``logits``, [B, T, V], over ``cache``."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    name = next(name for name in ("past_key_values", "cache") if name in CausalLMOutputWithPast.__annotations__)
-    return CausalLMOutputWithPast(logits=logits, **{name: cache})
+    return CausalLMOutputWithPast(logits=logits, **{cache_name(CausalLMOutputWithPast.__annotations__): cache})
 
 
 def decoding(model: torch.nn.Module):
@@ -567,7 +571,7 @@ def _observed_shapes(model: torch.nn.Module) -> list[tuple[tuple[int, int], tupl
         return x.shape[1], x.shape[3]
 
     forward = type(model).forward
-    name = next((name for name in ("past_key_values", "cache") if name in inspect.signature(forward).parameters), None)
+    name = cache_name(inspect.signature(forward).parameters)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     try:

@@ -119,6 +119,11 @@ def is_sum_of_positions(node: object) -> bool:
     return isinstance(dim, int) and dim % len(before) != len(before) - 1 and shape(node)[-1] == before[-1]
 
 
+def value_readers(node: fx.Node) -> list[fx.Node]:
+    """The users that read a tensor's values: not those that ask for its sizes, which no change of basis changes."""
+    return [user for user in node.users if not calls(user, "size")]
+
+
 def only_read_by(node: fx.Node, readers: Sequence[fx.Node]) -> bool:
     """Whether nothing but ``readers`` reads node, directly or through a map of positions."""
     return all(user in readers or (is_position_map(user) and only_read_by(user, readers)) for user in node.users)

@@ -273,7 +273,7 @@ class Engine:
     def _tokens(self, cache: StaticCache, model_kwargs: dict[str, object], run: loop.Run, new: int, own: bool) -> None:
         """Prompt and decoding, of at most ``new`` tokens."""
         before, config = run.length, run.generation_config
-        if self.settings.owns and caches.keeps_states(cache) and not self._rehearsed(run, model_kwargs):
+        if self.settings.owns and caches.keeps_states(cache) and not self._may_give_up(run, model_kwargs):
             options = replace(self.settings.options, weights="copy", rotate_cache=False)
             self.settings = replace(self.settings, options=options)
         logits, filled = self._prompt(cache, run.input_ids, config, model_kwargs)
@@ -298,17 +298,20 @@ class Engine:
         elif run.length > before + 1:
             self._dense("no compiled graph was reached")
 
-    def _rehearsed(self, run: loop.Run, model_kwargs: dict[str, object]) -> bool:
+    def _may_give_up(self, run: loop.Run, model_kwargs: dict[str, object]) -> bool:
         """Whether the model's weights may be given up: not where a step's graph is none of the plan's.
 
         A recurrence goes over a prompt in another way than over one token, so its linears may be found in one of the two
         graphs alone. Once a prompt's graph has folded the weights, there are none that a dense step could read.
         """
-        known = self._kept.rehearsed
-        if any(map(STORE.is_replaced, self.model.parameters())):  # they are gone: a pack's, say
-            known[self.plan.digest] = True
-        if self.plan.digest in known:
-            return known[self.plan.digest]
+        known, digest = self._kept.rehearsed, self.plan.digest
+        if digest not in known:  # a pack's weights are gone already
+            gone = any(map(STORE.is_replaced, self.model.parameters()))
+            known[digest] = gone or self._rehearse(run, model_kwargs)
+        return known[digest]
+
+    def _rehearse(self, run: loop.Run, model_kwargs: dict[str, object]) -> bool:
+        """Whether a step behind this prompt is sparse, found by tracing it with the model's own weights in a cache apart."""
         options = replace(self.settings.options, weights="copy", rotate_cache=False, mode=None)
         kwargs = caches.with_cache(model_kwargs, StaticCache(config=self.model.config.get_text_config(decoder=True),
                                                              max_cache_len=run.length + 1))
@@ -317,15 +320,14 @@ class Engine:
             compat.prefill(self.model, run.input_ids, run.generation_config, kwargs)
             one_more = torch.cat([run.input_ids, run.input_ids[:, -1:]], dim=1)
             inputs = loop.StepInputs(self.model, kwargs, run.length, run.length).after(one_more)
-            known[self.plan.digest] = backend.rehearse(_renamed(_logits), options, self.model, **inputs).treatment != "dense"
+            return backend.rehearse(_renamed(_logits), options, self.model, **inputs).treatment != "dense"
         except RuntimeError as error:
             if not compat.is_trace_failure(error):
                 raise
-            known[self.plan.digest] = True  # see _other_step
+            return True  # see _other_step
         finally:
             if forward is not None:
                 self.model.forward = forward
-        return known[self.plan.digest]
 
     def _plainly(self, inputs: loop.StepInputs, run: loop.Run, logits: torch.Tensor, cache: StaticCache,
                  undo: Callable[[], None] | None) -> dict[str, object]:
@@ -475,14 +477,15 @@ def _growing(forward: Callable) -> Callable:
 
 
 def _compiled(function: Callable, options: Options, **settings: object) -> Callable:
-    """``function`` for backend "larosa", with code of its own, and a name of its own.
-
-    Dynamo counts compilations, and limits them, by code. By name it remembers sizes that it has seen, and would make them
-    dynamic where another model, or a step of other tokens, has others.
-    """
+    """``function`` for backend "larosa"."""
     return torch.compile(_renamed(function), backend="larosa", fullgraph=True, options=asdict(options), **settings)
 
 
 def _renamed(function: Callable) -> Callable:
+    """``function`` with code of its own, and a name of its own.
+
+    Dynamo counts compilations, and limits them, by code. By name it remembers sizes that it has seen, and would make them
+    dynamic where another model, or a step of other tokens, has others.
+    """
     name = f"{function.__name__}_{next(_names)}"
     return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)

@@ -60,7 +60,7 @@ class Run:
         """What ``generate`` returns of a decoder."""
         if not self.generation_config.return_dict_in_generate:
             return self.input_ids
-        name = next(name for name in ("past_key_values", "cache") if name in GenerateDecoderOnlyOutput.__annotations__)
+        name = compat.cache_name(GenerateDecoderOnlyOutput.__annotations__)
         return GenerateDecoderOnlyOutput(sequences=self.input_ids, scores=self.scores, logits=self.raw, **{name: cache})
 
 

@@ -55,6 +55,15 @@ def test_each_value_of_the_stream_is_the_models_times_its_rotation(family, granu
         assert_close([held[value.node]], [own_value @ q], 1e-5)
 
 
+def test_who_asks_for_a_size_gets_no_rotated_copy():
+    """As the prompts of OPT do, in a graph for all their lengths."""
+    p = program("llama")
+    for value in p.structure.stream:
+        with p.gm.graph.inserting_after(value.node):
+            p.gm.graph.call_method("size", (value.node,))
+    assert "exit rotations" not in rewrite(p, "layer", "fold_rotations").results["fold_rotations"].counts
+
+
 @pytest.mark.parametrize("granularity, changes", [("layer", {"basis changes": LAYERS - 1}),
                                                   ("block", {"basis changes": 2 * LAYERS - 1}), ("model", {})])
 def test_counts(granularity, changes):

@@ -420,9 +420,10 @@ def test_steps_over_caches_of_all_lengths_have_their_attention_fused(heads, fres
     assert [report.count("fuse_attention", what) for what in ("attentions", "cache updates", "rotary embeddings")] == [2] * 3
 
 
-@pytest.mark.parametrize("name", ["GraniteForCausalLM", "MoshiForCausalLM"])
+@pytest.mark.parametrize("name", ["GraniteForCausalLM", "MoshiForCausalLM", "OPTForCausalLM"])
 def test_prompts_and_steps_read_the_same_folded_weights(name, fresh_dynamo):
-    """Granite scales branches by numbers, which are constants of any graph; Moshi returns its last hidden state as well."""
+    """Granite scales branches by numbers, which are constants of any graph; Moshi returns its last hidden state as well; OPT
+    asks the stream for its size where prompts of all lengths share a graph."""
     model, dense = (families.tiny_model(name) for _ in range(2))
     larosa_fx.calibrate(model, [ids(2, 24)], progress=False)
     larosa_fx.enable(model, sparsity=0.0, compiler="eager")
