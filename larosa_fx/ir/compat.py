@@ -546,25 +546,35 @@ def has_own_inputs(model: torch.nn.Module) -> bool:
     return type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
 
 
-def cache_shapes(model: torch.nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]] | None] | None:
-    """((heads, size of a key), (heads, size of a value)) of each layer's cache, None of one without attention.
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the layers of a model keep of each position.
 
-    What a pass over two tokens leaves in a cache; where the model cannot make one, or a rank has only a part of it, what
-    transformers reads from the configuration, and None where that says nothing (transformers 5.17 to 5.24).
+    shapes: ((heads, size of a key), (heads, size of a value)) of each layer, None of one without attention; None as a whole
+        where nothing says it.
+    added: positions that the model itself puts before those of a prompt.
     """
-    if not any(map(is_dtensor, model.parameters())) and (found := _observed_shapes(model)) is not None:
+
+    shapes: list[tuple[tuple[int, int], tuple[int, int]] | None] | None
+    added: int = 0
+
+
+def cache_layout(model: torch.nn.Module) -> CacheLayout:
+    """What a pass over two tokens leaves in a cache; where the model cannot make one, or a rank has only a part of it, what
+    transformers reads from the configuration (5.17 to 5.24)."""
+    if not any(map(is_dtensor, model.parameters())) and (found := _observed_layout(model, tokens=2)) is not None:
         return found
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "num_attention_heads", None) is None or not hasattr(model, "_get_static_cache_init_shape"):
-        return None
+        return CacheLayout(None)
     shape = model._get_static_cache_init_shape()
     if shape is None:
-        return None
+        return CacheLayout(None)
     heads, sizes = ([n] * config.num_hidden_layers if isinstance(n, int) else n for n in shape)
-    return [(layer, layer) for layer in zip(heads, sizes, strict=True)]
+    return CacheLayout([(layer, layer) for layer in zip(heads, sizes, strict=True)])
 
 
-def _observed_shapes(model: torch.nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]] | None] | None:
+def _observed_layout(model: torch.nn.Module, tokens: int) -> CacheLayout | None:
     from transformers import DynamicCache
 
     def shape(x: torch.Tensor) -> tuple[int, int]:
@@ -573,12 +583,13 @@ def _observed_shapes(model: torch.nn.Module) -> list[tuple[tuple[int, int], tupl
     forward = type(model).forward
     name = cache_name(inspect.signature(forward).parameters)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     try:
         with torch.no_grad():
             forward(model, input_ids=ids, use_cache=True, **{name: cache})
-        return [(shape(layer.keys), shape(layer.values)) if isinstance(getattr(layer, "keys", None), torch.Tensor) else None
-                for layer in cache.layers]
+        kept = [layer if isinstance(getattr(layer, "keys", None), torch.Tensor) else None for layer in cache.layers]
+        shapes = [layer and (shape(layer.keys), shape(layer.values)) for layer in kept]
+        return CacheLayout(shapes, max([0, *(layer.keys.shape[2] - tokens for layer in kept if layer)]))
     except Exception:  # whatever a model raises that cannot run so: one that was folded away, for instance
         return None
 

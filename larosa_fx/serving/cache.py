@@ -73,7 +73,7 @@ def lies_alike(cache: Cache, mapping: str | None) -> bool:
 def prepare(cache: StaticCache, model: torch.nn.Module, shapes: Sequence[tuple | None] | None, rows: int) -> bool:
     """Allocate a cache for ``rows`` sequences of a model, if it is not, and let one graph serve caches of all lengths.
 
-    shapes: of the layers' keys and values, see ``compat.cache_shapes``. False where they are not known.
+    shapes: of the layers' keys and values, see ``compat.CacheLayout``. False where they are not known.
     """
     if not cache.is_initialized:
         if shapes is None:
@@ -99,20 +99,18 @@ def forget(cache: StaticCache, positions: int) -> None:
 
 
 class CachePool:
-    """A model's own static caches, free for the next call; the latest ``_KEPT`` batch sizes.
-
-    shapes: of the model's keys and values, see ``prepare``.
-    """
+    """A model's own static caches, free for the next call; the latest ``_KEPT`` batch sizes."""
 
     def __init__(self) -> None:
         self._free: list[tuple[int, StaticCache]] = []
-        self._shapes: list[list[tuple | None] | None] = []
+        self._layout: compat.CacheLayout | None = None
 
-    def shapes(self, model: torch.nn.Module) -> list[tuple | None] | None:
-        if not self._shapes:
+    def layout(self, model: torch.nn.Module) -> compat.CacheLayout:
+        """What the model's layers keep, looked at once."""
+        if self._layout is None:
             with folds.shapes_alone():
-                self._shapes = [compat.cache_shapes(model)]
-        return self._shapes[0]
+                self._layout = compat.cache_layout(model)
+        return self._layout
 
     def take(self, model: torch.nn.Module, rows: int, positions: int, least: int = 0) -> StaticCache:
         """An empty cache of at least ``positions``, and of ``least``, that nobody else holds."""

@@ -213,6 +213,8 @@ class Engine:
             return "disable_compile=True is asked for"
         if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
             return "attentions and hidden states are not kept by compiled steps"
+        if added := self._pool.layout(self.model).added:
+            return f"this model puts {added} positions of its own before a prompt"
         return None
 
     def _leave(self, reason: str, *args: object, **kwargs: object):
@@ -361,7 +363,7 @@ class Engine:
                 model_kwargs: dict[str, object]) -> tuple[torch.Tensor, int]:
         """Fill the cache with the prompt. Returns its logits and how many positions the cache holds then."""
         view = None
-        shapes = self._pool.shapes(self.model)
+        shapes = self._pool.layout(self.model).shapes
         if caches.prepare(cache, self.model, shapes, len(input_ids)) and caches.every_position_stays(cache):
             view = caches.Prompt(cache)
             model_kwargs = caches.with_cache(model_kwargs, view)

@@ -386,9 +386,9 @@ def test_experts_written_in_two_ways(name, monkeypatch, fresh_dynamo):
 def test_caches_take_the_shapes_that_the_model_fills_them_with(fresh_dynamo):
     """Falcon's one head of keys has a name that transformers overlooks; DeepSeek's keys are wider than its values."""
     falcon, deepseek = (families.tiny_model(name) for name in ("FalconForCausalLM", "DeepseekV3ForCausalLM"))
-    assert compat.cache_shapes(falcon) == [((1, 16), (1, 16))] * 2
-    assert all(key != value for key, value in compat.cache_shapes(deepseek))
-    assert compat.cache_shapes(families.tiny_model("MambaForCausalLM")) in (None, [None, None])
+    assert compat.cache_layout(falcon).shapes == [((1, 16), (1, 16))] * 2
+    assert all(key != value for key, value in compat.cache_layout(deepseek).shapes)
+    assert compat.cache_layout(families.tiny_model("MambaForCausalLM")).shapes in (None, [None, None])
 
 
 @pytest.mark.skipif(transformers.__version__ < "5.23", reason="what FalconH1's graphs hold in 5.17 was not looked at")
@@ -433,11 +433,14 @@ def test_prompts_and_steps_read_the_same_folded_weights(name, fresh_dynamo):
     assert larosa_fx.last_report().treatment == "fold"
 
 
-def test_a_cache_of_the_models_own_making_is_left_to_it(fresh_dynamo):
-    model, dense = (families.tiny_model("MiniMaxForCausalLM") for _ in range(2))
+@pytest.mark.parametrize("name, reason", [
+    ("MiniMaxForCausalLM", "decodes over a cache of its own making"),
+    ("CpmAntForCausalLM", "puts 32 positions of its own before a prompt")])
+def test_a_cache_of_the_models_own_making_is_left_to_it(name, reason, fresh_dynamo):
+    model, dense = (families.tiny_model(name) for _ in range(2))
     larosa_fx.calibrate(model, [ids(2, 24)], progress=False)
     larosa_fx.enable(model, sparsity=0.0, compiler="eager")
     prompt = ids(1, 9)
-    with pytest.warns(UserWarning, match="decodes over a cache of its own making"):
+    with pytest.warns(UserWarning, match=reason):
         answer = model.generate(prompt, **SETTINGS)
     assert torch.equal(answer, dense.generate(prompt, **SETTINGS))
