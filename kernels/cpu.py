@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # What the kernels take. Fewer pay, see pick.
 MAX_ROWS = 16
+DENSE_ROWS = 8  # at which dense_gemv is faster than torch, up to the rows that pick has sites multiplied sparsely for
 
 # Columns that share a scale, at least, and what their number is a multiple of; FEWEST in the kernels.
 GROUP = 32
@@ -193,23 +194,23 @@ def _site(op: str, function: Callable, tensors: Sequence[Tensor | None], sizes: 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether ``dense_gemv`` takes x, [..., K], and a weight, [N, K], which may be fake tensors, and is worth it.
 
-    One row; and not float16, for which torch has a product of its own.
+    ``DENSE_ROWS`` rows at most; where their number is symbolic, a guard. Not float16, for which torch has a product of its
+    own.
     """
-    rows = x.shape[:-1].numel()
-    one = isinstance(rows, int) and rows == 1  # how many a dynamic graph will see is not known
-    served = one and x.is_cpu and weight.is_cpu and weight.is_contiguous() and x.dtype in (torch.bfloat16, torch.float32)
-    return served and _load() is not None
+    served = x.is_cpu and weight.is_cpu and weight.is_contiguous() and x.dtype in (torch.bfloat16, torch.float32)
+    rows = x.shape[:-1].numel() if served else 0
+    return bool(rows > 0) and bool(rows <= DENSE_ROWS) and _load() is not None
 
 
 def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
-    """The op of the same name (see ``ops``), for checked arguments of one row.
+    """The op of the same name (see ``ops``), for arguments that ``multiplies`` has passed.
 
-    The same inputs give the same bits. MemoryError where there is no room for x in float32.
+    A row's bits are the same beside others as alone. MemoryError where there is no room for x in float32.
     """
     x, (columns, channels) = x.contiguous(), weight.shape
     out = x.new_empty((*x.shape[:-1], columns))
-    if _load().larosa_dense(x.data_ptr(), weight.data_ptr(), out.data_ptr(), channels, columns, _DTYPES[x.dtype],
-                            torch.get_num_threads()):
+    if _load().larosa_dense(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // channels, channels, columns,
+                            _DTYPES[x.dtype], torch.get_num_threads()):
         raise MemoryError("dense_gemv: no memory for x in float32")
     return out
 
@@ -347,7 +348,7 @@ def _open(path: Path) -> ctypes.CDLL:
         library.larosa_linear.restype = ctypes.c_int
         library.larosa_quantized.argtypes = [*[p] * 9, *[n] * 8, ctypes.c_double, ctypes.c_double, n, n, n]
         library.larosa_quantized.restype = ctypes.c_int
-        library.larosa_dense.argtypes, library.larosa_dense.restype = [p, p, p, n, n, n, n], ctypes.c_int
+        library.larosa_dense.argtypes, library.larosa_dense.restype = [p, p, p, n, n, n, n, n], ctypes.c_int
         library.larosa_attention.argtypes = [*[p] * 10, *[n] * 6, ctypes.c_double, n, n]
         library.larosa_attention.restype = ctypes.c_int
     except AttributeError as error:

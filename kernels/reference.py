@@ -456,7 +456,7 @@ def _selected(k: int, threshold: float | None) -> Callable[[Tensor, Tensor | Non
 
 
 def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
-    """``y[..., n] = x . weight[n]``: what ``F.linear`` computes, for one row of x at the memory's bandwidth.
+    """``y[..., n] = x . weight[n]``: what ``F.linear`` computes, for few rows of x at the memory's bandwidth.
 
     Args:
         x: [..., K], bfloat16, float16, float32 or float64.

@@ -19,6 +19,9 @@ from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.structure import Site
 
+#: How a site's values are mapped where the map is folded into what makes them.
+FOLDED = "heads folded"
+
 
 class HalfRotatedError(RuntimeError):
     """Mapped and unmapped values would meet in one cache."""
@@ -77,7 +80,7 @@ def _map_heads(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str,
     for linear in site.linears:
         with gm.graph.inserting_before(linear):
             linear.update_arg(1, ex.weight_call(gm.graph, ex.map_blocks, linear.args[1], maps, starts, blocks, True))
-    return "heads folded" if folds else "heads online"
+    return FOLDED if folds else "heads online"
 
 
 def _heads_here(site: Site, heads: int, size: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The head, and what else is left of ``F.linear`` in a step of one token, becomes a product at the memory's bandwidth.
+"""The head, and what else is left of ``F.linear`` in a step of few tokens, becomes a product at the memory's bandwidth.
 
 Not part of the method: once the sites read half of their bytes, a large vocabulary is a third of a small model's time on a
 CPU, whose libraries are made for products of many rows. With quantised weights the head takes 8 bits where the device has a
@@ -35,8 +35,8 @@ def run(ctx: Context) -> PassResult:
             _quantize(ctx, linear)
             result.count("linears in 8 bits")
             continue
-        example = g.value(linear.args[0])
-        if example is None or not ctx.device.multiplies(example, example.new_empty(columns, channels)):
+        x = g.value(linear.args[0])
+        if x is None or not _is_guarded(ctx, x) or not ctx.device.multiplies(x, x.new_empty(columns, channels)):
             result.skip(linear, "many tokens, or the device's own product is as good")
             continue
         layers.replace_linear(graph, linear, lambda *args: graph.call_function(_GEMV, args))
@@ -44,8 +44,13 @@ def run(ctx: Context) -> PassResult:
     return result
 
 
+def _is_guarded(ctx: Context, x: torch.Tensor) -> bool:
+    """Whether a graph may hold for some numbers of rows of x, [..., K], alone: a prompt's serves all lengths."""
+    return isinstance(x.shape[:-1].numel(), int) or ctx.structure.tokens_per_sequence == 1
+
+
 def _quantize(ctx: Context, linear: fx.Node) -> None:
-    """The linear over 8-bit weights: all channels by the kernel of a sparse site where there is one row."""
+    """The linear over 8-bit weights: all channels by the kernel of a sparse site where there are few rows."""
     graph, (channels, columns) = ctx.graph, layers.linear_size(linear)
     weight = format_of("int8", ctx.structure.dtype, columns)
     bias = layers.bias_of(linear)
@@ -53,7 +58,7 @@ def _quantize(ctx: Context, linear: fx.Node) -> None:
         stored, matrix = weight.emit(graph, ex.weight_call(graph, torch.t, linear.args[1]))
     product, output = layers.replace_linear(graph, linear, lambda x, _: graph.call_function(torch.matmul, (x, matrix)))
     site = SparseSite.of("head", product, output, bias, channels, columns, None, weight, stored)
-    if site.rows == 1 and ctx.device.pick(site, ctx.structure.device).whole:
+    if _is_guarded(ctx, site.example) and ctx.device.pick(site, ctx.structure.device).whole:
         with graph.inserting_before(output):
             op, arguments = weight.call(site, None)
             fused = graph.call_function(op, arguments)

@@ -82,6 +82,7 @@ class _Labels:
         self.scaled = torch.zeros(self.size, dtype=torch.bool)
         self.block = 0  # channels of one attention head
         self.kept = False
+        self.cache: fx.Node | None = None
 
     def exclude(self, *nodes: fx.Node) -> None:
         for labels in (self.of[node] for node in nodes if node in self.of):
@@ -99,7 +100,7 @@ class _Labels:
             self._attend(node)
         elif g.calls(node, "index_copy_") and labelled == [node.args[3]] and self._first_use(node.args[0], node):
             self.of[node] = self.of[node.args[0]] = self._spread(node.args[3], node.args[1], compat.concrete(g.sizes(node)))
-            self.kept = True
+            self.kept, self.cache = True, node.args[0]
         elif g.is_binary(node, g.MULS) and len(labelled) == 1 and g.shape(node) == g.shape(labelled[0]):
             self.of[node] = self.of[labelled[0]]
             self.scaled[_distinct(self.of[node]).flatten()] = True
@@ -177,4 +178,4 @@ def _trace(graph: fx.Graph, site: Site, linear: fx.Node) -> Source | None:
     if not runs:
         return None
     return Source(linear, starts.tolist(), torch.searchsorted(starts, heads[:, 0].contiguous()).tolist(), labels.block,
-                  mixes=True, kept=labels.kept)
+                  mixes=True, kept=labels.kept, cache=labels.cache)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from larosa_fx.compiler import policy
+from larosa_fx.compiler import mapped, policy
 from larosa_fx.compiler.agreement import Ranks, together
 from larosa_fx.compiler.capture import Capture, capture
 from larosa_fx.compiler.folds import STORE, Binding, Fingerprint, Folded, stamp
@@ -29,7 +29,7 @@ from larosa_fx.ir.report import Report
 from larosa_fx.ir.structure import weight_placeholders
 from larosa_fx.kernels import ops
 from larosa_fx.kernels.pick import pick
-from larosa_fx.passes.fold_maps import HalfRotatedError
+from larosa_fx.passes import fold_maps
 from larosa_fx.plan import file
 from larosa_fx.plan.plan import ATTACHED, Plan, PlanError
 
@@ -124,6 +124,7 @@ class _State:
     epoch: object  # of the plan, see _epoch
     refs: list[weakref.ref]
     fits: bool  # whether the plan that counts for these parameters leads to this graph
+    maps: str | None  # the digest of the plan whose maps the values in a cache go through, if they go through any
 
 
 class CompiledGraph:
@@ -166,7 +167,14 @@ class CompiledGraph:
             return self._gm(*args)
         if self._binding is None:
             return self._call(*args)
-        return self._call(*[args[i] for i in self._kept], *[entry.tensor for entry in state.folded])
+        if self._cache is not None and not mapped.fits(args[self._cache], state.maps):
+            raise LarosaError(policy.MISREAD)
+        result = self._call(*[args[i] for i in self._kept], *[entry.tensor for entry in state.folded])
+        if self._cache is not None:
+            mapped.written(args[self._cache], state.maps)
+        elif self._made_cache is not None:
+            mapped.written(result[self._made_cache], state.maps)
+        return result
 
     def _bind(self, args: Sequence[object], parameters: Sequence[torch.Tensor], ids: tuple[int, ...]) -> _State:
         """Fold what is not folded yet, for these parameters and the plan that counts for them."""
@@ -187,7 +195,8 @@ class CompiledGraph:
             folded = binding.fold(here, replace=replaces)
         states = self._states
         refs = [weakref.ref(p, lambda _: states.pop(ids, None)) for p in parameters]
-        states[ids] = _State(folded, fingerprint, stamp(parameters), revision, epoch, refs, fits)
+        states[ids] = _State(folded, fingerprint, stamp(parameters), revision, epoch, refs, fits,
+                             plan.digest if self._maps else None)
         return states[ids]
 
     def _plan_for(self, args: Sequence[object]) -> Plan | None:
@@ -234,7 +243,13 @@ class CompiledGraph:
         report = self._report(decision, run)
         captured.structure.sites = decision.sites
         self._weights = captured.weights(range(len(self._mask)))
+        inputs, outputs = g.placeholders(captured.gm.graph), captured.gm.graph.output_node().args[0]
         binding = self._rewrite(captured, plan, run, report)
+        # One layer's stands for those of all: a prompt or a step fills them alike.
+        cache = next((site.source.cache for site in decision.sites if site.source and site.source.cache), None)
+        self._cache = inputs.index(cache) if cache in inputs else None
+        self._made_cache = outputs.index(cache) if cache in outputs else None
+        self._maps = any(site.rotation == fold_maps.FOLDED for site in decision.sites)
         report.reason = "; ".join(filter(None, (report.reason, policy.unserved(
             report.unserved, len(report.sites), sparsify=self.options.sparsify, strict=self.options.strict))))
         here = list(map(shards.local, args))
@@ -271,7 +286,7 @@ class CompiledGraph:
                 device=Device(pick=partial(pick, rows=self.options.rows)),
                 plan=PlanView(plan.rotation, plan.matrices, plan.k_at(self.options.sparsity),
                               plan.thresholds_at(self.options.sparsity, self.options.selection))), run)
-        except HalfRotatedError as error:
+        except fold_maps.HalfRotatedError as error:
             raise LarosaError(f"larosa: {error}") from error
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Callable:

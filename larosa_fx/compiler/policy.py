@@ -157,6 +157,10 @@ def _check_cache(decision: Decision, plan: Plan | None, rotate_cache: bool) -> N
                           "reason")
 
 
+MISREAD = ("larosa: this key-value cache was filled by something else than what reads it now (a prompt that ran eagerly, "
+           "another plan or setting of rotate_cache), so the values in it would be misread; compile what fills it with the "
+           "same plan and options, pass an empty cache, or leave rotate_cache out")
+
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its mark and the plan when somebody was warned about it
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
 
-from larosa_fx.compiler import folds
+from larosa_fx.compiler import folds, mapped
 from larosa_fx.ir import compat
 
 #: Caches are made for a multiple of so many positions: few lengths, for each of which a CUDA graph is recorded once.
@@ -67,6 +67,8 @@ def lies_alike(cache: Cache, mapping: str | None) -> bool:
     alike = getattr(cache, "larosa_mapping", None) == mapping or filled(cache) == 0
     if alike:
         cache.larosa_mapping = mapping
+        for layer in (layer for layer in _positional(cache) if layer.is_initialized):
+            mapped.written(layer.values, mapping)
     return alike
 
 

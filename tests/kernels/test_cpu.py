@@ -483,6 +483,16 @@ def test_dense(native, threads, dtype, channels, columns, gen, check_gemv):
 
 
 @needs_compiler
+@pytest.mark.parametrize("rows", range(1, cpu.DENSE_ROWS + 1))
+def test_dense_rows_are_what_they_are_alone(native, threads, dtype, rows, gen):
+    weight, x = (torch.randn(n, 101, generator=gen).to(dtype) for n in (131, rows))
+    threads(2)
+    alone = torch.cat([native.dense_gemv(row[None], weight) for row in x])
+    assert torch.equal(native.dense_gemv(x, weight), alone)
+    assert torch.equal(native.dense_gemv(x.view(rows, 1, -1), weight), alone.view(rows, 1, -1))
+
+
+@needs_compiler
 def test_dense_passes_on_what_is_not_finite(native, dtype):
     x, weight = torch.ones(100, dtype=dtype), torch.eye(9, 100, dtype=dtype)
     weight[3, 99], weight[4, 2], x[5] = float("inf"), float("nan"), -float("inf")
@@ -490,11 +500,12 @@ def test_dense_passes_on_what_is_not_finite(native, dtype):
 
 
 @needs_compiler
-def test_dense_takes_one_row_that_torch_is_slow_for(native):
+def test_dense_takes_few_rows_that_torch_is_slow_for(native):
     weight = torch.ones(40, 30)
     assert native.multiplies(torch.ones(1, 1, 30), weight)
     assert native.multiplies(torch.ones(30).bfloat16(), weight.bfloat16())
-    assert not native.multiplies(torch.ones(2, 30), weight) and not native.multiplies(torch.ones(0, 30), weight)
+    assert native.multiplies(torch.ones(8, 30), weight)
+    assert not native.multiplies(torch.ones(9, 30), weight) and not native.multiplies(torch.ones(0, 30), weight)
     assert not native.multiplies(torch.ones(30).half(), weight.half())
     assert not native.multiplies(torch.ones(40), weight.t()) and not native.multiplies(torch.ones(30), weight.to("meta"))
 

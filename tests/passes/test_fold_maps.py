@@ -133,3 +133,43 @@ def test_the_cache_holds_mapped_values_only_by_promise():
         compiled(model, sparsity=0.0, rotate_cache=rotate_cache)(torch.arange(3, 9)[None], past_key_values=cache)
         values[rotate_cache] = cache.layers[1].values[0, :, :6]
     assert error(torch.einsum("hte,hed->htd", values[False], plan.heads["layers.1.h2"]), values[True]) < 1e-4
+
+
+def test_a_cache_is_read_only_as_it_was_written():
+    """A prompt that ran eagerly, as transformers' own loop runs it, leaves a cache that a step would misread."""
+    from transformers import StaticCache
+
+    model, prompt = llama(), ids(1, 6)
+    mapped_plan(model)
+    unmapped, maps = (compiled(model, sparsity=0.0, rotate_cache=rotate_cache) for rotate_cache in (False, True))
+    step = torch.tensor([[7]])
+
+    def cache_of(fill):
+        cache = StaticCache(model.config, max_cache_len=16)
+        fill(prompt, past_key_values=cache)
+        return cache
+
+    eagerly, mapped = cache_of(model), cache_of(maps)
+    with pytest.raises(larosa_fx.LarosaError, match="filled by something else"):
+        maps(step, past_key_values=eagerly)
+    with pytest.raises(larosa_fx.LarosaError, match="filled by something else"):
+        unmapped(step, past_key_values=mapped)
+    torch.testing.assert_close(unmapped(step, past_key_values=eagerly).logits, maps(step, past_key_values=mapped).logits)
+    mapped.reset()
+    model(prompt, past_key_values=mapped)  # the same memory, filled anew
+    with pytest.raises(larosa_fx.LarosaError, match="filled by something else"):
+        maps(step, past_key_values=mapped)
+    mapped.reset()
+    expected = unmapped(prompt, past_key_values=mapped).logits
+    torch.testing.assert_close(maps(prompt, past_key_values=cache_of(lambda *_, **__: None)).logits, expected)
+
+
+def test_transformers_loop_with_a_promise_that_it_breaks_raises():
+    from transformers import CompileConfig
+
+    model = llama()
+    mapped_plan(model)
+    config = CompileConfig(backend="larosa", mode=None, fullgraph=True, options={"rotate_cache": True, "compiler": "eager"})
+    config._compile_all_devices = True
+    with pytest.raises(larosa_fx.LarosaError, match="filled by something else"):
+        model.generate(ids(1, 6), cache_implementation="static", compile_config=config, **SETTINGS)
