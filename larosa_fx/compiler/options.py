@@ -36,8 +36,9 @@ class Options:
     dump_dir: directory for numbered dumps of the graph behind every pass, Python files that run.
     weights: "copy" keeps the eager model usable; "replace" frees each original weight once it is folded.
     rotate_cache: let a plan's head maps be folded into what writes the key-value cache, so that values lie in it mapped. A
-        promise: all that fills or reads this cache, prefill too, runs compiled with this plan. Without it heads are
-        mapped at run time wherever values outlive the graph.
+        promise: all that fills or reads this cache, prefill too, runs compiled with this plan. LarosaError where a graph
+        meets a cache that something else has filled. Without it heads are mapped at run time wherever values outlive the
+        graph.
     disable: names of passes to leave out, "fuse_attention,lower_head", to find which one a wrong answer comes from; see
         ``larosa_fx.compiler.pipeline``.
     rows: the most rows (sequences) of a step that are multiplied sparsely; None takes the device's measured crossover,

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,10 +40,9 @@ TOLERANCE = 1e-4  # of the largest logit; a wrong fold or another selection show
 _SIZES = {
     64: ("head_dim", "hidden_size", "n_embd", "d_model", "dim_model", "n_embed", "embedding_size", "model_dim", "emb_dim"),
     4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads",
-        "num_local_experts", "num_experts", "n_routed_experts", "sliding_window"),
+        "num_local_experts", "num_experts", "n_routed_experts", "sliding_window", "num_kv_shared_layers"),
     2: ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_experts_per_tok", "moe_topk", "top_k_experts",
-        "eos_token_id", "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
-        "num_decoder_layers", "num_encoder_layers"),
+        "eos_token_id"),
     96: ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size",
          "dim_ff", "dff"),
     16: ("v_head_dim", "dim_head", "d_kv", "kv_lora_rank"),
@@ -55,7 +54,12 @@ _SIZES = {
     128: ("max_position_embeddings", "n_positions", "n_ctx", "vocab_size_per_layer_input"),
     0: ("pad_token_id",),
 }
-SIZES = {name: size for size, names in _SIZES.items() for name in names}
+SIZES = {name: size for size, names in _SIZES.items() for name in names} | {"attn_layer_indices": [1]}
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
+           "num_decoder_layers", "num_encoder_layers")
+
+#: Numbers of layers to try: the first that has all kinds of layers that the class has (sliding windows, recurrences, ...).
+_NUMBERS = (2, 3, 4, 5, 6, 10)
 
 #: Attributes that some configurations want to derive from others: left out where the first try fails.
 _DERIVED = ((), ("head_dim",), ("num_heads", "head_dim"), ("num_hidden_layers",), ("num_experts_per_tok",),
@@ -119,22 +123,31 @@ def tiny_model(name: str, seed: int = 0) -> torch.nn.Module:
     Whatever the first configuration raises, where none makes a model that runs on input_ids.
     """
     config_class, model_class = classes()[name]
-    failures = []
+    first = None
     for left_out in _DERIVED:
         for part in (lambda config: config, lambda config: config.get_text_config(decoder=True)):
             try:
-                model = model_class(part(tiny_config(config_class, left_out))).eval()
-                logits = _logits(_randomize(model, seed + zlib.crc32(name.encode())), _ids())
-                if not logits.isfinite().all():
-                    raise ValueError("a random model returns NaN or Inf")
-                return model
+                configs = _with_all_kinds_of_layers(config_class, part, left_out)
             except Exception as error:  # a configuration that does not suit: whatever a model makes of it
-                failures.append(error)
-    raise failures[0]
+                first = first or error
+                continue
+            for config in configs:
+                try:
+                    return _running(model_class(config).eval(), seed + zlib.crc32(name.encode()))
+                except Exception as error:
+                    first = first or error  # not all of them: each holds a model
+    raise first
 
 
-def tiny_config(config_class: type, left_out: Iterable[str] = ()):
-    """The class's default configuration with SIZES in place of what it has, configurations inside it included."""
+def _running(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The model, randomised. Whatever it raises that does not run on input_ids alone."""
+    if not _logits(_randomize(model, seed), _ids()).isfinite().all():
+        raise ValueError("a random model returns NaN or Inf")
+    return model
+
+
+def tiny_config(config_class: type, left_out: Iterable[str] = (), layers: int = _NUMBERS[0]):
+    """The class's default configuration with ``layers`` and SIZES in place of what it has, those inside it included."""
     from transformers import PreTrainedConfig
 
     default = config_class()
@@ -142,13 +155,35 @@ def tiny_config(config_class: type, left_out: Iterable[str] = ()):
     known = default.to_dict()
     for name, value in known.items():
         if isinstance(value, dict) and isinstance(part := getattr(default, name, None), PreTrainedConfig):
-            changes[name] = tiny_config(type(part), left_out)
-        elif name in SIZES and name not in left_out:
-            changes[name] = SIZES[name]
+            changes[name] = tiny_config(type(part), left_out, layers)
+        elif name in (*SIZES, *_LAYERS) and name not in left_out:
+            changes[name] = SIZES.get(name, layers)
     if "kv_lora_rank" in known:  # latent attention: no groups, and head_dim is a part of a head
         changes = {name: value for name, value in changes.items() if name != "head_dim"}
         changes["num_key_value_heads"] = SIZES["num_attention_heads"]
     return config_class(**changes)
+
+
+def _with_all_kinds_of_layers(config_class: type, part: Callable, left_out: Iterable[str]) -> list:
+    """Tiny configurations with a layer of each kind that the class has, fewest layers first; where none has, the smallest.
+
+    left_out: where there is something, few layers alone are tried, because its defaults may be large. Whatever the last
+    configuration raises, where none can be made.
+    """
+    kinds, found, failure = _kinds_of_layers(part(config_class())), [], None
+    for layers in _NUMBERS[:1] if left_out else _NUMBERS:
+        try:
+            found.append(part(tiny_config(config_class, left_out, layers)))
+        except Exception as error:  # some classes want more layers than this
+            failure = error
+    if not found:
+        raise failure
+    whole = [config for config in found if kinds <= _kinds_of_layers(config)]
+    return whole or found[:1]
+
+
+def _kinds_of_layers(config: object) -> set[str]:
+    return set(getattr(config, "layer_types", None) or ())
 
 
 def _randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
