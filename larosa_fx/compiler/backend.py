@@ -234,7 +234,7 @@ class CompiledGraph:
                ) -> tuple[fx.GraphModule, list[object], Report]:
         """The graph as it came, what it is compiled with, and the report."""
         gm = g.clone(self._gm, self._mask)
-        self._binding, self._kept = None, []
+        self._binding, self._kept, self._maps = None, [], False
         return gm, list(args), replace(self._report(decision, run), nodes_after=len(gm.graph.nodes))
 
     def _sparse(self, captured: Capture, decision: policy.Decision, plan: Plan, run: Runner, args: Sequence[object]
