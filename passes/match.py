@@ -20,7 +20,7 @@ from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
-from larosa_fx.ir.structure import Site, StreamNode, Structure
+from larosa_fx.ir.structure import Site, StreamNode, Structure, parameters_of, weight_placeholders
 
 
 def run(ctx: Context) -> PassResult:
@@ -123,6 +123,7 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
     root_of |= {linear: tensor for tensor, linears in groups.items() if tensor in stream_like
                 for linear in linears if linear not in root_of}
     writes = effects.state_writes(graph)
+    states = _caches(graph, {*readers, *root_of})
     outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, root of its inner site, whether attention)
     branches: dict[fx.Node, set[fx.Node]] = {}  # site tensor -> what it depends on, as far as the linears behind a root
     used: set[fx.Node] = set()  # linears behind a root that an outer site depends on
@@ -132,7 +133,7 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
         branch = branches[tensor] = set(g.upstream(tensor, lambda n: n in root_of or n in readers, writes))
         roots = {root_of[n] for n in branch if n in root_of}
         if len(roots) == 1:
-            outer.append((tensor, roots.pop(), any(map(_mixes_positions, branch))))
+            outer.append((tensor, roots.pop(), any(node in states or _mixes_positions(node) for node in branch)))
         else:
             for linear in linears:
                 result.skip(linear, "its input is not a branch of one value of the residual stream")
@@ -171,6 +172,13 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
                     result.skip(linear, "no linear of its branch follows it: a router, or a gate on the branch's output")
     for tensor, root, mixes in outer:
         sites.append(Site(layer_of[root], "h2" if mixes else "h4", tensor, groups[tensor]))
+    of_sites = {linear for site in sites for linear in site.linears}
+    elsewhere = {weight for linears in groups.values() for linear in linears if linear not in of_sites
+                 for weight in parameters_of(linear)}
+    for site in [s for s in sites if not elsewhere.isdisjoint(weight_placeholders(s))]:
+        sites.remove(site)
+        result.skip(site.linears[0], "its module is called elsewhere, too, where it is no site: a plan knows sites by their "
+                                     "weights")
     names = [site.name for site in sites]
     for site in [s for s in sites if names.count(s.name) > 1]:
         sites.remove(site)
@@ -213,8 +221,11 @@ def _split(outer: list[tuple], keep: Callable[[fx.Node], bool]) -> tuple[list[tu
 
 
 def _mixes_positions(node: fx.Node) -> bool:
-    """Attention, however it is spelled: a product of two activations, a softmax, or an operator of somebody's own."""
-    if g.calls(node, F.scaled_dot_product_attention, F.softmax, torch.softmax, "softmax"):
+    """Attention, however it is spelled: a product of two activations, a softmax, a convolution, or somebody's own operator.
+
+    A recurrence has a convolution in front. Of one token it is none of these, but reads a state that the graph writes.
+    """
+    if g.calls(node, F.scaled_dot_product_attention, F.softmax, torch.softmax, "softmax", F.conv1d):
         return True
     if g.calls(node, torch.matmul, torch.bmm, operator.matmul, torch.einsum, "matmul", "bmm"):
         return not any(map(ex.is_weight, node.all_input_nodes))

@@ -182,5 +182,9 @@ class Structure:
 
 def weight_placeholders(site: Site) -> list[fx.Node]:
     """The parameters behind a site's linears, in order; on a matched graph that no pass has rewritten yet."""
-    return [node for linear in site.linears for node in g.upstream(linear.args[1], lambda n: False)
-            if g.PARAMETER in node.meta]
+    return [parameter for linear in site.linears for parameter in parameters_of(linear)]
+
+
+def parameters_of(linear: fx.Node) -> list[fx.Node]:
+    """The parameters that a linear's weight is made of."""
+    return [node for node in g.upstream(linear.args[1], lambda n: False) if g.PARAMETER in node.meta]

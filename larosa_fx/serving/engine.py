@@ -315,8 +315,9 @@ class Engine:
     def _rehearse(self, run: loop.Run, model_kwargs: dict[str, object]) -> bool:
         """Whether a step behind this prompt is sparse, found by tracing it with the model's own weights in a cache apart."""
         options = replace(self.settings.options, weights="copy", rotate_cache=False, mode=None)
+        longest = caches.capacity(caches.of(model_kwargs)) or run.length + 1
         kwargs = caches.with_cache(model_kwargs, StaticCache(config=self.model.config.get_text_config(decoder=True),
-                                                             max_cache_len=run.length + 1))
+                                                             max_cache_len=longest))
         forward = self.model.__dict__.pop("forward", None)
         try:
             compat.prefill(self.model, run.input_ids, run.generation_config, kwargs)
@@ -326,7 +327,7 @@ class Engine:
         except RuntimeError as error:
             if not compat.is_trace_failure(error):
                 raise
-            return True  # see _other_step
+            return caches.every_position_stays(caches.of(kwargs))  # see _other_step
         finally:
             if forward is not None:
                 self.model.forward = forward

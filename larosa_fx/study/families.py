@@ -267,7 +267,7 @@ def _rounding(model: torch.nn.Module, ids: torch.Tensor, expected: torch.Tensor)
 
 
 def _error_at_half(model: torch.nn.Module, path: str, selection: str) -> float:
-    """In float64, or in the model's own dtype where torch cannot run it in float64.
+    """In float64, or in the model's own dtype where torch cannot run it, or the backend finds no sites, in float64.
 
     Parts of a model compute in float32 all the same: rounding may move a channel across the threshold of one text, hardly of
     two.
@@ -280,6 +280,8 @@ def _error_at_half(model: torch.nn.Module, path: str, selection: str) -> float:
             with simulated(model, Plan.load(path), 0.5, selection=selection):
                 expected = _logits(model, ids)
             errors.append(relative_error(_logits(compiled, ids), expected))
+            if backend.last_report().treatment == "dense":
+                raise RuntimeError("nothing is sparse in this dtype")
             if errors[-1] <= TOLERANCE:
                 break
         return min(errors)

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from larosa_fx.ir import layers
+from larosa_fx.ir.structure import parameters_of, weight_placeholders
+from larosa_fx.study import families
 from programs import FOLDABLE, program, randomize, rewrite, tiny_model, trace
 from tiny import SIZES, ids
 
@@ -228,3 +230,12 @@ class Sequential(Rows):
 
 def test_tokens_without_attention_are_those_looked_up():
     assert trace(randomize(Sequential(False, False)), ids(2, 5)).structure.tokens_per_sequence == 5
+
+
+def test_a_module_that_is_called_elsewhere_too_is_no_site():
+    """Gemma 3n calls a layer's router before and behind its attention; one of the calls alone stands behind a norm."""
+    p = trace(families.tiny_model("Gemma3nForCausalLM"), ids(1, 5), use_cache=False)
+    of_sites = {linear for site in p.structure.sites for linear in site.linears}
+    others = {name for node in p.gm.graph.nodes if layers.is_linear(node) and node not in of_sites
+              for name in parameters_of(node)}
+    assert others and others.isdisjoint(name for site in p.structure.sites for name in weight_placeholders(site))

@@ -408,6 +408,18 @@ def test_a_step_with_other_sites_than_the_plans_keeps_the_weights(strict, fresh_
     assert not any(map(STORE.is_replaced, model.parameters()))
 
 
+@pytest.mark.skipif(not hasattr(transformers, "Qwen3NextForCausalLM"), reason="this release has no Qwen3-Next")
+def test_a_recurrences_step_has_the_sites_of_its_prompt(fresh_dynamo):
+    """Over one token it mixes no positions any more, but reads a state that the graph writes."""
+    model, dense = (families.tiny_model("Qwen3NextForCausalLM") for _ in range(2))
+    plan = larosa_fx.calibrate(model, [ids(2, 24)], basis="random", progress=False)
+    larosa_fx.enable(model, sparsity=0.0, compiler="eager", strict=True)
+    prompt = ids(1, 9)
+    assert torch.equal(model.generate(prompt, **SETTINGS), dense.generate(prompt, **SETTINGS))
+    assert [site.site for site in larosa_fx.last_report().sites] == [site.name for site in plan.sites]
+    assert {site.name.rpartition(".")[2] for site in plan.sites} == {"h1", "h2", "h3", "h4"}
+
+
 @pytest.mark.parametrize("heads", [4, 2])
 def test_steps_over_caches_of_all_lengths_have_their_attention_fused(heads, fresh_dynamo):
     """Each cache's length is a symbol of its own there, which once made keys and values look unlike."""
