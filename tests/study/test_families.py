@@ -20,7 +20,7 @@ EXPECTED = {  # class: treatment, sites, part of the reason
     "OPTForCausalLM": ("fold", ALL, ""),
     "Qwen3MoeForCausalLM": ("fold", "2xh1 2xh2", "experts"),
     "DeepseekV3ForCausalLM": ("fold", ALL, "latent attention"),
-    "Gemma3ForCausalLM": ("online", ALL, "cannot be carried past"),  # norms behind the branches as well
+    "Gemma3ForCausalLM": ("online", "6xh1 6xh2 6xh3 6xh4", "cannot be carried past"),  # norms behind the branches, too
     "Olmo2ForCausalLM": ("online", ALL, "without a norm"),  # norms behind the branches only
     "DeepseekV4ForCausalLM": ("dense", "", "no linears behind a norm"),  # hyper-connections
 }
