@@ -6,8 +6,6 @@
 #include "cpu_dtypes.h"
 #include "cpu_threads.h"
 
-constexpr int TOGETHER_DENSE = 4;  // rows that share what is read of a weight
-
 // out[m][n] = x[m] . w[n], a weight's row for each output. x lies as get leaves it: PAIR channels by two vectors, then the
 // rest. Every sum goes over its channels in one order, so how rows and outputs are grouped leaves the bits alone.
 template <class D>
@@ -19,6 +17,7 @@ struct Dots {
   T* out;  // [rows, columns]
   int64_t rows, channels, columns;
   static constexpr int64_t CHUNK = 64;  // outputs of an item
+  static constexpr int MOST = 4;        // rows that share what is read of a weight
 
   // R outputs of M rows: R streams side by side, and the R behind them are prefetched, since a weight's row may be short.
   template <int R, int M>
@@ -47,7 +46,7 @@ struct Dots {
   }
 
   // Outputs [n, end) of ``more`` rows, M at most.
-  template <int M = TOGETHER_DENSE>
+  template <int M = MOST>
   void outputs(int64_t m, int64_t more, int64_t n, int64_t end) {
     if (more < M) {
       if constexpr (M > 1) outputs<M - 1>(m, more, n, end);
@@ -59,7 +58,7 @@ struct Dots {
   }
 
   void item(int64_t i) {
-    const int64_t n = i * CHUNK, parts = (rows + TOGETHER_DENSE - 1) / TOGETHER_DENSE;
+    const int64_t n = i * CHUNK, parts = (rows + MOST - 1) / MOST;
     for (int64_t part = 0; part < parts; part++) {
       const int64_t m = rows * part / parts, end = rows * (part + 1) / parts;
       outputs(m, end - m, n, min(n + CHUNK, columns));
@@ -80,7 +79,8 @@ static int dense(const void* x_, const void* weight, void* out, int64_t rows, in
     for (vf a, b; c + PAIR <= channels; c += PAIR) D::get(x + c, a, b), store(to + c, a), store(to + c + LANES, b);
     for (; c < channels; c++) to[c] = D::get1(x[c]);
   }
-  Dots<D> job = {0, (columns + Dots<D>::CHUNK - 1) / Dots<D>::CHUNK, wide, (const T*)weight, (T*)out, rows, channels, columns};
+  const int64_t items = (columns + Dots<D>::CHUNK - 1) / Dots<D>::CHUNK;
+  Dots<D> job = {0, items, wide, (const T*)weight, (T*)out, rows, channels, columns};
   parallel(job, (int)(channels * columns * (int64_t)sizeof(T) < SERIAL ? 1 : threads));
   free(wide);
   return 0;

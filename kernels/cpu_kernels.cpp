@@ -66,7 +66,8 @@ extern "C" int larosa_quantized(const void* x, const void* weight, const void* s
            {bias, residual, gain, channels, k, threshold, eps, gate}, threads);
 }
 
-// x [rows, channels], weight [columns, channels] -> out [rows, columns]. Returns 0, or 2 if there is no memory for x in floats.
+// x [rows, channels], weight [columns, channels] -> out [rows, columns]. Returns 0, or 2 if there is no memory for x in
+// floats.
 extern "C" int larosa_dense(const void* x, const void* weight, void* out, int64_t rows, int64_t channels, int64_t columns,
                             int64_t dtype, int64_t threads) {
   auto f = dtype == FP32 ? dense<Float> : dtype == FP16 ? dense<Half> : dense<BFloat>;

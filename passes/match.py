@@ -27,9 +27,10 @@ def run(ctx: Context) -> PassResult:
     """Set ``ctx.structure``, of a canonical graph; ``skipped`` names linears that belong to no site."""
     graph, result = ctx.graph, PassResult("match")
     readers = {norm: linears for norm in filter(layers.is_norm, graph.nodes) if (linears := _readers(norm))}
-    stream_like = _stream_like(graph, readers)
+    caches = _caches(graph, {*readers, *filter(layers.is_weight_linear, graph.nodes)})
+    stream_like = _stream_like(graph, readers, caches)
     readers = {norm: linears for norm, linears in readers.items() if norm.args[0] in stream_like}
-    sites, head_norms = _sites(graph, readers, stream_like, result)
+    sites, head_norms = _sites(graph, readers, stream_like, caches, result)
     stream, obstacles = _stream(list(readers))
     structure = Structure(sites, stream, readers, obstacles, result.skipped)
     _ends(structure, head_norms)
@@ -67,13 +68,12 @@ def _readers(norm: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node]) -> set[fx.Node]:
+def _stream_like(graph: fx.Graph, norms: Iterable[fx.Node], caches: set[fx.Node]) -> set[fx.Node]:
     """What may be a value of the residual stream: what a path without linears and attention joins, channel by channel, to
     something in front of both. Norms inside a branch (q/k-norm, latent attention, sub-norms) read nothing of the kind.
 
     A cache is a graph's input, but what the graph writes into it stands behind a linear: so does what is read of it.
     """
-    caches = _caches(graph, {*norms, *filter(layers.is_weight_linear, graph.nodes)})
     behind, found = {*norms, *caches}, set()
     for node in graph.nodes:
         mixes = _mixes_positions(node)
@@ -103,7 +103,7 @@ def _caches(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
 # ---- sites ---------------------------------------------------------------------------------------------------------
 
 
-def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: set[fx.Node],
+def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: set[fx.Node], caches: set[fx.Node],
            result: PassResult) -> tuple[list[Site], set[fx.Node]]:
     """All sites in (layer, kind) order, and the norms that no outer site follows: the head's."""
     groups: dict[fx.Node, list[fx.Node]] = {}
@@ -123,7 +123,6 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
     root_of |= {linear: tensor for tensor, linears in groups.items() if tensor in stream_like
                 for linear in linears if linear not in root_of}
     writes = effects.state_writes(graph)
-    states = _caches(graph, {*readers, *root_of})
     outer: list[tuple[fx.Node, fx.Node, bool]] = []  # (site tensor, root of its inner site, whether attention)
     branches: dict[fx.Node, set[fx.Node]] = {}  # site tensor -> what it depends on, as far as the linears behind a root
     used: set[fx.Node] = set()  # linears behind a root that an outer site depends on
@@ -133,7 +132,7 @@ def _sites(graph: fx.Graph, readers: dict[fx.Node, list[fx.Node]], stream_like: 
         branch = branches[tensor] = set(g.upstream(tensor, lambda n: n in root_of or n in readers, writes))
         roots = {root_of[n] for n in branch if n in root_of}
         if len(roots) == 1:
-            outer.append((tensor, roots.pop(), any(node in states or _mixes_positions(node) for node in branch)))
+            outer.append((tensor, roots.pop(), any(node in caches or _mixes_positions(node) for node in branch)))
         else:
             for linear in linears:
                 result.skip(linear, "its input is not a branch of one value of the residual stream")

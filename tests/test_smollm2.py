@@ -1,7 +1,4 @@
-"""What must hold on a real model: SmolLM2-135M-Instruct, fetched from the package index once and kept in the cache.
-
-Graphs run as Inductor gets them, which would take a minute for each; the greedy tokens come out of the whole chain.
-"""
+"""What must hold on a real model: SmolLM2-135M-Instruct, fetched from the package index once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ def real(tmp_path_factory):
 
 def test_compiled_at_sparsity_zero_is_the_model(real):
     model, path, texts = real
-    assert verify.at_zero(model, path, texts[0], "eager").error <= 1e-4
+    assert verify.at_zero(model, path, texts[0]).error <= 1e-4
     report = larosa_fx.last_report()
     assert (report.treatment, report.layers, len(report.sites), report.adapters) == ("fold", 30, 120, 29)
 
@@ -47,7 +44,7 @@ def test_greedy_tokens_at_sparsity_zero(real):
 
 def test_bfloat16_perplexity_at_sparsity_zero(real):
     model, path, texts = real
-    assert abs(verify.perplexity_at_zero(copy.deepcopy(model).bfloat16(), path, texts[:2], "eager") - 1) <= 5e-3
+    assert abs(verify.perplexity_at_zero(copy.deepcopy(model).bfloat16(), path, texts) - 1) <= 5e-3
 
 
 def test_sparse_is_the_method_in_plain_words(real):

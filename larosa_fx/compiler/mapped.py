@@ -6,7 +6,6 @@ answers without a word.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -20,25 +19,23 @@ class _Written:
 
 
 _written: WeakIdKeyDictionary = WeakIdKeyDictionary()  # values of a cache, mapped ones alone -> what wrote them last
-_lock = threading.Lock()
 
 
 def written(values: torch.Tensor, plan: str | None) -> None:
     """A cache's values, [B, H, S, d], now lie there mapped by the plan of this digest; None: as the model has them."""
     if plan is None and not _written:
         return
-    with _lock:
-        if plan is None:
-            _written.pop(values, None)
-        else:
-            _written[values] = _Written(plan, _version(values))
+    if plan is None:
+        _written.pop(values, None)
+    else:
+        _written[values] = _Written(plan, _version(values))
 
 
 def fits(values: torch.Tensor, plan: str | None) -> bool:
     """Whether a graph may read ``values`` that takes them to be mapped by this plan, None for not at all.
 
     Those that nobody has written yet, all zero, it may. To see that waits for the device: once for a cache, and whenever
-    something else has written to it.
+    something else has written to it, which a tensor made under inference_mode does not tell.
     """
     if plan is None and not _written:
         return True

@@ -21,8 +21,8 @@ class Source:
 
     starts: the first output channel of each block of the linear. blocks: for each block of the site, which of these it
     is (GQA repeats heads). size: channels of a block. mixes: whether channels of a block may be mixed, not only scaled.
-    kept: whether the channels outlive the graph, in a key-value cache that other graphs read. cache: what they
-    are written to at their positions, an input of the graph or, where the graph makes the cache, an output.
+    kept: whether the channels outlive the graph, in a key-value cache that other graphs read. cache: what they are
+    written to at their positions, an input of the graph or, where the graph makes the cache, an output.
     """
 
     linear: fx.Node
@@ -34,8 +34,7 @@ class Source:
     cache: fx.Node | None = None
 
     def __post_init__(self) -> None:
-        self.parameter = next(n.meta[g.PARAMETER] for n in g.upstream(self.linear.args[1], lambda n: False)
-                              if g.PARAMETER in n.meta)
+        self.parameter = parameters_of(self.linear)[0].meta[g.PARAMETER]
 
 
 @dataclass

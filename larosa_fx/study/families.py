@@ -152,12 +152,13 @@ def tiny_config(config_class: type, left_out: Iterable[str] = (), layers: int = 
 
     default = config_class()
     changes: dict[str, object] = {}
+    sizes = SIZES | dict.fromkeys(_LAYERS, layers)
     known = default.to_dict()
     for name, value in known.items():
         if isinstance(value, dict) and isinstance(part := getattr(default, name, None), PreTrainedConfig):
             changes[name] = tiny_config(type(part), left_out, layers)
-        elif name in (*SIZES, *_LAYERS) and name not in left_out:
-            changes[name] = SIZES.get(name, layers)
+        elif name in sizes and name not in left_out:
+            changes[name] = sizes[name]
     if "kv_lora_rank" in known:  # latent attention: no groups, and head_dim is a part of a head
         changes = {name: value for name, value in changes.items() if name != "head_dim"}
         changes["num_key_value_heads"] = SIZES["num_attention_heads"]
