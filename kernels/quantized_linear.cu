@@ -7,7 +7,7 @@
 //
 // Compiled at run time with these constants, besides those of selection.cuh: COLUMNS (N), BITS (8 or 4), GROUP (columns
 // that share a scale), ADAPTER (rows of the residual adapter, in 8 bits), TILE (columns a cluster reads, a multiple of 32),
-// BATCH (rows a thread has in flight), SPLIT (blocks of a cluster), SHARED (bytes of shared memory), and the flags FULL,
+// BATCH (rows a thread asks for at a time), SPLIT (blocks of a cluster), SHARED (bytes of shared memory), and the flags FULL,
 // BIAS, RESIDUAL, EARLY and GAIN, as sparse_linear.cu describes them.
 //
 // 8 bits: w = s q, q signed. 4 bits: w = s u + m, u = 0..15, two to a byte, the lower column in the lower half; s and m,
@@ -80,17 +80,20 @@ __device__ __forceinline__ void add(const Pack<2>& pack, float c, float (&sum)[W
     }
 }
 
-// Adds up rows of this thread's 16 columns, those that fall to this block of the cluster. LISTED: the ``count`` rows of the
-// list, an entry being row << 16 | value; else ``count`` rows from the first on, with a value each. ``offset`` collects
-// what 4-bit rows add to each of the columns alike.
-template <int WIDE, bool LISTED>
-__device__ __forceinline__ void stream(const u8* weight, const u16* scales, const void* rows, int count, bool reads,
-                                       int rank, float (&sum)[WIDTH], float& offset, u64 policy) {
-  constexpr int PER_ROW = COLUMNS / GROUP * (WIDE == 4 ? 2 : 1);
-  for (int first = threadIdx.x / LANES * SPLIT + rank; first < count; first += GROUPS * SPLIT * BATCH) {
-    Pack<WIDE / 2> pack[BATCH];
-    float value[BATCH];
-    u32 scale[BATCH];
+// BATCH rows of this thread's 16 columns on their way, with each row's value and scale. 4 bits: ``offset`` collects what rows
+// add to each of the columns alike.
+template <int WIDE>
+struct Batch {
+  Pack<WIDE / 2> pack[BATCH];
+  float value[BATCH];
+  u32 scale[BATCH];
+
+  // LISTED: of the ``count`` rows of the list, an entry being row << 16 | value; else of as many rows from the first on,
+  // with a value each.
+  template <bool LISTED>
+  __device__ __forceinline__ void ask(const u8* weight, const u16* scales, const void* rows, int first, int count,
+                                      bool reads, u64 policy) {
+    constexpr int PER_ROW = COLUMNS / GROUP * (WIDE == 4 ? 2 : 1);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const int at = first + b * GROUPS * SPLIT;
@@ -109,11 +112,31 @@ __device__ __forceinline__ void stream(const u8* weight, const u16* scales, cons
       const u16* s = scales + (u64)row * PER_ROW;
       scale[b] = !wanted ? 0u : WIDE == 4 ? __ldg(reinterpret_cast<const u32*>(s)) : __ldg(s);
     }
+  }
+
+  __device__ __forceinline__ void take(float (&sum)[WIDTH], float& offset) {
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       add(pack[b], value[b] * widen(scale[b] & 0xffff), sum);
       if (WIDE == 4) offset = fmaf(value[b], widen(scale[b] >> 16), offset);
     }
+  }
+};
+
+// Adds up the rows that fall to this block of the cluster. One batch is on its way while another is added up: without that
+// all warps wait for memory at one time, and compute at another.
+template <int WIDE, bool LISTED>
+__device__ __forceinline__ void stream(const u8* weight, const u16* scales, const void* rows, int count, bool reads,
+                                       int rank, float (&sum)[WIDTH], float& offset, u64 policy) {
+  constexpr int STEP = GROUPS * SPLIT * BATCH;
+  Batch<WIDE> even, odd;
+  int first = threadIdx.x / LANES * SPLIT + rank;
+  even.template ask<LISTED>(weight, scales, rows, first, count, reads, policy);
+  for (; first < count; first += 2 * STEP) {
+    odd.template ask<LISTED>(weight, scales, rows, first + STEP, count, reads, policy);
+    even.take(sum, offset);
+    even.template ask<LISTED>(weight, scales, rows, first + 2 * STEP, count, reads, policy);
+    odd.take(sum, offset);
   }
 }
 

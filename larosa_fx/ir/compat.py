@@ -497,6 +497,13 @@ def prefill(model: torch.nn.Module, input_ids: torch.Tensor, generation_config: 
     return model._prefill(input_ids, generation_config, model_kwargs)
 
 
+def sample(model: torch.nn.Module, input_ids: torch.Tensor, logits_processor: object, stopping_criteria: object,
+           generation_config: object, streamer: object | None, model_kwargs: dict[str, object]):
+    """transformers' own loop of greedy decoding and sampling, from where ``custom_generate`` is called."""
+    return model._sample(input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
+                         generation_config=generation_config, streamer=streamer, **model_kwargs)
+
+
 def next_kwargs(model: torch.nn.Module, outputs: object, model_kwargs: dict[str, object]) -> dict[str, object]:
     """``model_kwargs`` with masks, positions and token types longer by the token that ``outputs`` lead to."""
     return model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)

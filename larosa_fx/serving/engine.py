@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
@@ -87,6 +87,7 @@ class Kept:
     """What the engines of one model share and keep: caches, compiled steps, what was folded from weights that are gone.
 
     rehearsed: by a plan's digest, whether a step's graph holds what the plan is for, where that was looked at.
+    unfit: why the model cannot run over a static cache, once that was seen.
     steps: by options and tokens of a sequence. The graphs that read folded tensors keep them too, but graphs come and go
     (``torch.compiler.reset``).
     """
@@ -95,6 +96,7 @@ class Kept:
     folded: list[Folded] = field(default_factory=list)
     steps: dict[tuple[Options, int], Callable] = field(default_factory=dict)
     rehearsed: dict[str, bool] = field(default_factory=dict)
+    unfit: str | None = None
     _made: int = -1  # STORE.made when it was looked through
 
     def hold(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -102,6 +104,10 @@ class Kept:
             found = STORE.folded_from([p for p in parameters if STORE.is_replaced(p)])
             self.folded = list(dict.fromkeys((*self.folded, *found)))
             self._made = STORE.made
+
+
+class _NotOver(Exception):
+    """A model cannot run over the static cache that it was given, and why."""
 
 
 class Engine:
@@ -200,6 +206,8 @@ class Engine:
         if kwargs.get("synced_gpus"):
             return "synced_gpus=True keeps several processes in step"
         cache = caches.of(kwargs)
+        if cache is None and self._kept.unfit:
+            return self._kept.unfit
         if cache is not None and not (isinstance(cache, StaticCache) and cache.is_compileable and not cache.offloading):
             return f"past_key_values is a {type(cache).__name__}, and sparse steps need a StaticCache"
         mode = config.get_generation_mode(kwargs.get("assistant_model")).value
@@ -253,6 +261,16 @@ class Engine:
             if own and generation_config.return_dict_in_generate:
                 lent = self._pool.lend(cache, rows)
                 lent.larosa_mapping = self._mapping
+        except _NotOver as error:
+            if not own:
+                raise LarosaError(f"larosa: {error}; pass a shorter StaticCache, or none") from error
+            self._kept.unfit = str(error)
+            self._give_up_nothing()
+            self._dense(f"{error}; transformers' own loop runs instead")
+            growing = DynamicCache(config=model.config.get_text_config(decoder=True))
+            with self._owning():
+                return compat.sample(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer,
+                                     caches.with_cache(model_kwargs, growing))
         finally:
             if own and lent is None:  # also where a streamer breaks off, because nobody listens any more
                 self._pool.give_back(cache, rows)
@@ -275,9 +293,8 @@ class Engine:
     def _tokens(self, cache: StaticCache, model_kwargs: dict[str, object], run: loop.Run, new: int, own: bool) -> None:
         """Prompt and decoding, of at most ``new`` tokens."""
         before, config = run.length, run.generation_config
-        if self.settings.owns and caches.keeps_states(cache) and not self._may_give_up(run, model_kwargs):
-            options = replace(self.settings.options, weights="copy", rotate_cache=False)
-            self.settings = replace(self.settings, options=options)
+        if caches.keeps_states(cache) and not self._may_give_up(run, model_kwargs) and self.settings.owns:
+            self._give_up_nothing()
         logits, filled = self._prompt(cache, run.input_ids, config, model_kwargs)
         stays = caches.every_position_stays(cache)
         if stays and filled + new - 1 > caches.capacity(cache):
@@ -300,6 +317,10 @@ class Engine:
         elif run.length > before + 1:
             self._dense("no compiled graph was reached")
 
+    def _give_up_nothing(self) -> None:
+        options = replace(self.settings.options, weights="copy", rotate_cache=False)
+        self.settings = replace(self.settings, options=options)
+
     def _may_give_up(self, run: loop.Run, model_kwargs: dict[str, object]) -> bool:
         """Whether the model's weights may be given up: not where a step's graph is none of the plan's.
 
@@ -320,17 +341,31 @@ class Engine:
                                                              max_cache_len=longest))
         forward = self.model.__dict__.pop("forward", None)
         try:
-            compat.prefill(self.model, run.input_ids, run.generation_config, kwargs)
+            with self._over(longest):
+                compat.prefill(self.model, run.input_ids, run.generation_config, kwargs)
             one_more = torch.cat([run.input_ids, run.input_ids[:, -1:]], dim=1)
             inputs = loop.StepInputs(self.model, kwargs, run.length, run.length).after(one_more)
             return backend.rehearse(_renamed(_logits), options, self.model, **inputs).treatment != "dense"
         except RuntimeError as error:
             if not compat.is_trace_failure(error):
                 raise
-            return caches.every_position_stays(caches.of(kwargs))  # see _other_step
+            if not (stays := caches.every_position_stays(caches.of(kwargs))):
+                with self._over(longest):
+                    _logits(self.model, **inputs)  # as it would then be, see _other_step
+            return stays
         finally:
             if forward is not None:
                 self.model.forward = forward
+
+    @contextlib.contextmanager
+    def _over(self, positions: int) -> Iterator[None]:
+        """Within it a model runs as transformers has it, over a static cache; _NotOver where it fails."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _NotOver(f"over a static cache of {positions} positions this model fails ({_brief(error)})") from error
 
     def _plainly(self, inputs: loop.StepInputs, run: loop.Run, logits: torch.Tensor, cache: StaticCache,
                  undo: Callable[[], None] | None) -> dict[str, object]:
@@ -390,7 +425,7 @@ class Engine:
             except RuntimeError as error:
                 if not compat.is_trace_failure(error):
                     raise
-                steps[key] = self._other_step(options, caches.of(inputs), " ".join(str(error).split())[:160])
+                steps[key] = self._other_step(options, caches.of(inputs), _brief(error))
             return steps[key](self.model, **inputs)
 
         return step
@@ -452,6 +487,10 @@ def _why_dense(report: Report) -> str:
     if any(site.form != "dense" or site.unserved for site in asked):
         return ""
     return "; ".join(dict.fromkeys(site.reason for site in asked))
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _settings(kwargs: Mapping[str, object]) -> dict[str, object]:

@@ -70,12 +70,19 @@ ROWS = {
 
 
 @pytest.fixture(autouse=True)
-def full_accumulation(monkeypatch):
-    """cuBLAS, which serves many rows, may add bf16 and fp16 partial sums in bf16 and fp16 by default."""
-    if not torch.cuda.is_available():
-        return
-    for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
-        monkeypatch.setattr(torch.backends.cuda.matmul, name, False)
+def full_accumulation():
+    """cuBLAS, which serves many rows, may add bf16 and fp16 partial sums in bf16 and fp16 by default.
+
+    The settings are no attributes that monkeypatch could take away again: they are read and written through.
+    """
+    settings = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(settings, name) for name in names} if torch.cuda.is_available() else {}
+    for name in before:
+        setattr(settings, name, False)
+    yield
+    for name, value in before.items():
+        setattr(settings, name, value)
 
 
 @pytest.fixture(params=ROWS)

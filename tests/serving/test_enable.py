@@ -172,7 +172,7 @@ def test_streamers_processors_and_criteria_meet_each_token_once(pair):
         out = model.generate(prompt, streamer=streamer, logits_processor=[processor], stopping_criteria=[criterion],
                              **SETTINGS)
         assert out.shape[1] == 9 + 5
-        assert streamer.tokens == out[0].tolist()
+        assert streamer.tokens == out[0].tolist() and streamer.ended
         seen.append((out.tolist(), streamer.ended, processor.seen, criterion.seen))
     assert seen[0] == seen[1]
 
@@ -406,6 +406,27 @@ def test_a_step_with_other_sites_than_the_plans_keeps_the_weights(strict, fresh_
     larosa_fx.enable(model, compiler="eager", sparsity=0.25)
     model.generate(prompt, **SETTINGS)
     assert not any(map(STORE.is_replaced, model.parameters()))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "InklingForCausalLM"), reason="this release has no Inkling")
+def test_a_model_that_fails_over_a_static_cache_is_left_to_transformers(fresh_dynamo):
+    """Inkling's step cannot run where a static cache is longer than its sliding window; over a prompt it can."""
+    model = families.tiny_model("InklingForCausalLM")
+    dense = copy.deepcopy(model)
+    larosa_fx.calibrate(model, [ids(2, 24)], basis="random", progress=False)
+    larosa_fx.enable(model, sparsity=0.0, compiler="eager")
+    prompt, streamer = ids(1, 9), Streamed()
+    with pytest.warns(match="over a static cache of 1024 positions this model fails .The size of tensor"):
+        out = model.generate(prompt, streamer=streamer, **SETTINGS)
+    assert torch.equal(out, dense.generate(prompt, **SETTINGS))
+    assert streamer.tokens == out[0].tolist() and streamer.ended
+    assert torch.equal(model.generate(prompt, **SETTINGS), out)
+    config = model.config.get_text_config(decoder=True)
+    with pytest.raises(LarosaError, match="pass a shorter StaticCache, or none"):
+        model.generate(prompt, past_key_values=StaticCache(config=config, max_cache_len=600), **SETTINGS)
+    larosa_fx.enable(model, compiler="eager", strict=True)
+    with pytest.raises(LarosaError, match="over a static cache of 1024 positions this model fails"):
+        model.generate(prompt, **SETTINGS)
 
 
 @pytest.mark.skipif(not hasattr(transformers, "Qwen3NextForCausalLM"), reason="this release has no Qwen3-Next")
