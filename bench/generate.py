@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import resource
 import statistics
 import sys
@@ -140,7 +139,8 @@ def main() -> int:
                       f"first token {row['ttft_ms']:.1f} ms, first call {first:.1f} s, "
                       f"peak {row['peak_gib']:.1f} GiB of {weights:.1f}", flush=True)
                 if args.json:
-                    args.json.write_text(json.dumps({"rows": rows, "provenance": library_versions()}, indent=1) + "\n")
+                    provenance.write_results(args.json, rows, provenance={"device": origin["device"],
+                                                                          "versions": library_versions()})
         del model, generate
     return 0
 

@@ -99,11 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--sparsity", type=_sparsity, default=0.5, help="byte sparsity of the decoding run and the checks")
     demo.add_argument("--tokens", type=_positive, default=64, help="tokens to generate")
     demo.add_argument("--window", type=_positive, default=512, help="tokens a window")
-    demo.add_argument("--calibration-windows", type=_positive, default=16, help="windows to calibrate on")
-    demo.add_argument("--windows", type=_positive, default=8, help="windows to evaluate on")
+    demo.add_argument("--calibration-windows", type=_positive, default=8, help="windows to calibrate on")
+    demo.add_argument("--windows", type=_positive, default=4, help="windows to evaluate on")
     demo.add_argument("--picture", metavar="FILE", help="image of perplexity and speed over sparsity; demo.png in the cache "
                       "where not given")
-    demo.add_argument("--verbose", action="store_true", help="show the structure, more baselines and progress, too")
+    demo.add_argument("--verbose", action="store_true", help="show structure, more sparsities, baselines and progress, too")
 
     calibrate = command("calibrate", _calibrate, "Fit rotations to a model and save them as a plan.")
     calibrate.add_argument("-o", "--output", metavar="PLAN", help="file to write; MODEL.larosa where not given")
