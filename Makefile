@@ -29,8 +29,7 @@ test: venv
 	$(PYTEST) $(ARGS)
 
 # What depends on transformers most, with each of the two: what Dynamo finds in its models, and its loop of generation.
-VERSIONED := $(addprefix tests/,compiler/test_backend.py compiler/test_negatives.py compiler/test_policy.py \
-	compiler/test_unrecognised.py serving/test_enable.py test_generation.py)
+VERSIONED := $(addprefix tests/,compiler/test_backend.py compiler/test_negatives.py serving/test_enable.py test_generation.py)
 
 test-versions: $(VENV)/$(OLDEST) $(VENV)/$(NEWEST)
 	PYTHONPATH=$(CURDIR)/$(VENV)/$(OLDEST) $(PYTEST) $(ARGS) $(VERSIONED)

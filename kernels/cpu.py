@@ -120,7 +120,7 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor | Non
 
 def serves(x: Tensor, adapter: int, gate: str) -> bool:
     """Whether ``sparse_linear`` takes x, which may be a fake tensor, with an adapter of so many rows and the gate."""
-    rows = x.shape[:-1].numel()
+    rows = reference.rows_of(x)
     few = bool(rows <= MAX_ROWS)  # where it is symbolic, a guard: more rows compile anew
     return few and x.is_cpu and x.dtype in _DTYPES and not (adapter and gate) and _load() is not None
 
@@ -198,7 +198,7 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
     own.
     """
     served = x.is_cpu and weight.is_cpu and weight.is_contiguous() and x.dtype in (torch.bfloat16, torch.float32)
-    rows = x.shape[:-1].numel() if served else 0
+    rows = reference.rows_of(x) if served else 0
     return bool(rows > 0) and bool(rows <= DENSE_ROWS) and _load() is not None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from larosa_fx.kernels import nvrtc
 from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
-from larosa_fx.kernels.reference import GATE_CODES
+from larosa_fx.kernels.reference import GATE_CODES, rows_of
 
 _SOURCE = Path(__file__).with_name("sparse_linear.cu")
 _MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
@@ -81,7 +81,7 @@ def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> s
     channels = x.shape[-1]
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"the CUDA kernel takes bfloat16 and float16, not {x.dtype}"
-    if not isinstance(channels, int) or x.shape[:-1].numel() != 1:
+    if not isinstance(channels, int) or rows_of(x) != 1:
         return "the CUDA kernel takes one row"
     if adapter and (gate or norm):
         # The adapter's rows are summed with the others, which the norm's scalar and the gate then meet.

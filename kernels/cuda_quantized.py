@@ -9,7 +9,7 @@ from torch import Tensor
 
 from larosa_fx.kernels import nvrtc
 from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
-from larosa_fx.kernels.reference import GATE_CODES
+from larosa_fx.kernels.reference import GATE_CODES, rows_of
 
 _SOURCE = Path(__file__).with_name("quantized_linear.cu")
 _MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
@@ -89,7 +89,7 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
     channels = x.shape[-1]
     if x.device.type != "cuda" or not nvrtc.available() or nvrtc.properties(x.device).major < 9:
         return "clusters of thread blocks are there from compute capability 9"
-    if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[:-1].numel() != 1:
+    if x.dtype not in (torch.bfloat16, torch.float16) or rows_of(x) != 1:
         return "one row of 16 bits is what it takes"
     if rows and (gate or norm):
         return "an adapter's rows would meet the norm's scalar or the gate"

@@ -4,6 +4,7 @@ Their signatures and docstrings are the ops' own. The argument checks live here 
 the same inputs in the same words.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,11 @@ _CHUNK = 1024
 
 # Elements of a weight that ``wide_matmul`` widens at a time: 32 MiB of float32.
 _BLOCK = 2**23
+
+
+def rows_of(x: Tensor) -> int | torch.SymInt:
+    """How many rows x has, [..., K]. Of a fake tensor torch's own ``numel()`` of a shape would fix a symbol at its size."""
+    return math.prod(x.shape[:-1])
 
 
 def check_select(x: Tensor, k: int) -> None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from larosa_fx.kernels.reference import GATHER_ROWS
+from larosa_fx.kernels.reference import GATHER_ROWS, rows_of
 
 _REDUCE_BLOCK = 128
 _BLOCK_N = 64
@@ -160,7 +160,7 @@ def serves(values: Tensor, columns: int = 1) -> bool:
 
     columns: of the weight, as many as a grid has tiles for.
     """
-    few = values.shape[:-1].numel() <= GATHER_ROWS and columns <= _MAX_TILES * _BLOCK_N
+    few = rows_of(values) <= GATHER_ROWS and columns <= _MAX_TILES * _BLOCK_N
     return few and values.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from larosa_fx import smollm2
+from larosa_fx.ir import compat
 from larosa_fx.ir.checks import shown
 
 
@@ -34,8 +35,9 @@ def load_model(name: str | None, gguf_file: str | None = None, dtype: torch.dtyp
         logger.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = load_tokenizer(name, gguf_file)  # before the weights, which take longest
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=dtype)
+        with compat.gguf_read_once():
+            tokenizer = load_tokenizer(name, gguf_file)  # before the weights, which take longest
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=dtype)
     except Exception as error:  # transformers and what it reads models with raise whatever they happen to raise
         raise InputError(f"cannot load the model {name!r}: {error}; give a causal LM's directory or hub id") from error
     finally:

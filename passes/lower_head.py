@@ -19,6 +19,7 @@ from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.site import SparseSite, format_of
 from larosa_fx.kernels.pick import crossover
+from larosa_fx.kernels.reference import rows_of
 
 _GEMV = torch.ops.larosa.dense_gemv.default
 _SMALL = 2**18  # elements: with fewer, a call costs what it saves
@@ -46,7 +47,7 @@ def run(ctx: Context) -> PassResult:
 
 def _is_guarded(ctx: Context, x: torch.Tensor) -> bool:
     """Whether a graph may hold for some numbers of rows of x, [..., K], alone: a prompt's serves all lengths."""
-    return isinstance(x.shape[:-1].numel(), int) or ctx.structure.tokens_per_sequence == 1
+    return isinstance(rows_of(x), int) or ctx.structure.tokens_per_sequence == 1
 
 
 def _pays(ctx: Context, x: torch.Tensor, columns: int) -> bool:
@@ -56,8 +57,8 @@ def _pays(ctx: Context, x: torch.Tensor, columns: int) -> bool:
     """
     if not _is_guarded(ctx, x) or not ctx.device.multiplies(x, x.new_empty(columns, x.shape[-1])):
         return False
-    one = isinstance(x.shape[:-1].numel(), int) and x.shape[:-1].numel() == 1
-    return one or x.dtype == torch.float32 or not compat.multiplies_natively(x.dtype)
+    rows = rows_of(x)
+    return (isinstance(rows, int) and rows == 1) or x.dtype == torch.float32 or not compat.multiplies_natively(x.dtype)
 
 
 def _quantize(ctx: Context, linear: fx.Node) -> None:

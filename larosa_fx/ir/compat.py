@@ -6,6 +6,7 @@ Checked on torch 2.11 and 2.13, transformers 5.17, 5.23 and 5.24 (``TESTED``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import inspect
 import re
@@ -422,6 +423,28 @@ def mark_growing(tensor: torch.Tensor, dims: Sequence[int]) -> None:
     """Ask Dynamo for one graph whatever the sizes of ``dims``, which it may still fix where it must (2.11 to 2.13)."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+@contextlib.contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Within it a GGUF file is parsed once (5.17 to 5.24).
+
+    transformers does so anew for the configuration, the tokenizer and the weights, and makes the table of tensors' names for
+    each of them: of SmolLM2's 94 MiB, two thirds of half a minute.
+    """
+    try:
+        import gguf
+    except ImportError:  # transformers says so where it is needed
+        yield
+        return
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in before.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
 
 
 # ---- accelerate ------------------------------------------------------------------------------------------------------
