@@ -72,6 +72,8 @@ def run(args: Namespace) -> int:
                                            progress=args.verbose, dense=dense)
         dense = losses[form.name][0]
     print(_loss_table(losses, sparsities))
+    if args.model is None:
+        print("The paper's Top-K was calibrated on text of this kind, which the trained plan has never seen.")
 
     _headline("Decoding, batch 1")
     speeds = _decode(model, tokenizer, forms, sparsities, args)
