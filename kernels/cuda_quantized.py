@@ -15,6 +15,7 @@ _SOURCE = Path(__file__).with_name("quantized_linear.cu")
 _MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
 _WIDTH = 16  # columns a thread adds up, as in the kernel
 _SECTOR = 64  # columns, 32 bytes of 4-bit weights
+_SHARED = 227 * 1024  # bytes of shared memory that a block of compute capability 9 can have
 
 
 class Shape(NamedTuple):
@@ -56,11 +57,14 @@ def config(shape: Shape, sms: int) -> Config:
         at_once = sms if split <= 2 else sms * 7 // 8
         return -(-sectors // max(1, at_once // split))
 
-    split = min((1, 2, 4, 8), key=lambda n: per_tile(n) / n)
-    tile = _SECTOR * halves * per_tile(split)
-    if shape.channels > 8192:
-        return Config(tile, threads=1024, batch=1, split=split)
-    return Config(tile, threads=512, batch=4 if tile > 2 * _SECTOR * split else 2, split=split)
+    def made(split: int) -> Config:
+        tile = _SECTOR * halves * per_tile(split)
+        if shape.channels > 8192:
+            return Config(tile, threads=1024, batch=1, split=split)
+        return Config(tile, threads=512, batch=4 if tile > 2 * _SECTOR * split else 2, split=split)
+
+    split = min((1, 2, 4, 8), key=lambda n: (shared_bytes(shape, made(n)) > _SHARED, per_tile(n) / n))
+    return made(split)
 
 
 def shared_bytes(shape: Shape, c: Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -35,7 +36,7 @@ def load_model(name: str | None, gguf_file: str | None = None, dtype: torch.dtyp
         logger.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with compat.gguf_read_once():
+        with compat.gguf_read_once() if gguf_file else contextlib.nullcontext():
             tokenizer = load_tokenizer(name, gguf_file)  # before the weights, which take longest
             model = transformers.AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=dtype)
     except Exception as error:  # transformers and what it reads models with raise whatever they happen to raise

@@ -44,6 +44,14 @@ def capacity(cache: StaticCache) -> int | None:
     return max((layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")), default=None)
 
 
+def beyond_windows(model: torch.nn.Module, positions: int) -> int:
+    """``positions``, or more, if a layer's sliding window is longer: a cache's length from which on its layers differ."""
+    unbounded = 1 << 30
+    layers = _positional(StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=unbounded))
+    windows = [layer.max_cache_len for layer in layers if layer.max_cache_len < unbounded]
+    return max([positions, *(-(-(window + 1) // POSITIONS) * POSITIONS for window in windows)])
+
+
 def filled(cache: Cache) -> int:
     """Positions written so far, 0 where none are. Waits for the device where a static cache counts there."""
     return 0 if isinstance(cache, StaticCache) and not _positional(cache) else int(cache.get_seq_length())

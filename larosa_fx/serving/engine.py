@@ -124,6 +124,7 @@ class Engine:
                  streamer: object | None = None, **kwargs: object):
         """``model.generate``, sparsely where it can be; LarosaError under strict where it cannot."""
         parameters = list(self.model.parameters())
+        self._heed_unfitness()
         attach(self.plan, self.model, parameters)
         folds.check(parameters)  # the weights may have been written to in a way that no call can afford to look for
         config = compat.merged_generation_config(self.model, generation_config, _settings(kwargs))
@@ -152,6 +153,7 @@ class Engine:
         if torch.compiler.is_compiling():
             raise RuntimeError("larosa: this model was enabled with weights='replace' and is compiled already; call it as "
                                "it is, or load the model again")
+        self._heed_unfitness()
         if not self.settings.owns:  # nothing was given up, nor will be
             return type(self.model).forward(self.model, *args, **kwargs)
         if isinstance(cache := caches.of(kwargs), StaticCache):
@@ -262,15 +264,13 @@ class Engine:
                 lent = self._pool.lend(cache, rows)
                 lent.larosa_mapping = self._mapping
         except _NotOver as error:
-            if not own:
-                raise LarosaError(f"larosa: {error}; pass a shorter StaticCache, or none") from error
-            self._kept.unfit = str(error)
-            self._give_up_nothing()
             self._dense(f"{error}; transformers' own loop runs instead")
+            self._give_up_nothing()
             growing = DynamicCache(config=model.config.get_text_config(decoder=True))
-            with self._owning():
-                return compat.sample(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer,
-                                     caches.with_cache(model_kwargs, growing))
+            tokens = compat.sample(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer,
+                                   caches.with_cache(model_kwargs, growing))
+            self._kept.unfit = str(error)  # now that it was the cache, and not what the call asks for
+            return tokens
         finally:
             if own and lent is None:  # also where a streamer breaks off, because nobody listens any more
                 self._pool.give_back(cache, rows)
@@ -293,8 +293,15 @@ class Engine:
     def _tokens(self, cache: StaticCache, model_kwargs: dict[str, object], run: loop.Run, new: int, own: bool) -> None:
         """Prompt and decoding, of at most ``new`` tokens."""
         before, config = run.length, run.generation_config
-        if caches.keeps_states(cache) and not self._may_give_up(run, model_kwargs) and self.settings.owns:
-            self._give_up_nothing()
+        if caches.keeps_states(cache):
+            try:
+                fits = self._may_give_up(run, model_kwargs)
+            except _NotOver:
+                if own:
+                    raise
+                fits = False  # a user's cache may be short enough
+            if self.settings.owns and not fits:
+                self._give_up_nothing()
         logits, filled = self._prompt(cache, run.input_ids, config, model_kwargs)
         stays = caches.every_position_stays(cache)
         if stays and filled + new - 1 > caches.capacity(cache):
@@ -317,6 +324,11 @@ class Engine:
         elif run.length > before + 1:
             self._dense("no compiled graph was reached")
 
+    def _heed_unfitness(self) -> None:
+        """Give up nothing of a model that another engine has found unfit, while all of it is there."""
+        if self._kept.unfit and self.settings.owns and not any(map(STORE.is_replaced, self.model.parameters())):
+            self._give_up_nothing()
+
     def _give_up_nothing(self) -> None:
         options = replace(self.settings.options, weights="copy", rotate_cache=False)
         self.settings = replace(self.settings, options=options)
@@ -336,15 +348,15 @@ class Engine:
     def _rehearse(self, run: loop.Run, model_kwargs: dict[str, object]) -> bool:
         """Whether a step behind this prompt is sparse, found by tracing it with the model's own weights in a cache apart."""
         options = replace(self.settings.options, weights="copy", rotate_cache=False, mode=None)
-        longest = caches.capacity(caches.of(model_kwargs)) or run.length + 1
+        longest = caches.beyond_windows(self.model, caches.capacity(caches.of(model_kwargs)) or run.length + 1)
         kwargs = caches.with_cache(model_kwargs, StaticCache(config=self.model.config.get_text_config(decoder=True),
                                                              max_cache_len=longest))
         forward = self.model.__dict__.pop("forward", None)
         try:
             with self._over(longest):
                 compat.prefill(self.model, run.input_ids, run.generation_config, kwargs)
-            one_more = torch.cat([run.input_ids, run.input_ids[:, -1:]], dim=1)
-            inputs = loop.StepInputs(self.model, kwargs, run.length, run.length).after(one_more)
+            one_more = torch.cat([run.input_ids, run.input_ids.new_zeros(len(run.input_ids), 1)], dim=1)
+            inputs = loop.StepInputs(self.model, kwargs, caches.filled(caches.of(kwargs)), run.length).after(one_more)
             return backend.rehearse(_renamed(_logits), options, self.model, **inputs).treatment != "dense"
         except RuntimeError as error:
             if not compat.is_trace_failure(error):
@@ -364,7 +376,7 @@ class Engine:
             yield
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except Exception as error:  # whatever a model makes of it
             raise _NotOver(f"over a static cache of {positions} positions this model fails ({_brief(error)})") from error
 
     def _plainly(self, inputs: loop.StepInputs, run: loop.Run, logits: torch.Tensor, cache: StaticCache,
