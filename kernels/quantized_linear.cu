@@ -24,6 +24,7 @@ constexpr bool IN_WARP = LANES < 32 && (LANES & LANES - 1) == 0;
 constexpr int fold(int threads) { return threads >= 32 ? 32 : threads < 2 ? 1 : 2 * fold(threads / 2); }
 constexpr int FOLD = fold(THREADS / TILE);  // neighbouring threads that add up a column of the block, a power of two
 constexpr int EACH_OUT = OUT_TILE / SPLIT;  // outputs that a block of the cluster finishes
+static_assert(OUT_TILE % SPLIT == 0, "outputs that no block would finish");
 constexpr int PARTS = IN_WARP ? WARPS : GROUPS;  // partial sums of a column that meet in shared memory
 
 // Shared memory: histogram (for Top-K) | list | partial sums | sums of the block | residual | scalars.

@@ -124,7 +124,7 @@ class Engine:
                  streamer: object | None = None, **kwargs: object):
         """``model.generate``, sparsely where it can be; LarosaError under strict where it cannot."""
         parameters = list(self.model.parameters())
-        self._heed_unfitness()
+        self._heed_rehearsals()
         attach(self.plan, self.model, parameters)
         folds.check(parameters)  # the weights may have been written to in a way that no call can afford to look for
         config = compat.merged_generation_config(self.model, generation_config, _settings(kwargs))
@@ -153,7 +153,7 @@ class Engine:
         if torch.compiler.is_compiling():
             raise RuntimeError("larosa: this model was enabled with weights='replace' and is compiled already; call it as "
                                "it is, or load the model again")
-        self._heed_unfitness()
+        self._heed_rehearsals()
         if not self.settings.owns:  # nothing was given up, nor will be
             return type(self.model).forward(self.model, *args, **kwargs)
         if isinstance(cache := caches.of(kwargs), StaticCache):
@@ -324,9 +324,11 @@ class Engine:
         elif run.length > before + 1:
             self._dense("no compiled graph was reached")
 
-    def _heed_unfitness(self) -> None:
-        """Give up nothing of a model that another engine has found unfit, while all of it is there."""
-        if self._kept.unfit and self.settings.owns and not any(map(STORE.is_replaced, self.model.parameters())):
+    def _heed_rehearsals(self) -> None:
+        """Give up nothing where another engine of the model has found that it must not be, while all of it is there."""
+        kept = self._kept
+        if (kept.unfit or kept.rehearsed.get(self.plan.digest) is False) and self.settings.owns and not any(
+                map(STORE.is_replaced, self.model.parameters())):
             self._give_up_nothing()
 
     def _give_up_nothing(self) -> None:

@@ -221,5 +221,6 @@ def test_configurations_are_valid():
         for sms in (78, 114, 132, 148):
             c = cuda_quantized.config(shape, sms)
             blocks = -(-shape.columns // c.tile) * c.split
-            assert blocks <= sms and c.tile // (2 if shape.gate else 1) % c.split == 0
+            halves = 2 if shape.gate else 1
+            assert blocks <= sms and c.tile % (64 * halves) == 0 and c.tile // halves % c.split == 0
             assert cuda_quantized.shared_bytes(shape, c) <= 232448 and c.tile // 16 <= c.threads
