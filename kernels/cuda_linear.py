@@ -43,9 +43,14 @@ def config(shape: Shape, sms: int) -> Config:
 
     What was best on an H200 for the four sites of a 4096-wide model at half density, as links of a chain.
     """
-    halves = 2 if shape.gate else 1
-    sectors = -(-shape.columns // halves // 16)
-    return Config(16 * halves * -(-sectors // sms), threads=1024, batch=4 if shape.adapter else 8)
+    return Config(tile(shape.columns, shape.gate, sms), threads=1024, batch=4 if shape.adapter else 8)
+
+
+def tile(columns: int, gate: str, sms: int) -> int:
+    """Columns of weight for each of at most ``sms`` blocks, as many from both halves where there is a gate."""
+    halves = 2 if gate else 1
+    sectors = -(-columns // halves // 16)
+    return 16 * halves * -(-sectors // sms)
 
 
 def shared_bytes(shape: Shape, c: Config) -> int:
@@ -78,11 +83,25 @@ def _shape(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, **parts
 
 def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> str:
     """Why not, as far as that can be told without a compiler, or ""."""
+    if rows_of(x) != 1:
+        return "the CUDA kernel takes one row"
+    if reason := declined_parts(x, columns, adapter, norm, gate):
+        return reason
+    shape = _shape(x, columns, adapter, norm, gate)  # Top-K's kernel takes more room than a threshold's
+    properties = nvrtc.properties(x.device)
+    c = config(shape, properties.multi_processor_count)
+    if c.tile > c.threads or shared_bytes(shape, c) > properties.shared_memory_per_block_optin:
+        return f"the CUDA kernel has no room for {shape.channels} channels and {columns} columns on this device"
+    return ""
+
+
+def declined_parts(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> str:
+    """Why no kernel over 16-bit weights takes these, of whatever number of rows, or ""."""
     channels = x.shape[-1]
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"the CUDA kernel takes bfloat16 and float16, not {x.dtype}"
-    if not isinstance(channels, int) or rows_of(x) != 1:
-        return "the CUDA kernel takes one row"
+    if not isinstance(channels, int):
+        return "the CUDA kernel takes a known number of channels"
     if adapter and (gate or norm):
         # The adapter's rows are summed with the others, which the norm's scalar and the gate then meet.
         return "the CUDA kernel takes an adapter without a norm and a gate only"
@@ -94,10 +113,6 @@ def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> s
     properties = nvrtc.properties(x.device)
     if properties.major < 8:
         return f"the CUDA kernel needs compute capability 8.0, the device has {properties.major}.{properties.minor}"
-    shape = _shape(x, columns, adapter, norm, gate)  # Top-K's kernel takes more room than a threshold's
-    c = config(shape, properties.multi_processor_count)
-    if c.tile > c.threads or shared_bytes(shape, c) > properties.shared_memory_per_block_optin:
-        return f"the CUDA kernel has no room for {channels} channels and {columns} columns on this device"
     return ""
 
 

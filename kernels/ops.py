@@ -107,11 +107,15 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
 @_kernel("sparse_linear", "cuda")
 def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None, threshold=None):
     reference.check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
-    from larosa_fx.kernels import cuda_linear
+    from larosa_fx.kernels import cuda_linear, cuda_rows
 
-    if cuda_linear.serves(x, weight.shape[1], weight.shape[0] - x.shape[-1], eps is not None, gate):
+    parts = x, weight.shape[1], weight.shape[0] - x.shape[-1], eps is not None, gate
+    if cuda_linear.serves(*parts):
         with torch.cuda.device(x.device):
             return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early, gain, threshold)
+    if (threshold or k == x.shape[-1]) and cuda_rows.serves(*parts, bool(threshold)):
+        with torch.cuda.device(x.device):
+            return cuda_rows.sparse_linear(x, weight, bias, residual, eps, gate, early, gain, threshold)
     if not threshold:
         return None
     from larosa_fx.kernels import triton_gemv

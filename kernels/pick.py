@@ -24,7 +24,7 @@ class Site(Protocol):
     them, so the answer holds for the graph, and other numbers compile anew. columns: N of the weight, [K, N]. format: the
     name of the weight's format. group: columns that share a scale in it. adapter_rows: of a residual adapter behind the
     weight's own. normed: an RMSNorm in front.
-    gate: the activation between the two halves, or "". threshold: None for Top-K.
+    gate: the activation between the two halves, or "". threshold: None for Top-K. dense: all channels are read.
     """
 
     example: Tensor
@@ -36,6 +36,7 @@ class Site(Protocol):
     normed: bool
     gate: str
     threshold: float | None
+    dense: bool
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ class Choice:
 class Kernel:
     """A row of the table.
 
-    formats, dtypes: of weights and activations. takes: the most rows it computes. pays: the most rows at which it was faster
-    than the dense product. declines: why it does not take a site that fits otherwise, or "".
+    formats, dtypes: of weights and activations. takes: the most rows it computes, where it computes the site sparsely.
+    pays: the most rows at which that was faster than a dense product. dense: the most rows of a site all of whose channels
+    are read. topk: whether it finds a Top-K; thresholds all do. declines: why it does not take a site that fits otherwise,
+    or "".
     """
 
     name: str
@@ -66,11 +69,17 @@ class Kernel:
     dtypes: Collection[torch.dtype]
     takes: int
     pays: int
+    dense: int
     declines: Callable[[Site], str]
+    topk: bool = True
 
-    def most(self, asked: int | None) -> int:
+    def selects(self, site: Site) -> bool:
+        """Whether it finds the channels that the site reads."""
+        return self.topk or site.dense or site.threshold is not None
+
+    def most(self, asked: int | None, dense: bool = False) -> int:
         """The most rows it is picked for: those that pay, or as many as are asked for and it takes."""
-        return min(self.takes, self.pays if asked is None else asked)
+        return self.dense if dense else min(self.takes, self.pays if asked is None else asked)
 
     def refusal(self, site: Site, most: int) -> str:
         """Why this kernel does not take the site, or ""."""
@@ -89,6 +98,12 @@ def _nvrtc(site: Site) -> str:
     from larosa_fx.kernels import cuda_linear
 
     return cuda_linear.refusal(site.example, site.columns, site.adapter_rows, site.normed, site.gate)
+
+
+def _nvrtc_rows(site: Site) -> str:
+    from larosa_fx.kernels import cuda_rows
+
+    return cuda_rows.refusal(site.example, site.columns, site.adapter_rows, site.normed, site.gate, not site.dense)
 
 
 def _quantized(site: Site) -> str:
@@ -123,22 +138,28 @@ _HALF = (torch.bfloat16, torch.float16)
 
 #: On an AVX2 core (EPYC) all channels of five rows take 192 us for [1536, 576] in float32 where torch takes 244, in bfloat16
 #: 199 where it takes 861; at sixteen rows 623 where it takes 471, and 605 where it takes 2873.
-#: On an H200 a step of Llama-3-8B takes, sparse and dense, 6.5 and 6.2 ms at two rows, 9.0 and 6.8 at four: one row pays.
+#: On an H200 the sites of a layer of Llama-3-8B take two rows, all channels and half of each row's, in TODO us.
 TABLE = (
-    Kernel("NVRTC sparse_linear", "cuda", True, ("dense",), _HALF, takes=1, pays=1, declines=_nvrtc),
-    Kernel("NVRTC quantized_linear", "cuda", True, tuple(BITS), _HALF, takes=1, pays=1, declines=_quantized),
-    Kernel("Triton gather", "cuda", False, ("dense",), (*_HALF, torch.float32), takes=reference.GATHER_ROWS, pays=1,
+    Kernel("NVRTC sparse_linear", "cuda", True, ("dense",), _HALF, takes=1, pays=1, dense=1, declines=_nvrtc),
+    Kernel("NVRTC sparse_rows", "cuda", True, ("dense",), _HALF, takes=8, pays=2, dense=16, declines=_nvrtc_rows,
+           topk=False),
+    Kernel("NVRTC quantized_linear", "cuda", True, tuple(BITS), _HALF, takes=1, pays=1, dense=1, declines=_quantized),
+    Kernel("Triton gather", "cuda", False, ("dense",), (*_HALF, torch.float32), takes=reference.GATHER_ROWS, pays=1, dense=1,
            declines=_triton),
-    Kernel("C++ sparse_linear", "cpu", True, ("dense",), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=8,
+    Kernel("C++ sparse_linear", "cpu", True, ("dense",), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=8, dense=8,
            declines=_native),
-    Kernel("C++ quantized_linear", "cpu", True, tuple(BITS), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=8,
+    Kernel("C++ quantized_linear", "cpu", True, tuple(BITS), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=8, dense=8,
            declines=_native_quantized),
 )
 
+#: What more rows multiply is the device's own product.
+MOST_ROWS = max(max(kernel.takes, kernel.dense) for kernel in TABLE)
 
-def crossover(device: str, weights: str = "dense", table: Sequence[Kernel] = TABLE) -> int:
-    """The most rows at which a sparse product pays on a type of device; 0 where there is no kernel."""
-    return max((kernel.most(None) for kernel in table if kernel.device == device and weights in kernel.formats), default=0)
+
+def crossover(device: str, weights: str = "dense", *, topk: bool = False, table: Sequence[Kernel] = TABLE) -> int:
+    """The most rows at which a sparse product pays on a type of device; 0 where there is no kernel. topk: not thresholds."""
+    return max((kernel.most(None) for kernel in table
+                if kernel.device == device and weights in kernel.formats and (kernel.topk or not topk)), default=0)
 
 
 def pick(site: Site, device: torch.device, rows: int | None = None, table: Sequence[Kernel] = TABLE) -> Choice:
@@ -146,17 +167,18 @@ def pick(site: Site, device: torch.device, rows: int | None = None, table: Seque
 
     rows: the most that are to be multiplied sparsely; None stands for the measured crossover.
     """
-    fitting = [kernel for kernel in table if kernel.device == device.type and site.format in kernel.formats]
+    fitting = [kernel for kernel in table
+               if kernel.device == device.type and site.format in kernel.formats and kernel.selects(site)]
     if not fitting:
         return Choice(reason=f"there is no kernel for {site.format} weights on {device.type}")
-    most = max(kernel.most(rows) for kernel in fitting)
+    most = max(kernel.most(rows, site.dense) for kernel in fitting)
     if site.rows > most:
         why = f"one dense product is faster on {device.type}, as measured" if rows is None else "no kernel is asked for"
         many = f"{site.rows}" if isinstance(site.rows, int) else "a dynamic number of"
         return Choice(reason=f"{many} rows: above {most} {why}")
     refusals = []
     for kernel in fitting:
-        refusal = kernel.refusal(site, kernel.most(rows))
+        refusal = kernel.refusal(site, kernel.most(rows, site.dense))
         if not refusal:
             return Choice(kernel.name, kernel.whole)
         refusals.append(f"{kernel.name}: {refusal}")

@@ -643,3 +643,20 @@ def trace_artifact(name: str, text: str) -> None:
     from torch._logging import trace_structured
 
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+
+
+@contextlib.contextmanager
+def attending_by(model: torch.nn.Module, attention: Callable) -> Iterator[None]:
+    """Within it all layers of ``model`` attend by ``attention``, called as transformers' interface says, with a mask that is
+    added to the scores, [B, 1, T, T]. What the model attended by before is private to its configuration."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    name, before = "larosa_attention", model.config._attn_implementation
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, eager_mask)
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -209,6 +209,10 @@ class SparseSite:
     def normed(self) -> bool:
         return self.eps is not None
 
+    @property
+    def dense(self) -> bool:
+        return self.k == self.channels and self.threshold is None
+
     # What people read.
 
     @property

@@ -39,13 +39,14 @@ _OURS = (None, "static", "hybrid")  # "hybrid": what some models' files name, an
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model decodes. ``options``: the backend's, for a step; ``sparse_rows``: sequences up to which it is sparse.
+    """How a model decodes. ``options``: the backend's, for a step; ``sparse_rows``: sequences up to which it is sparse, None
+    for those for which that is faster.
 
     lossless: sparse steps draft, and dense ones decide. draft_tokens: how many at a time, None for what measures best.
     """
 
     options: Options
-    sparse_rows: int
+    sparse_rows: int | None = None
     max_cache_len: int = 0
     lossless: bool = False
     draft_tokens: int | None = None
@@ -73,8 +74,7 @@ class Settings:
             rotate_cache = options["weights"] == "replace"
         mode = MODES.get(kind) if mode == "auto" else mode
         parsed = Options.parse({"mode": mode, "rotate_cache": rotate_cache, "rows": sparse_rows, **options})
-        return cls(parsed, crossover(kind) if sparse_rows is None else sparse_rows, max_cache_len or 0,
-                   lossless, draft_tokens)
+        return cls(parsed, sparse_rows, max_cache_len or 0, lossless, draft_tokens)
 
     @property
     def owns(self) -> bool:
@@ -119,6 +119,15 @@ class Engine:
         self._pace: Pace | None = None
         self._prompts: dict[Callable, Callable] = {}
         self._said: set[str] = set()
+
+    @property
+    def sparse_rows(self) -> int:
+        """Sequences at once up to which a step is sparse."""
+        options, asked = self.settings.options, self.settings.sparse_rows
+        if asked is not None:
+            return asked
+        topk = self.plan.thresholds_at(options.sparsity, options.selection) is None
+        return crossover(self.model.device.type, "dense" if options.quantize == "none" else options.quantize, topk=topk)
 
     def __call__(self, inputs: torch.Tensor | None = None, generation_config: object = None, *args: object,
                  streamer: object | None = None, **kwargs: object):
@@ -384,7 +393,7 @@ class Engine:
     def _plainly(self, inputs: loop.StepInputs, run: loop.Run, logits: torch.Tensor, cache: StaticCache,
                  undo: Callable[[], None] | None) -> dict[str, object]:
         """Decode token by token, sparsely, or densely where that is faster or asked for. Returns what a report is to say."""
-        rows, limit, sparsity, reason = len(run.input_ids), self.settings.sparse_rows, self.settings.options.sparsity, ""
+        rows, limit, sparsity, reason = len(run.input_ids), self.sparse_rows, self.settings.options.sparsity, ""
         if self.settings.lossless and rows > 1:
             reason = f"{rows} sequences at once: lossless decoding drafts for one alone"
         elif self.settings.lossless:

@@ -25,6 +25,7 @@ from larosa_fx.compiler.policy import LarosaError
 from larosa_fx.ir import shards
 from larosa_fx.ir.checks import check_new_directory, shown, why
 from larosa_fx.ir.spelling import parse, spell
+from larosa_fx.kernels.pick import MOST_ROWS
 from larosa_fx.plan import file
 from larosa_fx.plan.plan import ATTACHED, Plan, library_versions
 from larosa_fx.serving import machine, pack_files
@@ -96,7 +97,7 @@ def _fold(model: torch.nn.Module, plan: Plan, quantize: str, compiler: str) -> N
     _decode(engine, 1)
     if compiler != "eager":  # the graphs of many rows ask for the same tensors; they need not be compiled for that
         engine = _engine(model, plan, quantize, "eager")
-    _decode(engine, engine.settings.sparse_rows + 1)
+    _decode(engine, MOST_ROWS + 1)
     if not any(map(STORE.is_replaced, model.parameters())):
         raise LarosaError("larosa: nothing of this model was folded, so there is nothing to pack: larosa inspect says what "
                           "was found in it, and why it stays as it is")

@@ -2,11 +2,14 @@
 
 import os
 import zlib
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+
+from larosa_fx.kernels import nvrtc
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 _INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -362,3 +365,22 @@ def check_linear():
         assert (error <= bound).all(), f"worst error is {(error / bound).max():.2f} of what rounding explains"
 
     return check
+
+
+@pytest.fixture
+def compiler():
+    """NVRTC needs no GPU."""
+    try:
+        from cuda.bindings import nvrtc as bindings
+
+        bindings.nvrtcVersion()
+    except (ImportError, RuntimeError):
+        pytest.skip("needs cuda-bindings and NVRTC")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """What asks for a device's properties finds an H100's."""
+    monkeypatch.setattr(nvrtc, "properties", lambda device: SimpleNamespace(major=9, minor=0, multi_processor_count=132,
+                                                                            shared_memory_per_block_optin=227 << 10))
+    monkeypatch.setattr(nvrtc, "available", lambda: True)

@@ -27,17 +27,6 @@ def shapes():
     return [cuda_linear.Shape(**base | extra | {"half": half}) for extra in more for half in (False, True)]
 
 
-@pytest.fixture
-def compiler():
-    """NVRTC needs no GPU."""
-    try:
-        from cuda.bindings import nvrtc as bindings
-
-        bindings.nvrtcVersion()
-    except (ImportError, RuntimeError):
-        pytest.skip("needs cuda-bindings and NVRTC")
-
-
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_linears_compile(compiler, capability):
     for shape in shapes():
@@ -195,14 +184,6 @@ def test_a_launch_that_fails_is_warned_of_once(compiler, kernel, caplog):
     assert not refused.launch((1, 1, 1), 5) and not refused.launch((1, 1, 1), 5)
     assert len(driver.launches) == 1
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "CUDA_ERROR_NOT_SUPPORTED" in caplog.text
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """What asks for a device's properties finds an H100's."""
-    monkeypatch.setattr(nvrtc, "properties", lambda device: SimpleNamespace(major=9, minor=0, multi_processor_count=132,
-                                                                            shared_memory_per_block_optin=227 << 10))
-    monkeypatch.setattr(nvrtc, "available", lambda: True)
 
 
 def test_what_the_kernels_have_no_room_for_is_declined(hopper):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from larosa_fx.kernels import cpu, cuda_linear, cuda_quantized, pick, triton_gemv
+from larosa_fx.kernels import cpu, cuda_linear, cuda_quantized, cuda_rows, pick, triton_gemv
 from larosa_fx.kernels.pick import TABLE, crossover
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -21,6 +21,7 @@ class Site:
     normed: bool = False
     gate: str = ""
     threshold: float | None = None
+    dense: bool = False
 
 
 def site(rows=1, dtype=torch.bfloat16, **parts):
@@ -42,10 +43,27 @@ def everywhere(monkeypatch):
     (2, CUDA, None, "", False), (8, CUDA, 8, "Triton gather", False), (9, CUDA, 64, "", False),
     (8, CPU, None, "C++ sparse_linear", True), (9, CPU, None, "", False), (2, CPU, 1, "", False),
 ])
-def test_rows(everywhere, rows, device, asked, kernel, whole):
+def test_rows_of_a_topk(everywhere, rows, device, asked, kernel, whole):
     choice = everywhere(site(rows), device, asked)
     assert (choice.kernel, choice.whole) == (kernel, whole)
     assert bool(choice.reason) == (not kernel) and (kernel or f"{rows} rows" in choice.reason)
+
+
+@pytest.mark.parametrize("rows, asked, kernel", [
+    (1, None, "NVRTC sparse_linear"), (2, None, "NVRTC sparse_rows"), (3, None, ""), (2, 1, ""), (8, 8, "NVRTC sparse_rows"),
+    (9, 64, "")])
+def test_rows_over_a_threshold(everywhere, rows, asked, kernel):
+    choice = everywhere(site(rows, threshold=0.5), CUDA, asked)
+    assert choice.kernel == kernel and choice.whole == bool(kernel) and (kernel or f"{rows} rows" in choice.reason)
+
+
+@pytest.mark.parametrize("asked", [None, 1])
+@pytest.mark.parametrize("rows, device, kernel", [
+    (1, CUDA, "NVRTC sparse_linear"), (2, CUDA, "NVRTC sparse_rows"), (16, CUDA, "NVRTC sparse_rows"), (17, CUDA, ""),
+    (8, CPU, "C++ sparse_linear"), (9, CPU, "")])
+def test_rows_of_all_channels(everywhere, rows, asked, device, kernel):
+    """However many are to be sparse."""
+    assert everywhere(site(rows, dense=True), device, asked).kernel == kernel
 
 
 @pytest.mark.parametrize("dtype, device, kernel", [
@@ -74,8 +92,10 @@ def test_without_a_compiler(monkeypatch):
 
 def test_no_kernel_is_picked_for_more_than_it_takes():
     assert all(kernel.pays <= kernel.takes for kernel in TABLE)
-    assert crossover("cpu") == 8 and crossover("cuda") == 1 and crossover("mps") == 0
+    assert crossover("cpu") == 8 and crossover("cuda") == 2 and crossover("mps") == 0
+    assert crossover("cuda", topk=True) == crossover("cuda", "int8") == 1 and crossover("cpu", topk=True) == 8
     launchers = {"NVRTC sparse_linear": lambda n: cuda_linear.serves(torch.empty(n, 1, 32), 64, 0, False, ""),
+                 "NVRTC sparse_rows": lambda n: cuda_rows.serves(torch.empty(n, 1, 32), 64, 0, False, "", True),
                  "Triton gather": lambda n: triton_gemv.serves(torch.empty(n, 1, 32), 64),
                  "NVRTC quantized_linear": lambda n: not cuda_quantized.refuses(
                      torch.empty(n, 1, 32), 8, 64, 32, 0, False, ""),

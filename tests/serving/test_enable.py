@@ -290,6 +290,20 @@ def test_many_sequences_at_once_decode_densely_and_are_told_so():
         model.generate(prompt[:1], num_beams=2, **SETTINGS)
 
 
+def test_steps_of_any_few_sequences_share_one_kernel(fresh_dynamo):
+    """All channels of two to eight rows are read by the kernel of a site, in one graph; of more by torch's own product."""
+    model, dense = calibrated()
+    larosa_fx.enable(model, sparsity=0.0, compiler="eager")
+    made = []
+    for rows in (2, 3, 5, 8, 9, 12):  # the second number makes them a symbol
+        prompt = ids(rows, 9)
+        assert torch.equal(model.generate(prompt, **SETTINGS), dense.generate(prompt, **SETTINGS))
+        kernels = {site.kernel for site in larosa_fx.last_report().sites}
+        assert kernels == ({"C++ sparse_linear"} if rows <= 8 else {""})
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[1] == made[2] == made[3] == made[4] - 1 == made[5] - 1
+
+
 def test_what_enable_refuses():
     with pytest.raises(larosa_fx.PlanError, match="calibrate"):
         larosa_fx.enable(llama())

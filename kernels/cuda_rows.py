@@ -1,0 +1,167 @@
+"""``sparse_linear`` for 2 to 16 rows on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
+
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from larosa_fx.kernels import cuda_linear, nvrtc
+from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
+from larosa_fx.kernels.reference import GATE_CODES, rows_of
+
+MAX_ROWS = 16  # of all channels
+MAX_SPARSE = 8  # of those that reach a threshold
+_SOURCE = Path(__file__).with_name("sparse_rows.cu")
+_HELD = 1 << 16  # channels of all rows together that the threads of a block rank in registers
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for: up to ``rows`` rows, the others as in ``cuda_linear.Shape``."""
+
+    rows: int  # 2, 4, 8 or 16
+    channels: int
+    columns: int
+    adapter: int
+    half: bool
+    gate: str
+    norm: bool
+    bias: bool
+    residual: bool
+    early: bool
+    gain: bool
+    threshold: bool
+
+
+class Config(NamedTuple):
+    tile: int  # columns of weight a block reads
+    width: int  # of them a thread's
+    threads: int
+    batch: int  # times 16 rows of weight that a warp has in flight
+    part: int  # channels brought to shared memory at a time
+
+
+def config(shape: Shape, sms: int, room: int) -> Config | None:
+    """One block for a multiprocessor, its columns a multiple of 64 bytes, which is what the memory brings at once.
+
+    What was best on an H200 for the four sites of a 4096-wide model: few threads with many registers, and many for a few
+    rows of the narrow sites. None where ``room``, bytes of shared memory, is too small.
+    """
+    halves = 2 if shape.gate else 1
+    tile = -(-cuda_linear.tile(shape.columns, shape.gate, sms) // (32 * halves)) * 32 * halves
+    width = 4 if tile < 64 else 8
+    threads = 1024 if width == 4 and shape.rows <= 4 else 512
+    batch = (16 if threads == 1024 else 24) // width
+    if -(-tile // (8 * width)) > threads // 32:
+        return None
+    whole = -(-max(shape.channels, shape.adapter) // 16) * 16
+    fixed = shared_bytes(shape, Config(tile, width, threads, batch, 0)) + 128 * shape.rows  # whose values end at 64
+    most = (room - fixed) // (2 * shape.rows + 2 * shape.threshold) // 64 * 64
+    most = min(most, _HELD // shape.rows if shape.threshold else whole)
+    if most < 64 or (shape.norm and shape.threshold and most < shape.channels):
+        return None
+    parts = -(-whole // most)
+    return Config(tile, width, threads, batch, part=-(-whole // parts // 16) * 16)
+
+
+def shared_bytes(shape: Shape, c: Config) -> int:
+    """Shared memory of a block, as sparse_rows.cu lays it out."""
+    warps = c.threads // 32
+    deep = warps // -(-c.tile // (8 * c.width))
+    values = 2 * shape.rows * (-(-c.part // 64) * 64 + 16)
+    listed = 2 * (c.part + 16) if shape.threshold else 0
+    return values + listed + 4 * shape.rows * (deep * (c.tile + 4) + warps + 1) + 4 * warps
+
+
+def serves(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> bool:
+    """Whether the kernel takes x, which may be a fake tensor, [..., K], a weight of [K + adapter, columns] and the rest."""
+    return not _declined(x, columns, adapter, norm, gate, threshold)
+
+
+def refusal(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> str:
+    """Why the kernel does not take these, or "". Also builds it, which takes seconds where the disk has no copy.
+
+    Where rows are symbolic, to compare them is to guard on them, and the kernel is built at the call.
+    """
+    rows, reason = rows_of(x), _declined(x, columns, adapter, norm, gate, threshold)
+    if reason or not isinstance(rows, int):
+        return reason
+    shape = _shape(x, _class(rows), columns, adapter, norm, gate, threshold=threshold)
+    return _kernel(shape, x.device, _config(shape, x.device))[1]
+
+
+def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> str:
+    """Why not, as far as that can be told without a compiler, or ""."""
+    rows, most = rows_of(x), MAX_SPARSE if threshold else MAX_ROWS
+    if rows < 2 or rows > most:
+        return f"the CUDA kernel of several rows takes 2 to {most}"
+    if reason := cuda_linear.declined_parts(x, columns, adapter, norm, gate):
+        return reason
+    shape = _shape(x, most, columns, adapter, norm, gate, threshold=threshold)  # fewer rows take less room
+    properties = nvrtc.properties(x.device)
+    if config(shape, properties.multi_processor_count, properties.shared_memory_per_block_optin) is None:
+        return f"the CUDA kernel has no room for {x.shape[-1]} channels and {columns} columns on this device"
+    return ""
+
+
+def ahead(shape: Shape, c: Config) -> int:
+    """Channels that a block reads whatever the rows hold: it asks for their weights before it looks."""
+    deep = c.threads // 32 // -(-c.tile // (8 * c.width))
+    return min(16 * deep * c.batch, min(c.part, shape.channels) // 8 // 16 * 16)
+
+
+def _class(rows: int) -> int:
+    """The least number of rows that a kernel is compiled for and that holds ``rows``."""
+    return next(most for most in (2, 4, 8, 16) if rows <= most)
+
+
+def _shape(x: Tensor, rows: int, columns: int, adapter: int, norm: bool, gate: str, **parts: bool) -> Shape:
+    flags = dict.fromkeys(("bias", "residual", "early", "gain", "threshold"), False) | parts
+    return Shape(rows, x.shape[-1], columns, adapter, x.dtype == torch.float16, gate, norm, **flags)
+
+
+def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str,
+                  early: bool = False, gain: Tensor | None = None, threshold: float | None = None, *,
+                  using: Config | None = None) -> Tensor | None:
+    """Launch on the tensors' device, which must be the current one, with arguments that ``serves`` has passed.
+
+    x: [..., K], of 2 to 16 rows, of which those channels count that reach the threshold, or all without one. early: as in
+    ``cuda_linear.sparse_linear``. None where the kernel cannot be built or launched here, after one warning.
+    """
+    rows, adapter = rows_of(x), weight.shape[0] - x.shape[-1]
+    shape = _shape(x, _class(rows), weight.shape[1], adapter, eps is not None, gate, bias=bias is not None,
+                   residual=residual is not None and not adapter, early=early and adapter > 0, gain=gain is not None,
+                   threshold=bool(threshold))
+    c = using or _config(shape, x.device)
+    kernel = _kernel(shape, x.device, c)[0]
+    if kernel is None:
+        return None
+    y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
+    inputs = [None if t is None else nvrtc.aligned(t) for t in (x, weight, bias, residual, gain)]
+    pointers = [0 if t is None else t.data_ptr() for t in inputs]
+    launched = kernel.launch((-(-shape.columns // c.tile), 1, 1), *pointers, y.data_ptr(), rows, 0.0 if eps is None else eps,
+                             threshold or 0.0)
+    return y if launched else None
+
+
+def constants(shape: Shape, c: Config) -> dict[str, int]:
+    """The macros that sparse_rows.cu is compiled with."""
+    return {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "ROWS": shape.rows,
+            "PART": c.part, "TILE": c.tile, "WIDTH": c.width, "THREADS": c.threads, "BATCH": c.batch,
+            "SHARED": shared_bytes(shape, c), "GATE": GATE_CODES[shape.gate],
+            **{flag.upper(): int(getattr(shape, flag))
+               for flag in ("half", "norm", "bias", "residual", "early", "gain", "threshold")}}
+
+
+@cache
+def _config(shape: Shape, device: torch.device) -> Config:
+    properties = nvrtc.properties(device)
+    return config(shape, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+@cache
+def _kernel(shape: Shape, device: torch.device, c: Config) -> tuple[nvrtc.Kernel | None, str]:
+    """The kernel, or None and why it could not be built."""
+    signature = (*[POINTER] * 6, INT, FLOAT, FLOAT)
+    return nvrtc.build(_SOURCE, constants(shape, c), device, signature, threads=c.threads, shared=shared_bytes(shape, c))

@@ -1,0 +1,101 @@
+"""How often a sparse step drafts what the dense model says: the share of drafts that lossless decoding accepts.
+
+A draft reads a cache that dense steps have filled. So two passes over a text tell of all its positions at once: a dense one,
+whose keys and values are kept, and a sparse one in which each token attends to those of the tokens before it, and to its
+own. That is the first draft of a cycle; the next ones read what drafts have left, which costs them a little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from larosa_fx.ir import compat
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Shares of drafts that are accepted, over ``tokens`` positions.
+
+    greedy: of positions where both models rank the same token first. sampled: by temperature, the mean over positions of
+    sum(min(p, q)), which is how often speculative sampling accepts a draft from q for p (Leviathan et al. 2023).
+    """
+
+    greedy: float
+    sampled: dict[float, float]
+    tokens: int
+
+
+@dataclass
+class _Attention:
+    """Attention in all layers: a dense pass leaves keys and values, sparse ones read them."""
+
+    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    turn: int | None = None  # the layer that comes next in a sparse pass; None in a dense one
+
+    def __call__(self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
+                 scaling: float | None = None, softcap: float | None = None, **kwargs: object) -> tuple[Tensor, None]:
+        """transformers' interface: query [B, H, T, d], key and value [B, Hkv, T, d], an additive mask [B, 1, T, T]."""
+        if kwargs.get("s_aux") is not None:
+            raise ValueError(f"{type(module).__name__} attends to sinks, which drafts cannot be simulated with")
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        if self.turn is None:
+            self.held.append((key, value))
+            before = key, value
+        else:
+            before = self.held[self.turn]
+            self.turn += 1
+        scores = query @ before[0].mT
+        scores.diagonal(dim1=-2, dim2=-1).copy_((query * key).sum(-1))
+        scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = (scores + attention_mask).softmax(-1, dtype=torch.float32).to(query.dtype)
+        own = weights.diagonal(dim1=-2, dim2=-1)[..., None]
+        return (weights @ before[1] + own * (value - before[1])).transpose(1, 2).contiguous(), None
+
+
+@torch.no_grad()
+def acceptance(model: torch.nn.Module, drafts: dict[str, Callable[[], AbstractContextManager]], texts: Sequence[Tensor], *,
+               start: Sequence[int] | None = None, temperatures: Sequence[float] = (0.8,)) -> dict[str, Accepted]:
+    """What share of the drafts of each kind is accepted on texts of input_ids, [1, T] each.
+
+    drafts: by name, what makes the context in which ``model`` computes as a sparse step does, such as
+    ``method.reference.simulated``. start: of each text, how many of its tokens are a prompt, behind which nothing is
+    drafted before its last token; 1 where not given. ValueError for a model whose layers do not attend by transformers'
+    interface.
+    """
+    equal, overlap = dict.fromkeys(drafts, 0), {name: dict.fromkeys(temperatures, 0.0) for name in drafts}
+    attention, tokens = _Attention(), 0
+    with compat.attending_by(model, attention):
+        for ids, begin in zip(texts, start or [1] * len(texts), strict=True):
+            ids = ids.to(model.device)
+            attention.held, attention.turn = [], None
+            target = _logits(model, ids, begin)
+            if not attention.held:
+                raise ValueError(f"{type(model).__name__} does not attend by transformers' interface")
+            tokens += len(target)
+            for name, draft in drafts.items():
+                attention.turn = 0
+                with draft():
+                    found = _logits(model, ids, begin)
+                equal[name] += (found.argmax(-1) == target.argmax(-1)).sum().item()
+                for t in temperatures:
+                    both = torch.minimum((found / t).softmax(-1), (target / t).softmax(-1))
+                    overlap[name][t] += both.sum().item()
+    return {name: Accepted(equal[name] / tokens, {t: both / tokens for t, both in overlap[name].items()}, tokens)
+            for name in drafts}
+
+
+def _logits(model: torch.nn.Module, ids: Tensor, begin: int) -> Tensor:
+    """Of the tokens that follow the first ``begin`` ones, [T - begin, V] in float32."""
+    return model(ids, use_cache=False).logits[0, begin - 1:-1].float()
+
+
+def tokens_a_cycle(acceptance: float, drafts: int) -> float:
+    """What a cycle of so many drafts brings, each accepted with this probability: 1 + a + ... + a^g."""
+    return sum(acceptance**i for i in range(drafts + 1))

@@ -1,0 +1,82 @@
+"""The acceptance of drafts, two passes a text, against drafts made one by one over a cache that dense steps filled."""
+
+from functools import partial
+
+import pytest
+import torch
+import transformers
+
+import larosa_fx
+from larosa_fx.method.reference import simulated
+from larosa_fx.study.acceptance import acceptance, tokens_a_cycle
+from tiny import batches, ids, llama
+
+
+def one_by_one(model, draft, text, start, temperature):
+    """(greedy, sampled) acceptance and positions: each draft is a step of its own over a dense cache."""
+    equal, overlap = [], []
+    for at in range(start, text.shape[1]):
+        def step(at=at):
+            cache = transformers.DynamicCache(config=model.config)
+            if at > 1:
+                with torch.no_grad():
+                    model(text[:, : at - 1], past_key_values=cache)
+            return cache
+
+        with torch.no_grad():
+            target = model(text[:, at - 1 : at], past_key_values=step()).logits[0, -1]
+            cache = step()
+            with draft():
+                found = model(text[:, at - 1 : at], past_key_values=cache).logits[0, -1]
+        equal.append(bool(found.argmax() == target.argmax()))
+        overlap.append(torch.minimum((found / temperature).softmax(-1), (target / temperature).softmax(-1)).sum().item())
+    return sum(equal), sum(overlap), len(equal)
+
+
+@pytest.fixture
+def gemma2():
+    """Scores and logits capped, a sliding window in each other layer."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=64, sliding_window=6, attn_logit_softcapping=0.5, query_pre_attn_scalar=16)
+    return transformers.Gemma2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_is_that_of_drafts_made_one_by_one(name, selection, request):
+    torch.manual_seed(1)
+    model = llama() if name == "llama" else request.getfixturevalue("gemma2")
+    plan = larosa_fx.calibrate(model, batches(), selection="threshold", progress=False)
+    drafts = {s: partial(simulated, model, plan, s, selection=selection) for s in (0.0, 0.5, 0.8)}
+    texts, starts = [ids(1, 14), ids(1, 9)], [1, 5]
+    found = acceptance(model, drafts, texts, start=starts, temperatures=(0.8, 2.0))
+    for sparsity, draft in drafts.items():
+        for temperature in (0.8, 2.0):
+            pairs = [one_by_one(model, draft, *case, temperature) for case in zip(texts, starts, strict=True)]
+            greedy, sampled, tokens = map(sum, zip(*pairs, strict=True))
+            assert found[sparsity].tokens == tokens == 13 + 4
+            assert found[sparsity].greedy == pytest.approx(greedy / tokens)
+            assert found[sparsity].sampled[temperature] == pytest.approx(sampled / tokens, abs=1e-5)
+    assert found[0.0].greedy == 1 and found[0.0].sampled[0.8] == pytest.approx(1, abs=1e-5)
+    assert found[0.8].sampled[0.8] < found[0.5].sampled[0.8] < 1
+
+
+def test_leaves_the_model_as_it_was():
+    model = llama()
+    text = ids(1, 8)
+    before, attends = model(text).logits, model.config._attn_implementation
+    acceptance(model, {}, [text])
+    assert model.config._attn_implementation == attends and torch.equal(model(text).logits, before)
+
+
+def test_a_model_that_attends_otherwise_is_refused():
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64, state_size=4)
+    with pytest.raises(ValueError, match="MambaForCausalLM does not attend"):
+        acceptance(transformers.MambaForCausalLM(config).eval(), {}, [ids(1, 8)])
+
+
+def test_tokens_a_cycle():
+    assert tokens_a_cycle(1.0, 4) == 5 and tokens_a_cycle(0.0, 4) == 1 and tokens_a_cycle(0.5, 2) == 1.75
