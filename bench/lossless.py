@@ -12,10 +12,10 @@ model's own greedy answer. A row is one plan, selection and sparsity on one text
   (``larosa_fx.study.acceptance``); tokens: positions judged;
 - tokens_per_cycle: what four drafts and their verification bring at the greedy share.
 
-With ``--decode`` a row is ``generate`` end to end, greedy, dense in its best form ("dense-static", see bench/generate.py) and
-``lossless=True``: ms_per_token; of the latter acceptance, tokens_per_cycle and the ms of a draft, a verification of
-``width`` tokens and a dense step, as the report has them; ratio_to_best_dense. ``--shape``: random weights, whose acceptance
-says nothing; the times of their steps do: ms_at is what a token would take at acceptances of 0.7 to 0.95.
+With ``--decode`` a row is ``generate`` end to end, greedy, dense in its best form ("dense-static", see bench/generate.py)
+and ``lossless=True``: ms_per_token; of the latter acceptance, tokens_per_cycle and the ms of a draft, a verification and a
+dense step, as the report has them; ratio_to_best_dense. ``--shape``: random weights, whose acceptance says nothing; the
+times of their steps do: with ``--draft-tokens``, ms_at is what a token would take at acceptances of 0.7 to 0.95.
 """
 
 from __future__ import annotations

@@ -41,16 +41,19 @@ class Config(NamedTuple):
 def config(shape: Shape, sms: int) -> Config:
     """One block for a multiprocessor, each with as many columns as it takes; 16 columns are 32 bytes, a sector.
 
-    What was best on an H200 for the four sites of a 4096-wide model at half density, as links of a chain.
+    What was best on an H200 for the four sites of a 4096-wide model at half density, as links of a chain. Where all channels
+    are read, memory sets the pace, which brings 64 bytes at once.
     """
-    return Config(tile(shape.columns, shape.gate, sms), threads=1024, batch=4 if shape.adapter else 8)
+    if shape.full and not shape.adapter:
+        return Config(tile(shape.columns, shape.gate, sms, 32), threads=512, batch=8)
+    return Config(tile(shape.columns, shape.gate, sms, 16), threads=1024, batch=4 if shape.adapter else 8)
 
 
-def tile(columns: int, gate: str, sms: int) -> int:
-    """Columns of weight for each of at most ``sms`` blocks, as many from both halves where there is a gate."""
+def tile(columns: int, gate: str, sms: int, unit: int) -> int:
+    """Columns of weight for each of at most ``sms`` blocks, some units, as many from both halves where there is a gate."""
     halves = 2 if gate else 1
-    sectors = -(-columns // halves // 16)
-    return 16 * halves * -(-sectors // sms)
+    units = -(-columns // (halves * unit))
+    return unit * halves * -(-units // sms)
 
 
 def shared_bytes(shape: Shape, c: Config) -> int:

@@ -1,4 +1,4 @@
-"""``sparse_linear`` for 2 to 16 rows on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
+"""``sparse_linear`` for 2 to 8 rows on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
 
 from functools import cache
 from pathlib import Path
@@ -11,8 +11,7 @@ from larosa_fx.kernels import cuda_linear, nvrtc
 from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
 from larosa_fx.kernels.reference import GATE_CODES, rows_of
 
-MAX_ROWS = 16  # of all channels
-MAX_SPARSE = 8  # of those that reach a threshold
+MAX_ROWS = 8  # that a tile of the tensor cores holds
 _SOURCE = Path(__file__).with_name("sparse_rows.cu")
 _HELD = 1 << 16  # channels of all rows together that the threads of a block rank in registers
 
@@ -20,7 +19,7 @@ _HELD = 1 << 16  # channels of all rows together that the threads of a block ran
 class Shape(NamedTuple):
     """What a kernel is compiled for: up to ``rows`` rows, the others as in ``cuda_linear.Shape``."""
 
-    rows: int  # 2, 4, 8 or 16
+    rows: int  # 2, 4 or 8
     channels: int
     columns: int
     adapter: int
@@ -45,13 +44,12 @@ class Config(NamedTuple):
 def config(shape: Shape, sms: int, room: int) -> Config | None:
     """One block for a multiprocessor, its columns a multiple of 64 bytes, which is what the memory brings at once.
 
-    What was best on an H200 for the four sites of a 4096-wide model: few threads with many registers, and many for a few
-    rows of the narrow sites. None where ``room``, bytes of shared memory, is too small.
+    What was best on an H200 for the four sites of a 4096-wide model: few threads with many registers, but for two rows
+    of the narrow sites. None where ``room``, bytes of shared memory, is too small.
     """
-    halves = 2 if shape.gate else 1
-    tile = -(-cuda_linear.tile(shape.columns, shape.gate, sms) // (32 * halves)) * 32 * halves
+    tile = cuda_linear.tile(shape.columns, shape.gate, sms, 32)
     width = 4 if tile < 64 else 8
-    threads = 1024 if width == 4 and shape.rows <= 4 else 512
+    threads = 1024 if width == 4 and shape.rows == 2 else 512
     batch = (16 if threads == 1024 else 24) // width
     if -(-tile // (8 * width)) > threads // 32:
         return None
@@ -93,12 +91,12 @@ def refusal(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, thresh
 
 def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> str:
     """Why not, as far as that can be told without a compiler, or ""."""
-    rows, most = rows_of(x), MAX_SPARSE if threshold else MAX_ROWS
-    if rows < 2 or rows > most:
-        return f"the CUDA kernel of several rows takes 2 to {most}"
+    rows = rows_of(x)
+    if rows < 2 or rows > MAX_ROWS:
+        return f"the CUDA kernel of several rows takes 2 to {MAX_ROWS}"
     if reason := cuda_linear.declined_parts(x, columns, adapter, norm, gate):
         return reason
-    shape = _shape(x, most, columns, adapter, norm, gate, threshold=threshold)  # fewer rows take less room
+    shape = _shape(x, MAX_ROWS, columns, adapter, norm, gate, threshold=threshold)  # fewer rows take less room
     properties = nvrtc.properties(x.device)
     if config(shape, properties.multi_processor_count, properties.shared_memory_per_block_optin) is None:
         return f"the CUDA kernel has no room for {x.shape[-1]} channels and {columns} columns on this device"
@@ -113,7 +111,7 @@ def ahead(shape: Shape, c: Config) -> int:
 
 def _class(rows: int) -> int:
     """The least number of rows that a kernel is compiled for and that holds ``rows``."""
-    return next(most for most in (2, 4, 8, 16) if rows <= most)
+    return next(most for most in (2, 4, MAX_ROWS) if rows <= most)
 
 
 def _shape(x: Tensor, rows: int, columns: int, adapter: int, norm: bool, gate: str, **parts: bool) -> Shape:
@@ -126,7 +124,7 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
                   using: Config | None = None) -> Tensor | None:
     """Launch on the tensors' device, which must be the current one, with arguments that ``serves`` has passed.
 
-    x: [..., K], of 2 to 16 rows, of which those channels count that reach the threshold, or all without one. early: as in
+    x: [..., K], of 2 to 8 rows, of which those channels count that reach the threshold, or all without one. early: as in
     ``cuda_linear.sparse_linear``. None where the kernel cannot be built or launched here, after one warning.
     """
     rows, adapter = rows_of(x), weight.shape[0] - x.shape[-1]

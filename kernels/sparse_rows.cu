@@ -9,7 +9,7 @@
 // Where the values of all channels have no room in shared memory, they are brought in parts.
 //
 // Compiled at run time with these constants: CHANNELS (K), COLUMNS (N of the weight), ADAPTER (rows of the residual
-// adapter), ROWS (the most rows of x: 2 to 16), PART (channels brought at a time, a multiple of 16), TILE (columns of
+// adapter), ROWS (the most rows of x: 2, 4 or 8), PART (channels brought at a time, a multiple of 16), TILE (columns of
 // weight a block reads, a multiple of 16), WIDTH (of them a thread's, 4 or 8), THREADS, BATCH (times 16 rows of weight a
 // warp has in flight), HALF (1 fp16, 0 bf16), GATE (0 none, 1 silu, 2 gelu, 3 gelu_tanh, 4 relu), SHARED (bytes of shared
 // memory) and the flags NORM, BIAS, RESIDUAL, EARLY, GAIN and THRESHOLD (every channel is kept without).
@@ -21,7 +21,6 @@ constexpr int OUT_TILE = GATE ? TILE / 2 : TILE;
 constexpr int PAIRS = WIDTH / 2;                    // words of a row that a thread reads, and tiles of 16 columns of a warp
 constexpr int ACROSS = (TILE / WIDTH + 7) / 8;      // warps side by side
 constexpr int DEEP = WARPS / ACROSS;                // warps that share the rows of their columns
-constexpr int EIGHTS = (ROWS + 7) / 8;              // of rows of x, each a tile of the tensor cores
 constexpr int STRIDE = (PART + 63) / 64 * 64 + 16;  // between the values of two rows: eight threads meet other banks
 constexpr int HELD = (PART + 4 * THREADS - 1) / (4 * THREADS) * 4;  // consecutive channels that a thread ranks
 constexpr int EIGHTH = (PART < CHANNELS ? PART : CHANNELS) / 8 / 16 * 16;
@@ -100,26 +99,20 @@ __device__ __forceinline__ void request(Batch& batch, const u16* weight, const u
 
 // Multiplies a batch by the values in the block.
 __device__ __forceinline__ void add(const Batch& batch, const u16* values, int first, int count,
-                                    float (&sum)[PAIRS][EIGHTS][4]) {
+                                    float (&sum)[PAIRS][4]) {
   const int row = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int b = 0; b < BATCH; b++) {
     const int step = first + b * DEEP;
     if (step >= steps_of(count)) break;
-    uint2 value[EIGHTS];
-#pragma unroll
-    for (int n = 0; n < EIGHTS; n++) {
-      value[n] = make_uint2(0, 0);
-      if (row + 8 * n < ROWS)
-        value[n] = *reinterpret_cast<const uint2*>(values + (row + 8 * n) * STRIDE + step * 16 + threadIdx.x % 4 * 4);
-    }
+    uint2 value = make_uint2(0, 0);
+    if (row < ROWS) value = *reinterpret_cast<const uint2*>(values + row * STRIDE + step * 16 + threadIdx.x % 4 * 4);
     const Pack(&p)[4] = batch[b];
 #pragma unroll
     for (int m = 0; m < PAIRS; m++) {
       const u32 low[2] = {__byte_perm(p[0].word[m], p[1].word[m], 0x5410), __byte_perm(p[2].word[m], p[3].word[m], 0x5410)};
       const u32 high[2] = {__byte_perm(p[0].word[m], p[1].word[m], 0x7632), __byte_perm(p[2].word[m], p[3].word[m], 0x7632)};
-#pragma unroll
-      for (int n = 0; n < EIGHTS; n++) multiply(sum[m][n], low[0], high[0], low[1], high[1], value[n]);
+      multiply(sum[m], low[0], high[0], low[1], high[1], value);
     }
   }
 }
@@ -127,7 +120,7 @@ __device__ __forceinline__ void add(const Batch& batch, const u16* values, int f
 // Adds the products of ``count`` rows with the values. ``batch``: the first, asked for already.
 template <bool LISTED>
 __device__ __forceinline__ void stream(Batch& batch, const u16* weight, const u16* values, const u16* list, int count,
-                                       float (&sum)[PAIRS][EIGHTS][4], u64 policy) {
+                                       float (&sum)[PAIRS][4], u64 policy) {
   for (int first = threadIdx.x / 32 / ACROSS; first < steps_of(count); first += DEEP * BATCH) {
     add(batch, values, first, count, sum);
     request<LISTED>(batch, weight, list, first + DEEP * BATCH, count, policy);
@@ -148,24 +141,18 @@ __device__ __forceinline__ float squared(u32 pair, float sum) {
 template <bool OF_X>
 __device__ __forceinline__ void bring(const u16* from, int width, int count, int rows, const u16* gain, const Block& block,
                                       float (&squares)[ROWS]) {
-  constexpr int AT_ONCE = ROWS < 8 ? ROWS : 8;  // more do not fit into registers
   for (int q = threadIdx.x; q < (count + 15) / 16 * 4; q += THREADS) {
     uint2 gains = make_uint2(0, 0);
     if (OF_X && GAIN && q * 4 < count) gains = __ldg(reinterpret_cast<const uint2*>(gain) + q);
+    uint2 v[ROWS];
 #pragma unroll
-    for (int before = 0; before < ROWS; before += AT_ONCE) {
-      uint2 v[AT_ONCE];
+    for (int r = 0; r < ROWS; r++)
+      v[r] = r < rows && q * 4 < count ? __ldcg(reinterpret_cast<const uint2*>(from + (u64)r * width) + q) : make_uint2(0, 0);
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++)
-        v[i] = before + i < rows && q * 4 < count
-                   ? __ldcg(reinterpret_cast<const uint2*>(from + (u64)(before + i) * width) + q) : make_uint2(0, 0);
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) {
-        const int r = before + i;
-        if (OF_X && NORM) squares[r] = squared(v[i].y, squared(v[i].x, squares[r]));
-        if (OF_X && GAIN) v[i] = make_uint2(gained(v[i].x, gains.x), gained(v[i].y, gains.y));
-        *reinterpret_cast<uint2*>(block.values + r * STRIDE + q * 4) = v[i];
-      }
+    for (int r = 0; r < ROWS; r++) {
+      if (OF_X && NORM) squares[r] = squared(v[r].y, squared(v[r].x, squares[r]));
+      if (OF_X && GAIN) v[r] = make_uint2(gained(v[r].x, gains.x), gained(v[r].y, gains.y));
+      *reinterpret_cast<uint2*>(block.values + r * STRIDE + q * 4) = v[r];
     }
   }
 }
@@ -272,7 +259,7 @@ sparse_rows(const u16* __restrict__ x, const u16* __restrict__ weight, const u16
   const bool reads = column_of(local) < COLUMNS;
   const int beside = column_of(warp % ACROSS * 8 * WIDTH);
   const u16* mine = weight + (reads ? column_of(local) : beside < COLUMNS ? beside : 0);
-  float sum[PAIRS][EIGHTS][4] = {}, squares[ROWS] = {};
+  float sum[PAIRS][4] = {}, squares[ROWS] = {};
   bool streamed = false;  // the block's values are in use until a barrier
   Batch batch;
   const int begin = warp / ACROSS;  // this warp's first step
@@ -324,12 +311,10 @@ sparse_rows(const u16* __restrict__ x, const u16* __restrict__ weight, const u16
 #pragma unroll
     for (int m = 0; m < PAIRS; m++)
 #pragma unroll
-      for (int n = 0; n < EIGHTS; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int row = n * 8 + lane % 4 * 2 + (i & 1);
-          if (row < ROWS) partial[(warp / ACROSS * ROWS + row) * PARTIAL_ROW + local + 2 * m + (i >> 1)] = sum[m][n][i];
-        }
+      for (int i = 0; i < 4; i++) {
+        const int row = lane % 4 * 2 + (i & 1);
+        if (row < ROWS) partial[(warp / ACROSS * ROWS + row) * PARTIAL_ROW + local + 2 * m + (i >> 1)] = sum[m][i];
+      }
   }
   if (NORM && warp < ROWS) {
     const float scale = norm_of(warp, eps, block);

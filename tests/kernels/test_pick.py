@@ -59,7 +59,7 @@ def test_rows_over_a_threshold(everywhere, rows, asked, kernel):
 
 @pytest.mark.parametrize("asked", [None, 1])
 @pytest.mark.parametrize("rows, device, kernel", [
-    (1, CUDA, "NVRTC sparse_linear"), (2, CUDA, "NVRTC sparse_rows"), (16, CUDA, "NVRTC sparse_rows"), (17, CUDA, ""),
+    (1, CUDA, "NVRTC sparse_linear"), (2, CUDA, "NVRTC sparse_rows"), (8, CUDA, "NVRTC sparse_rows"), (9, CUDA, ""),
     (8, CPU, "C++ sparse_linear"), (9, CPU, "")])
 def test_rows_of_all_channels(everywhere, rows, asked, device, kernel):
     """However many are to be sparse."""
