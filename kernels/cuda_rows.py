@@ -56,7 +56,7 @@ def config(shape: Shape, sms: int, room: int) -> Config | None:
     whole = -(-max(shape.channels, shape.adapter) // 16) * 16
     fixed = shared_bytes(shape, Config(tile, width, threads, batch, 0)) + 128 * shape.rows  # whose values end at 64
     most = (room - fixed) // (2 * shape.rows + 2 * shape.threshold) // 64 * 64
-    most = min(most, _HELD // shape.rows if shape.threshold else whole)
+    most = min(most, _HELD // shape.rows, 32 * threads) if shape.threshold else min(most, whole)
     if most < 64 or (shape.norm and shape.threshold and most < shape.channels):
         return None
     parts = -(-whole // most)

@@ -38,6 +38,7 @@ constexpr int SCAN_AT = SCALES_AT + ROWS * 4;
 static_assert(SCAN_AT + WARPS * 4 <= SHARED, "the host's layout is not this one");
 static_assert(TILE % 16 == 0 && OUT_TILE % WIDTH == 0 && ACROSS <= WARPS, "a thread's columns lie side by side");
 static_assert(!RESIDUAL || OUTPUTS * FOLD <= THREADS, "a thread adds one residual");
+static_assert(!THRESHOLD || HELD <= 32, "a thread has a bit for each channel that it ranks");
 static_assert(!(NORM && THRESHOLD) || PART >= CHANNELS, "a threshold is compared with what the whole row's norm makes of x");
 
 struct Block {
