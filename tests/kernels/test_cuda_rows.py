@@ -117,8 +117,9 @@ def test_in_parts(part, share, gen, make_linear, with_threshold, check_linear):
 @needs_gpu
 @pytest.mark.parametrize("rows, channels", [(2, 40000), (8, 28672)])
 def test_more_channels_than_there_is_room_for(rows, channels, gen, make_linear, with_threshold, check_linear):
-    case = with_threshold(make_linear((None, "", True, "plain"), (rows,), channels, channels, 64, 0, torch.bfloat16, gen), 0.5)
-    check_linear(on_gpu(case), run(on_gpu(case)))
+    case = make_linear((None, "", True, "plain"), (rows,), channels, channels, 64, 0, torch.bfloat16, gen)
+    case = on_gpu(with_threshold(case, 0.5))
+    check_linear(case, run(case))
 
 
 @needs_gpu
