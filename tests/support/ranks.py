@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import larosa_fx
 from larosa_fx.compiler import pipeline
-from larosa_fx.ir import effects
+from larosa_fx.ir import compat, effects
 from larosa_fx.ir import graph as g
 from tiny import compiled
 
@@ -113,7 +113,8 @@ def memory():
 
     def backend(gm, _):
         parameter = next(node for node in gm.graph.nodes if isinstance(g.value(node), DTensor))
-        found.extend(node.target for node in effects.Memory(gm.graph).sharing(parameter) if node.op != "placeholder")
+        found.extend("to_local" if compat.reads_local(node) else node.target
+                     for node in effects.Memory(gm.graph).sharing(parameter) if node.op != "placeholder")
         found.append(parameter in effects.written_in_place(gm.graph))
         return gm
 
