@@ -16,6 +16,7 @@ Weights are random: the time depends on shapes and on k, not on values. Under to
   counted over decoding steps of the eager model);
 - ms_per_token (median), p20, p80 (of each step what the slowest rank took), tokens_per_second, host_ms_per_token: what it
   takes to launch a step without waiting for it; where that is not clearly below ms_per_token, the host sets the pace;
+- graph_replays: of CUDA graphs, in a step; 0 where none is replayed, whatever was asked for;
 - comm_ms_per_token: what a step's sums over the ranks take alone, two a layer, 0 of one rank, None where they failed alone;
 - ratio_to_best_dense: how many times faster than the fastest dense variant of the same model, ranks and batch in the file,
   in any dtype of 16 bits or more;
@@ -43,6 +44,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -159,6 +161,7 @@ def join(device: str) -> None:
         return
     here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(here)
+    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))  # torchrun leaves one
     dist.init_process_group("nccl", timeout=TIMEOUT, device_id=here)
 
 
@@ -320,17 +323,34 @@ def _timed(model: torch.nn.Module, variant: str, sparsity: float | None, setting
     wait()
     if ranks() > 1:
         dist.barrier()
-    started = time.perf_counter()
-    for _ in range(LAUNCHES):
-        decoding.step(forward)
-    host = (time.perf_counter() - started) / LAUNCHES * 1e3
+    with replays() as replayed:
+        started = time.perf_counter()
+        for _ in range(LAUNCHES):
+            decoding.step(forward)
+        host = (time.perf_counter() - started) / LAUNCHES * 1e3
     wait()
     steps = slowest(_times(lambda: decoding.step(forward), setting.tokens, cuda), model.device)
     quintiles = statistics.quantiles(steps, n=5)
     median = statistics.median(steps)
     return {"ms_per_token": median, "p20": quintiles[0], "p80": quintiles[-1],
-            "tokens_per_second": setting.batch * 1e3 / median, "host_ms_per_token": host, "logit_error": error,
-            "compile_seconds": compile_seconds}
+            "tokens_per_second": setting.batch * 1e3 / median, "host_ms_per_token": host,
+            "graph_replays": len(replayed) / LAUNCHES, "logit_error": error, "compile_seconds": compile_seconds}
+
+
+@contextmanager
+def replays() -> Iterator[list[torch.cuda.CUDAGraph]]:
+    """Within it each replay of a CUDA graph becomes an entry of the list."""
+    usual, replayed = torch.cuda.CUDAGraph.replay, []
+
+    def replay(graph: torch.cuda.CUDAGraph) -> None:
+        replayed.append(graph)
+        usual(graph)
+
+    torch.cuda.CUDAGraph.replay = replay
+    try:
+        yield replayed
+    finally:
+        torch.cuda.CUDAGraph.replay = usual
 
 
 def _times(run: Callable, times: int, cuda: bool) -> list[float]:
@@ -446,7 +466,8 @@ def _build_part(config: transformers.PretrainedConfig, dtype: torch.dtype) -> to
     """This rank's part of a model, as transformers splits it: of a checkpoint without weights it makes what is missing."""
     transformers.logging.set_verbosity_error()  # all of it is, and none of that is news
     transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(rank())  # parts that are alike would not look like one model's
+    # Parts that are alike would not look like one model's. On GPUs transformers' weights draw theirs from one stream.
+    torch.manual_seed(0 if torch.cuda.is_available() else rank())
     model = compat.causal_language_models()[type(config)].from_pretrained(
         None, config=config, state_dict={}, dtype=dtype, distributed_config=DistributedConfig(tp_size=ranks()))
     for parameter in model.parameters():

@@ -25,7 +25,8 @@ def test_a_row_for_each_variant_and_sparsity():
     assert [row["variant"] for row in (dense, same, sparse)] == ["dense-eager", "larosa", "larosa"]
     assert dense.keys() == same.keys() == sparse.keys() > {
         "ms_per_token", "p20", "p80", "tokens_per_second", "host_ms_per_token", "weight_bytes_touched", "achieved_gb_per_s",
-        "share_of_byte_limit", "byte_sparsity", "rotation", "logit_error", "compile_seconds", "ranks", "comm_ms_per_token"}
+        "share_of_byte_limit", "byte_sparsity", "rotation", "logit_error", "compile_seconds", "ranks", "comm_ms_per_token",
+        "graph_replays"}
     assert (dense["ranks"], dense["comm_ms_per_token"]) == (1, 0)
     assert dense["logit_error"] == 0 and same["logit_error"] < 1e-4 < sparse["logit_error"]
     assert (dense["byte_sparsity"], same["byte_sparsity"], sparse["byte_sparsity"]) == (0, 0, pytest.approx(0.5, abs=0.02))

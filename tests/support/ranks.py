@@ -61,28 +61,12 @@ def generate(path, ids, settings, calls, dtype=torch.float32, compiler="eager"):
     found["eager"] = without_cache(model.generate(ids, **calls))
     for name, chosen in settings.items():
         larosa_fx.enable(model, compiler=compiler, strict=True, **chosen)
-        with replays() as counted:
+        with decode.replays() as counted:
             output = without_cache(model.generate(ids, **calls))
         found[name] = output, larosa_fx.last_report().to_dict() | {"replays": len(counted)}
     found["eager afterwards"] = message(lambda: model.model.layers[0].mlp(
         torch.zeros(1, 1, model.config.hidden_size, dtype=dtype, device=model.device)))
     return found
-
-
-@contextlib.contextmanager
-def replays():
-    """A list that gets an entry for each replay of a CUDA graph."""
-    usual, counted = torch.cuda.CUDAGraph.replay, []
-
-    def replay(graph):
-        counted.append(graph)
-        usual(graph)
-
-    torch.cuda.CUDAGraph.replay = replay
-    try:
-        yield counted
-    finally:
-        torch.cuda.CUDAGraph.replay = usual
 
 
 def without_cache(output):
