@@ -2,26 +2,31 @@
 
     python bench/decode.py --model llama-2-7b llama-3-8b --json bench/results/decode-DEVICE.json
     python bench/decode.py --device cpu --model llama-3.2-1b --sparsity 0.25 0.4 0.5 --json bench/results/decode-cpu.json
+    torchrun --nproc-per-node 2 bench/decode.py --model llama-3-70b --json bench/results/decode-2x-DEVICE.json
 
-Weights are random: the time depends on shapes and on k, not on values. The compiled forward is called as transformers'
+Weights are random: the time depends on shapes and on k, not on values. Under torchrun transformers splits the model by its
+``tp_plan``, and each process makes its own part, on its own GPU. The compiled forward is called as transformers'
 ``generate`` calls it, with a static cache, after an eager prefill; the next token never visits the host. A row holds:
 
-- model, layers, dtype, device, batch (sequences), rotation, variant ("dense-eager", "dense-max-autotune", "larosa",
-  "larosa-threshold", "larosa-int4", "larosa-int4-threshold", ...; "dense-int8" and "dense-int4" are torchao's weight-only
-  formats under torch.compile's max-autotune, int4 as tinygemm takes it, in groups of 128), bits (that a weight of a decoder
-  layer takes, its scales included);
+- model, layers, dtype, device, ranks (processes that share the model), batch (sequences), rotation, variant ("dense-eager",
+  "dense-max-autotune", "larosa", "larosa-threshold", "larosa-int4", "larosa-int4-threshold", ...; "dense-int8" and
+  "dense-int4" are torchao's weight-only formats under torch.compile's max-autotune, int4 as tinygemm takes it, in groups of
+  128), bits (that a weight of a decoder layer takes, its scales included);
 - sparsity (asked for), byte_sparsity (share of the decoder layers' weight bytes not read: as compiled, or, of thresholds,
   counted over decoding steps of the eager model);
-- ms_per_token (median), p20, p80, tokens_per_second, host_ms_per_token: what it takes to launch a step without waiting
-  for it; where that is not clearly below ms_per_token, the host sets the pace;
-- ratio_to_best_dense: how many times faster than the fastest dense variant of the same model and batch in the file, in any
-  dtype of 16 bits or more;
+- ms_per_token (median), p20, p80 (of each step what the slowest rank took), tokens_per_second, host_ms_per_token: what it
+  takes to launch a step without waiting for it; where that is not clearly below ms_per_token, the host sets the pace;
+- graph_replays: of CUDA graphs, in a step; 0 where none is replayed, whatever was asked for;
+- comm_ms_per_token: what a step's sums over the ranks take alone, two a layer, 0 of one rank, None where they failed alone;
+- ratio_to_best_dense: how many times faster than the fastest dense variant of the same model, ranks and batch in the file,
+  in any dtype of 16 bits or more;
 - weight_bytes_touched a step, head and adapters included, achieved_gb_per_s, and share_of_byte_limit: against a plain
-  read of memory measured in the same run;
+  read of memory measured in the same run. All three are one rank's, the first's, as is byte_sparsity;
 - logit_error: largest difference to the eager dense logits of the first step over the largest of them; compile_seconds
   (capture, folding and compilation); commit, torch, command.
 
-Rows are written after each variant and replace those of an earlier run of the same case. ``--page`` measures nothing: it
+Rows are written after each variant and replace those of an earlier run of the same case. A variant that fails on several
+ranks has no row: the reason is printed, and the others go on. ``--page`` measures nothing: it
 renews the table between ``<!-- decode: FILE -->`` and ``<!-- end -->`` in docs/figures.md from the file that --json names.
 """
 
@@ -29,25 +34,32 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 from tabulate import tabulate
 from transformers import StaticCache
+from transformers.distributed import DistributedConfig
 
 import provenance
 from larosa_fx.compiler import backend
 from larosa_fx.compiler.folds import STORE, Folded
+from larosa_fx.ir import compat, shards
 from larosa_fx.ir.report import Report
 from larosa_fx.ir.site import format_of
 from larosa_fx.ir.structure import BASES
@@ -71,7 +83,7 @@ MODELS = {
     "mistral-7b": ("mistral", {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 32768, "head_dim": 128, "sliding_window": None}),
-    "llama-3-70b": ("llama", {  # 20 of its 80 layers: what fits beside its folded copy
+    "llama-3-70b": ("llama", {  # 20 of its 80 layers: what fits one GPU beside its folded copy
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 20, "num_attention_heads": 64,
         "num_key_value_heads": 8, "vocab_size": 128256}),
     "llama-3.2-1b": ("llama", {
@@ -99,6 +111,8 @@ TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 2e-2, torch.float32: 1e-3}
 COUNTED = 16  # eager steps whose bytes are counted
 WARMUP = 8  # steps; CUDA graphs are recorded within the first three
 LAUNCHES = 16  # steps launched without waiting: few enough that no queue is full
+SUMS = 32  # times that a step's sums over the ranks are measured alone
+TIMEOUT = datetime.timedelta(minutes=5)  # that a rank waits for another, which may be compiling
 
 Row = dict[str, object]
 
@@ -119,8 +133,7 @@ class Decoding:
     """A prompt in a static cache and the greedy loop behind it, with the inputs that ``generate`` passes."""
 
     def __init__(self, model: torch.nn.Module, setting: Setting) -> None:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (setting.batch, setting.prompt), generator=generator).to(model.device)
+        ids = tokens(model, setting.batch, setting.prompt)
         self.cache = StaticCache(config=model.config, max_cache_len=setting.cache)
         self.position = torch.full((1, 1), setting.prompt, device=model.device)  # the same of all sequences, as is the mask
         self.mask = (torch.arange(setting.cache, device=model.device) <= setting.prompt)[None, None, None]
@@ -134,6 +147,92 @@ class Decoding:
         self.position += 1
         self.mask.index_fill_(-1, self.position[0], True)
         return logits
+
+
+# ---- ranks ---------------------------------------------------------------------------------------------------------
+
+
+def join(device: str) -> None:
+    """Become one of torchrun's processes, with a GPU of its own where ``device`` is one; nothing without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    if torch.device(device).type != "cuda":
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+        return
+    here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(here)
+    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))  # torchrun leaves one
+    dist.init_process_group("nccl", timeout=TIMEOUT, device_id=here)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text: str) -> None:
+    """Print once, whatever the number of ranks."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def attempt(what: str, work: Callable[[], Row]) -> Row | None:
+    """What ``work`` returns. Where it fails on one of several ranks, None on all, and the reason is printed."""
+    if ranks() == 1:
+        return work()
+    found, failure = None, None
+    try:
+        found = work()
+    except Exception as error:  # whatever a mode raises that does not run on parts of a model
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    failures: list[str | None] = [None] * ranks()
+    dist.all_gather_object(failures, failure)
+    for number, reason in enumerate(failures):
+        if reason is not None:
+            say(f"{what} has no row: on rank {number} of {ranks()}, {reason}")
+            return None
+    return found
+
+
+def slowest(milliseconds: Sequence[float], device: torch.device) -> list[float]:
+    """Of each step what the rank took that was slowest."""
+    if ranks() == 1:
+        return list(milliseconds)
+    taken = torch.tensor(milliseconds, device=device)
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return taken.tolist()
+
+
+def communication(model: torch.nn.Module, setting: Setting) -> float:
+    """Milliseconds of a step's sums over the ranks and nothing else, in a CUDA graph where the model is on GPUs."""
+    x = torch.zeros(setting.batch, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    cuda = x.device.type == "cuda"
+
+    def sums() -> None:
+        for _ in range(2 * model.config.num_hidden_layers):
+            dist.all_reduce(x)
+
+    sums()  # the first of all makes connections
+    run = sums
+    if cuda:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
+            sums()
+        run = graph.replay
+    return statistics.median(slowest(_times(run, SUMS, cuda), x.device))
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def tokens(model: torch.nn.Module, batch: int, length: int) -> torch.Tensor:
+    """Random tokens, [batch, length], the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 
 def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequence[float], setting: Setting, *,
@@ -150,18 +249,24 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
         expected = Decoding(model, setting).step(model).float()
         if not SPARSE.keys().isdisjoint(variants):
             # Other rotations would take the same time; these are made where the model is, without statistics.
-            ids = torch.randint(model.config.vocab_size, (1, 256), device=model.device)
-            plan = calibrate(model, [ids], rotation=setting.rotation, basis="hadamard", progress=False,
+            plan = calibrate(model, [tokens(model, 1, 256)], rotation=setting.rotation, basis="hadamard", progress=False,
                              selection="threshold" if any(v.endswith("-threshold") for v in variants) else "topk")
+        shared: Row = {"ranks": ranks(), "comm_ms_per_token": 0.0 if ranks() == 1 else None}
+        if ranks() > 1:
+            shared |= attempt("comm_ms_per_token", lambda: {"comm_ms_per_token": communication(model, setting)}) or {}
         for variant, sparsity in cases:
             torch.compiler.reset()
             gc.collect()
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
             row: Row = {"variant": variant, "rotation": None, "sparsity": sparsity, "byte_sparsity": 0.0,
-                        "bits": 8.0 * model.dtype.itemsize}
-            measured = rounded(model, variant) if variant in QUANTIZED else model
-            row |= _timed(measured, _forward(measured, variant, sparsity, setting.mode), setting, expected)
+                        "bits": 8.0 * model.dtype.itemsize} | shared
+            measured = model if variant not in QUANTIZED or ranks() > 1 else rounded(model, variant)
+            case = f"{variant}, sparsity {sparsity}"
+            timed = attempt(case, partial(_timed, measured, variant, sparsity, setting, expected))
+            if timed is None:
+                continue
+            row |= timed
             touched = _dense_bytes(measured)
             if variant in QUANTIZED:
                 weights = [module.weight for module in _linears(measured)]
@@ -181,6 +286,8 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
 
 
 def _forward(model: torch.nn.Module, variant: str, sparsity: float | None, mode: str | None) -> Callable:
+    if variant in QUANTIZED and ranks() > 1:
+        raise ValueError("torchao's formats are compared on one GPU alone")
     if variant == "dense-eager":
         return model
     if variant in SPARSE:
@@ -202,8 +309,8 @@ def rounded(model: torch.nn.Module, variant: str) -> torch.nn.Module:
     return model
 
 
-def _timed(model: torch.nn.Module, forward: Callable, setting: Setting, expected: torch.Tensor) -> Row:
-    decoding = Decoding(model, setting)
+def _timed(model: torch.nn.Module, variant: str, sparsity: float | None, setting: Setting, expected: torch.Tensor) -> Row:
+    forward, decoding = _forward(model, variant, sparsity, setting.mode), Decoding(model, setting)
     cuda = model.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
     started = time.perf_counter()
@@ -214,23 +321,48 @@ def _timed(model: torch.nn.Module, forward: Callable, setting: Setting, expected
     for _ in range(WARMUP - 1):
         decoding.step(forward)
     wait()
-    started = time.perf_counter()
-    for _ in range(LAUNCHES):
-        decoding.step(forward)
-    host = (time.perf_counter() - started) / LAUNCHES * 1e3
+    if ranks() > 1:
+        dist.barrier()
+    with replays() as replayed:
+        started = time.perf_counter()
+        for _ in range(LAUNCHES):
+            decoding.step(forward)
+        host = (time.perf_counter() - started) / LAUNCHES * 1e3
     wait()
-    clock, between = _clock(cuda)
-    marks = [clock()]
-    for _ in range(setting.tokens):
-        decoding.step(forward)
-        marks.append(clock())
-    wait()
-    steps = [between(a, b) for a, b in itertools.pairwise(marks)]
+    steps = slowest(_times(lambda: decoding.step(forward), setting.tokens, cuda), model.device)
     quintiles = statistics.quantiles(steps, n=5)
     median = statistics.median(steps)
     return {"ms_per_token": median, "p20": quintiles[0], "p80": quintiles[-1],
-            "tokens_per_second": setting.batch * 1e3 / median, "host_ms_per_token": host, "logit_error": error,
-            "compile_seconds": compile_seconds}
+            "tokens_per_second": setting.batch * 1e3 / median, "host_ms_per_token": host,
+            "graph_replays": len(replayed) / LAUNCHES, "logit_error": error, "compile_seconds": compile_seconds}
+
+
+@contextmanager
+def replays() -> Iterator[list[torch.cuda.CUDAGraph]]:
+    """Within it each replay of a CUDA graph becomes an entry of the list."""
+    usual, replayed = torch.cuda.CUDAGraph.replay, []
+
+    def replay(graph: torch.cuda.CUDAGraph) -> None:
+        replayed.append(graph)
+        usual(graph)
+
+    torch.cuda.CUDAGraph.replay = replay
+    try:
+        yield replayed
+    finally:
+        torch.cuda.CUDAGraph.replay = usual
+
+
+def _times(run: Callable, times: int, cuda: bool) -> list[float]:
+    """Milliseconds of each of so many runs, launched one behind the other."""
+    clock, between = _clock(cuda)
+    marks = [clock()]
+    for _ in range(times):
+        run()
+        marks.append(clock())
+    if cuda:
+        torch.cuda.synchronize()
+    return [between(a, b) for a, b in itertools.pairwise(marks)]
 
 
 def _clock(cuda: bool) -> tuple[Callable, Callable]:
@@ -247,14 +379,16 @@ def _clock(cuda: bool) -> tuple[Callable, Callable]:
 
 
 def _dense_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights a dense step reads: of an embedding table that is not the head as well, one row."""
+    """Bytes of all weights here that a dense step reads: of an embedding table that is not the head as well, one row."""
     table = model.get_input_embeddings().weight
     tied = table is model.get_output_embeddings().weight
-    return sum(map(_nbytes, model.parameters())) - (0 if tied else table.nbytes - table[0].nbytes)
+    rows = shards.local(table)
+    return sum(map(_nbytes, model.parameters())) - (0 if tied else rows.nbytes - rows[0].nbytes)
 
 
 def _nbytes(weight: torch.Tensor) -> int:
-    """Of what a tensor holds, which of a quantised one is less than its dtype says."""
+    """Of what a tensor holds here: a part of a split one, and of a quantised one less than its dtype says."""
+    weight = shards.local(weight)
     if not hasattr(weight, "__tensor_flatten__"):
         return weight.nbytes
     return sum(_nbytes(part) for name in weight.__tensor_flatten__()[0] if (part := getattr(weight, name)) is not None)
@@ -267,16 +401,18 @@ def _linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
 
 
 def _changed_bytes(model: torch.nn.Module, report: Report, byte_sparsity: float, quantized: bool) -> int:
-    """What a step reads more than the dense model: adapters, and less: rows that are skipped, bits that are saved."""
+    """What a step reads here more than the dense model: adapters, and less: rows that are skipped, bits that are saved."""
     size, hidden = model.dtype.itemsize, model.config.hidden_size
+    share = hidden // ranks()  # rows of an adapter that ranks split: none else is packed where there are several
     sites = sum(s.weight_bytes for s in report.sites)
     change = round((1 - byte_sparsity) * sites) - sum(s.channels * s.outputs for s in report.sites) * size
     # Beside a quantised weight an adapter has twice 8 bits.
     packed = report.count("pack_adapters", "adapters") if quantized else 0
-    change += packed * 2 * hidden * format_of("int8", model.dtype, hidden).row_bytes(hidden)
-    change += (_rotations(report) - packed) * hidden * hidden * size
+    change += packed * 2 * share * format_of("int8", model.dtype, hidden).row_bytes(hidden)
+    split = report.count("split_adapters", "adapters")
+    change += ((_rotations(report) - split) * hidden + (split - packed) * share) * hidden * size
     if report.count("lower_head", "linears in 8 bits"):
-        outputs = model.get_output_embeddings().out_features
+        outputs = len(shards.local(model.get_output_embeddings().weight))
         change += hidden * (format_of("int8", model.dtype, outputs).row_bytes(outputs) - outputs * size)
     return change
 
@@ -312,13 +448,32 @@ def read_bandwidth(device: str) -> float:
 
 
 def build(name: str, layers: int | None, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """A model of the table with random weights, made on the device: linears and embeddings N(0, 0.02), gains 1."""
+    """A model of the table with random weights, made on the device: linears and embeddings N(0, 0.02), gains 1.
+
+    Where ranks share it, this rank's part of it.
+    """
     if name == SMOLLM2:
         return load_model(None, dtype=dtype, device=device)[0]
     kind, shape = MODELS[name]
     config = transformers.AutoConfig.for_model(kind, **shape | ({"num_hidden_layers": layers} if layers else {}))
+    if ranks() > 1:
+        return _build_part(config, dtype)
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _build_part(config: transformers.PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
+    """This rank's part of a model, as transformers splits it: of a checkpoint without weights it makes what is missing."""
+    transformers.logging.set_verbosity_error()  # all of it is, and none of that is news
+    transformers.utils.logging.disable_progress_bar()
+    # Parts that are alike would not look like one model's. On GPUs transformers' weights draw theirs from one stream.
+    torch.manual_seed(0 if torch.cuda.is_available() else rank())
+    model = compat.causal_language_models()[type(config)].from_pretrained(
+        None, config=config, state_dict={}, dtype=dtype, distributed_config=DistributedConfig(tp_size=ranks()))
+    for parameter in model.parameters():
+        if not shards.is_split(parameter):
+            dist.broadcast(parameter.data, 0)
+    return model.eval()
 
 
 def merge(rows: Sequence[Row], new: Row) -> list[Row]:
@@ -327,7 +482,7 @@ def merge(rows: Sequence[Row], new: Row) -> list[Row]:
         return *model(row), row["dtype"], row["variant"], row["rotation"], row["sparsity"]
 
     def model(row: Row) -> tuple:
-        return row["model"], row["layers"], row["device"], row.get("batch", 1)
+        return row["model"], row["layers"], row["device"], row.get("ranks", 1), row.get("batch", 1)
 
     merged = [row for row in rows if case(row) != case(new)] + [new]
     beside = [row for row in merged if model(row) == model(new)]
@@ -361,7 +516,8 @@ def page(text: str, name: str, rows: Sequence[Row]) -> str:
         selection, stored = SPARSE.get(row["variant"], ("topk", "none"))
         selected = (", thresholds" if selection == "threshold" else "") + ("" if stored == "none" else f", {stored}")
         columns[column] = (row["sparsity"], "") if not dense else (-1, (*DENSE, *QUANTIZED).index(row["variant"]))
-        many = f", batch {batch}" if (batch := row.get("batch", 1)) > 1 else ""
+        many = f", {shared} ranks" if (shared := row.get("ranks", 1)) > 1 else ""
+        many += f", batch {batch}" if (batch := row.get("batch", 1)) > 1 else ""
         case = cases.setdefault(f"{row['model']}, {row['dtype']}{many}{turned}{selected}", {})
         case[column] = f"{row['ms_per_token']:.3g}{faster}"
     ordered = sorted(columns, key=columns.get)
@@ -397,6 +553,9 @@ def main() -> int:
         path = Path(__file__).parent.parent / "docs" / "figures.md"
         path.write_text(page(path.read_text(), args.json.name, json.loads(args.json.read_text())["rows"]))
         return 0
+    join(args.device)
+    if ranks() > 1 and SMOLLM2 in args.model:
+        parser.error(f"{SMOLLM2} is read from a file that transformers does not split; leave torchrun out")
     kind = torch.device(args.device).type
     mode = args.mode or ("max-autotune" if kind == "cuda" else None)
     bandwidth = read_bandwidth(args.device)
@@ -404,7 +563,7 @@ def main() -> int:
               "command": provenance.command()}
     header = {"device": origin["device"], "versions": library_versions(), "read_gb_per_s": bandwidth / 1e9,
               "prompt": args.prompt, "cache": args.cache}
-    print(f"{origin['device']}, {', '.join(args.dtype)}, plain read {bandwidth / 1e9:.0f} GB/s", flush=True)
+    say(f"{ranks()} x {origin['device']}, {', '.join(args.dtype)}, plain read {bandwidth / 1e9:.0f} GB/s")
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     wrong = []
     for name, dtype in itertools.product(args.model, args.dtype):
@@ -416,17 +575,16 @@ def main() -> int:
             for row in measure(model, args.variants or VARIANTS[kind], args.sparsity, setting, bandwidth=bandwidth):
                 row = about | row | origin
                 rows, measured = merge(rows, row), [*measured, row]
-                print(f"{name} {dtype} x {batch} {row['variant']} {row['byte_sparsity']:.0%}: {row['ms_per_token']:.3f} ms",
-                      flush=True)
-                if args.json:
+                say(f"{name} {dtype} x {batch} {row['variant']} {row['byte_sparsity']:.0%}: {row['ms_per_token']:.3f} ms")
+                if args.json and rank() == 0:
                     provenance.write_results(args.json, rows, provenance=header)
                 exact = row["byte_sparsity"] == 0 and row["bits"] == 8 * model.dtype.itemsize
                 if not row["logit_error"] < (TOLERANCE[model.dtype] if exact else math.inf):
                     wrong.append(row)
-            print(f"\n{name}, {about['layers']} layers, {dtype}, batch {batch}\n{table(measured)}\n", flush=True)
+            say(f"\n{name}, {about['layers']} layers, {dtype}, ranks {ranks()}, batch {batch}\n{table(measured)}\n")
         del model
     for row in wrong:
-        print(f"WRONG: {row['model']} {row['variant']} at {row['byte_sparsity']:.0%}: logit error {row['logit_error']:.1e}")
+        say(f"WRONG: {row['model']} {row['variant']} at {row['byte_sparsity']:.0%}: logit error {row['logit_error']:.1e}")
     return 1 if wrong else 0
 
 

@@ -27,7 +27,9 @@ def command() -> str:
         name, equals, path = argument.rpartition("=")
         return f"{name}{equals}{Path(path).name}" if "/" in path else argument
 
-    return " ".join([f"python bench/{Path(sys.argv[0]).name}", *map(short, sys.argv[1:])])
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    program = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
+    return " ".join([f"{program} bench/{Path(sys.argv[0]).name}", *map(short, sys.argv[1:])])
 
 
 def model_name(model: torch.nn.Module, named: str | None) -> str:

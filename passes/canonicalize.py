@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from larosa_fx.ir import effects, layers, shards
+from larosa_fx.ir import compat, effects, layers, shards
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
@@ -69,6 +69,9 @@ def run(ctx: Context) -> PassResult:
     graph, result = ctx.graph, PassResult("canonicalize")
     for node in list(graph.nodes):
         _by_position(node)
+        if node.op == "call_function" and compat.reads_local(node):
+            _as_method(graph, node)
+            continue
         if g.is_no_op(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -101,6 +104,15 @@ def run(ctx: Context) -> PassResult:
         result.count("norms")
     effects.remove_dead_code(graph)
     return result
+
+
+def _as_method(graph: fx.Graph, part: fx.Node) -> None:
+    """The call of ``to_local`` that a function of Dynamo's stands for: functions of every graph are others."""
+    with graph.inserting_before(part):
+        method = graph.call_method("to_local", part.args)
+    method.meta = dict(part.meta)
+    part.replace_all_uses_with(method)
+    graph.erase_node(part)
 
 
 def _by_position(node: fx.Node) -> None:

@@ -25,7 +25,9 @@ def test_a_row_for_each_variant_and_sparsity():
     assert [row["variant"] for row in (dense, same, sparse)] == ["dense-eager", "larosa", "larosa"]
     assert dense.keys() == same.keys() == sparse.keys() > {
         "ms_per_token", "p20", "p80", "tokens_per_second", "host_ms_per_token", "weight_bytes_touched", "achieved_gb_per_s",
-        "share_of_byte_limit", "byte_sparsity", "rotation", "logit_error", "compile_seconds"}
+        "share_of_byte_limit", "byte_sparsity", "rotation", "logit_error", "compile_seconds", "ranks", "comm_ms_per_token",
+        "graph_replays"}
+    assert (dense["ranks"], dense["comm_ms_per_token"]) == (1, 0)
     assert dense["logit_error"] == 0 and same["logit_error"] < 1e-4 < sparse["logit_error"]
     assert (dense["byte_sparsity"], same["byte_sparsity"], sparse["byte_sparsity"]) == (0, 0, pytest.approx(0.5, abs=0.02))
     assert dense["rotation"] is None and sparse["rotation"] == "block"
@@ -80,6 +82,8 @@ def test_a_new_row_replaces_the_same_case_and_renews_the_ratios():
     merged = decode.merge(decode.merge(decode.merge([], dense), other), dense | {"ms_per_token": 3.0})
     assert [(row["variant"], row["ratio_to_best_dense"]) for row in merged] == [("x", 1.5), ("dense-eager", 1.0)]
     assert "x" in decode.merge(merged, other)[-1]["variant"] and len(merged) == 2
+    split = decode.merge(merged, other | {"ranks": 2})
+    assert len(split) == 3 and split[-1]["ratio_to_best_dense"] is None and split[0]["ratio_to_best_dense"] == 1.5
 
 
 def test_the_table_of_a_page_is_renewed():
@@ -89,6 +93,7 @@ def test_the_table_of_a_page_is_renewed():
     text = "before\n<!-- decode: x.json -->\nold\n<!-- end -->\nafter\n"
     renewed = decode.page(text, "x.json", rows)
     assert "| ms/token | dense, eager | 50% not read |\n" in renewed and "| a, float32 | 4 | 2 (2.00x) |\n" in renewed
+    assert "| a, float32, 2 ranks | 4 |  |\n" in decode.page(text, "x.json", [*rows, rows[1] | {"ranks": 2}])
     assert "old" not in renewed and renewed.startswith("before\n") and renewed.endswith("<!-- end -->\nafter\n")
     assert decode.page(renewed, "x.json", rows) == renewed
 

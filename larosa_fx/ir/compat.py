@@ -149,6 +149,17 @@ def local_tensor(x: torch.Tensor) -> torch.Tensor:
     return x._local_tensor
 
 
+def reads_local(node: fx.Node) -> bool:
+    """Whether node is ``x.to_local()`` of a DTensor, without further arguments: a method, or in 2.11 a function of Dynamo's
+    own making around it (2.11 to 2.13)."""
+    if node.op == "call_method":
+        return node.target == "to_local" and len(node.args) == 1 and not node.kwargs
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != "prim_to_local":
+        return False
+    held = inspect.getclosurevars(node.target).nonlocals
+    return not held.get("args_as_value") and not held.get("kwargs_as_value")
+
+
 def is_plain_shard(placement: object) -> bool:
     """Whether each rank has one piece, cut as ``torch.chunk`` cuts, and not several (2.11 to 2.13)."""
     from torch.distributed.tensor import Shard

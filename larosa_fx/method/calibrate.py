@@ -116,7 +116,7 @@ def _calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], ranks: R
     if selection == "threshold":
         plan = with_thresholds(model, plan, tokens, progress=progress)
         plan.thresholds = ranks.first(plan.thresholds, device)
-    plan.validate()
+    plan.validate(device=device)
     session.attach(plan)
     return plan
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from larosa_fx.ir import shards
 from larosa_fx.method.reference import at_least, mapped
 from larosa_fx.plan.plan import Plan, PlanSite
 
@@ -50,7 +51,21 @@ def thresholded(model: torch.nn.Module, plan: Plan, limits: Mapping[str, float],
 
 @contextmanager
 def metered(model: torch.nn.Module, plan: Plan, sparsity: float) -> Iterator[Meter]:
-    """Within the context a plan's thresholds select, and the meter that it yields counts what they read."""
-    meter = Meter(plan.sites)
-    with thresholded(model, plan, plan.thresholds_at(sparsity, "threshold"), meter.add):
+    """Within the context a plan's thresholds select, and the meter that it yields counts what they read.
+
+    Of a model that is split over several ranks each counts what it reads itself, of the bytes that it has.
+    """
+    here = {site.name: _here(model, site) for site in plan.sites}
+    meter = Meter(list(here.values()))
+    with thresholded(model, plan, plan.thresholds_at(sparsity, "threshold"),
+                     lambda site, read: meter.add(here[site.name], read)):
         yield meter
+
+
+def _here(model: torch.nn.Module, site: PlanSite) -> PlanSite:
+    """The site with the channels and columns of it that this rank has."""
+    weights = [model.get_parameter(name) for name in site.weights]
+    if not any(map(shards.is_split, weights)):
+        return site
+    parts = list(map(shards.local, weights))
+    return replace(site, in_features=parts[0].shape[1], out_features=sum(map(len, parts)))

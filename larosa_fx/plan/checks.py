@@ -65,8 +65,12 @@ def _check_blocks(name: str, site: PlanSite) -> None:
         raise PlanError(f"{name}: the heads that arrive at {site.name}, {blocks!r}, are not those of a source")
 
 
-def check_rotations(name: str, sites: Sequence[PlanSite], rotations: Mapping[str, torch.Tensor], exact: bool) -> None:
-    """There is an orthogonal Q, [D, D], for each basis of a site, and no other. ``exact``: all of Q^T Q is looked at."""
+def check_rotations(name: str, sites: Sequence[PlanSite], rotations: Mapping[str, torch.Tensor], exact: bool,
+                    device: torch.device | None = None) -> None:
+    """There is an orthogonal Q, [D, D], for each basis of a site, and no other.
+
+    exact: all of Q^T Q is looked at, on ``device``, or where Q lies.
+    """
     for site in sites:
         if site.basis is not None and site.basis not in rotations:
             raise PlanError(f"{name} has no rotation {site.basis!r} of {site.in_features} channels, which {site.name} needs")
@@ -81,7 +85,7 @@ def check_rotations(name: str, sites: Sequence[PlanSite], rotations: Mapping[str
             if site.basis == basis and site.in_features != len(q):
                 raise PlanError(f"{name} has no rotation {basis!r} of {site.in_features} channels, which {site.name} needs: "
                                 f"it has {len(q)}")
-        error = _error(q) if exact else _probed(q)
+        error = _error(q if device is None else q.to(device)) if exact else _probed(q)
         if not math.isfinite(error):
             raise PlanError(f"{name}: rotation {basis!r} holds NaN or Inf")
         if error > ORTHOGONALITY:

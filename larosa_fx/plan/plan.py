@@ -103,16 +103,17 @@ class Plan:
         return {**self.rotations, **{f"{name}/heads": m for name, m in self.heads.items()},
                 **{f"{name}/scale": s for name, s in self.scales.items()}}
 
-    def validate(self, name: str = "the plan", *, exact: bool = True) -> None:
+    def validate(self, name: str = "the plan", *, exact: bool = True, device: torch.device | None = None) -> None:
         """PlanError unless all that the plan holds makes sense and agrees (``larosa_fx.plan.checks``).
 
-        exact: each Q^T Q is computed whole, D^3 operations, as is right for new rotations. Else they are probed.
+        exact: each Q^T Q is computed whole, D^3 operations, as is right for new rotations. Else they are probed. device:
+        where; a plan lies in main memory, where 80 layers of 8192 channels would take a process with one thread an hour.
         """
         checks.check_origin(name, self.basis, self.provenance)
         checks.check_sites(name, self.sites, self.rotation)
         checks.check_shares(name, self.sites, self.sparsity, self.coefficients)
         checks.check_samples(name, self.sites, self.samples, self.weight_dtype)
-        checks.check_rotations(name, self.sites, self.rotations, exact)
+        checks.check_rotations(name, self.sites, self.rotations, exact, device)
         checks.check_maps(name, self.sites, self.heads, self.scales)
         checks.check_selection(name, self.sites, self.selection, self.thresholds)
 

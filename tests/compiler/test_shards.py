@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+import decode
 import larosa_fx
 import ranks
 from larosa_fx.ir.shards import Shard
@@ -42,12 +43,19 @@ def mixtral():
         **SIZES, num_local_experts=4, num_experts_per_tok=2)))
 
 
+def qwen3_moe():
+    return randomised(transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)))
+
+
 MODELS = {
     "llama": llama,
     "biases": lambda: llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),  # and no table to fold
     "qwen2": qwen2,  # biases of q, k and v
     "mixtral": mixtral,
 }
+if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):  # 5.17 hooks its q/k-norms as Dynamo cannot trace
+    MODELS["qwen3-moe"] = qwen3_moe
 
 
 class Files:
@@ -70,22 +78,26 @@ class Files:
     def thresholds(self, name):
         return {"plan": self.plan(name), "sparsify": "all"}
 
-    def alone(self, name):
-        """Logits of one rank, by thresholds at 50 %."""
+    def alone(self, name, **options):
+        """Logits of one rank, by thresholds at 50 % or as ``options`` say."""
         torch.compiler.reset()
         with torch.no_grad():
-            return compiled(self.models[name], strict=True, **self.thresholds(name))(self.ids).logits
+            return compiled(self.models[name], strict=True, **(options or self.thresholds(name)))(self.ids).logits
 
-    def run(self, tasks, count):
+    def run(self, tasks, count, device="cpu"):
         """What each rank found, by rank."""
         torch.save(tasks, self.directory / "tasks.pt")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(
-            filter(None, (str(Path(ranks.__file__).parent), os.environ.get("PYTHONPATH"))))}
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-                               ranks.__file__, str(self.directory)], env=environment, capture_output=True, text=True,
-                              timeout=TIMEOUT)
+        folders = (str(Path(module.__file__).parent) for module in (ranks, decode))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                       "PYTHONPATH": os.pathsep.join(filter(None, (*folders, os.environ.get("PYTHONPATH"))))}
+        if device == "cpu":  # where there are GPUs, transformers takes them
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+                   ranks.__file__, str(self.directory), device]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
         assert done.returncode == 0, done.stderr[-8000:]
-        return [torch.load(self.directory / f"rank{rank}.pt", weights_only=False) for rank in range(count)]
+        left = [self.directory / f"rank{rank}.pt" for rank in range(count)]
+        return [torch.load(file, weights_only=False, map_location="cpu") for file in left]
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +114,23 @@ def files(tmp_path_factory):
     return files
 
 
+def rounded(files, bits):
+    """Options of a model whose weights are stored in so many bits, and all read."""
+    return {"plan": files.plan("llama"), "sparsity": 0.0, "sparsify": "all", "quantize": bits}
+
+
+BENCH = ["--prompt", "8", "--tokens", "4", "--cache", "64", "--sparsity", "0", "0.5",
+         "--variants", "dense-default", "larosa", "dense-int8"]
+
+
 @pytest.fixture(scope="module")
 def two(files):
     llama_plan = files.plan("llama")
     tasks = {name: ("logits", {"path": files.model(name), "ids": files.ids,
                                "options": {"thresholds": files.thresholds(name)}}) for name in MODELS}
     tasks["llama"][1]["options"] |= {"sparsity 0": {"plan": llama_plan, "sparsity": 0.0},
-                                     "topk": {**files.thresholds("llama"), "selection": "topk"}}
+                                     "topk": {**files.thresholds("llama"), "selection": "topk"},
+                                     **{bits: rounded(files, bits) for bits in ("int8", "int4")}}
     tasks["generate"] = ("generate", {
         "path": files.model("llama"), "ids": files.ids, "calls": GREEDY,
         "settings": {"sparsity 0": {"plan": llama_plan, "sparsity": 0.0, "weights": "copy"},
@@ -116,6 +138,8 @@ def two(files):
     tasks["calibrate"] = ("calibrate", {"path": files.model("llama"), "batches": files.batches})
     tasks["refused"] = ("refused", {"path": files.model("llama"), "batches": files.batches, "plan": llama_plan})
     tasks["memory"] = ("memory", {})
+    tasks["metered"] = ("metered_bytes", {"path": files.model("llama"), "ids": files.ids, "plan": llama_plan})
+    tasks["bench"] = ("bench", {"sizes": SIZES, "file": str(files.directory / "bench.json"), "arguments": BENCH})
     tasks["missing plan"] = ("missing_plan", {"path": files.model("llama"), "ids": files.ids, "plan": llama_plan})
     tasks["failing pass"] = ("failing_pass", {"path": files.model("llama"), "ids": files.ids,
                                               "options": files.thresholds("llama")})  # last: it stays broken
@@ -193,6 +217,58 @@ def test_a_top_k_is_each_ranks_own_and_the_report_says_so(files, two):
     assert torch.equal(two[0]["llama"]["topk"][0], two[1]["llama"]["topk"][0])
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_quantised_parts_round_as_the_whole_does(files, two, bits):
+    """Groups of columns are others, so their rounding is, but it is as large."""
+    alone = files.alone("llama", **rounded(files, bits))
+    for rank in two:
+        logits, report = rank["llama"][bits]
+        off, eager = error(logits, rank["llama"]["eager"]), rank["llama"]["eager"]
+        assert report["treatment"] == "fold" and {site["form"] for site in report["sites"]} == {"dense"}
+        assert 1e-4 < 0.5 * error(alone, eager) < off < 2 * error(alone, eager)
+
+
+def test_each_rank_meters_what_it_reads(files, two):
+    plan = larosa_fx.Plan.load(files.plan("llama"))
+    for rank in two:
+        shares, seen = rank["metered"]
+        assert {name: mask.shape[-1] for name, mask in seen.items()} == {
+            site.name: site.in_features // (2 if site.kind in ("h2", "h4") else 1) for site in plan.sites}
+        unread = sum((~seen[site.name]).sum(-1).flatten() * site.out_features // (1 if site.kind in ("h2", "h4") else 2)
+                     for site in plan.sites)
+        total = sum(site.in_features * site.out_features for site in plan.sites) / 2
+        assert torch.allclose(shares, unread / total) and 0.3 < shares.mean() < 0.7
+    assert not torch.equal(two[0]["metered"][0], two[1]["metered"][0])
+
+
+def test_a_benchmark_of_two_ranks(two):
+    """Each makes its part, the first writes and prints, and bytes are those of one rank."""
+    first, second = (rank["bench"] for rank in two)
+    assert first["status"] == second["status"] == 0 and not second["printed"]
+    assert "dense-int8, sparsity None has no row: on rank 0 of 2, ValueError: torchao" in first["printed"]
+    dense, whole, sparse = rows = first["rows"]
+    assert [(row["variant"], row["sparsity"]) for row in rows] == [("dense-default", None), ("larosa", 0.0), ("larosa", 0.5)]
+    assert all(row["ranks"] == 2 and row["comm_ms_per_token"] > 0 for row in rows)
+    assert max(dense["logit_error"], whole["logit_error"]) < 1e-4 < sparse["logit_error"]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    d, inner, layers, vocabulary = map(SIZES.get, names)
+    blocks = layers * (d * d * 3 + 3 * d * inner) // 2
+    assert dense["weight_bytes_touched"] == 4 * (blocks + (2 * layers + 1) * d + vocabulary * d // 2 + d)
+    adapter, skipped = d * d // 2, round(sparse["byte_sparsity"] * blocks)
+    assert whole["weight_bytes_touched"] == dense["weight_bytes_touched"] + 4 * adapter
+    assert sparse["weight_bytes_touched"] == pytest.approx(whole["weight_bytes_touched"] - 4 * skipped, abs=4)
+    assert dense["command"].startswith("torchrun --nproc-per-node 2 bench/decode.py --model tiny")
+
+
+def test_an_error_in_a_later_call_ends_the_waiting(files):
+    """Whoever fails between two sums says so at once; the others do when the process group's time is over."""
+    found = files.run({"late": ("later_error", {"path": files.model("llama"), "ids": files.ids, "plan": files.plan("llama"),
+                                                "patience": 5})}, 2)
+    waiting, failing = (rank["late"] for rank in found)
+    assert "'NoneType' object is not callable" in failing["said"] and failing["waited"] < 5
+    assert "imed out" in waiting["said"] and waiting["waited"] < 15
+
+
 def same_steps(found, expected):
     """Whether two generations have the same tokens, and the same logits up to rounding at each of them."""
     return torch.equal(found.sequences, expected.sequences) and error(torch.stack(found.logits),
@@ -258,6 +334,70 @@ def test_what_fails_on_one_rank_is_dense_on_all(two):
 def test_a_write_to_a_part_is_one_to_the_parameter(two):
     for rank in two:
         assert rank["memory"] == ["to_local", "add_", "to_local", True]
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------------------------
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "vocab_size": 4096}
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory):
+    """Two ranks on two GPUs, with all defaults: Inductor, CUDA graphs, weights that are replaced; and the files."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.manual_seed(0)
+    files = Files(tmp_path_factory.mktemp("gpus"))
+    model = llama(**WIDE)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 if p.ndim == 1 else (SIZES["hidden_size"] / WIDE["hidden_size"]) ** 0.5)
+    files.add("wide", model)
+    path, plan = files.model("wide"), files.plan("wide")
+    generation = {"path": path, "ids": files.ids, "calls": {**GREEDY, "max_new_tokens": 16}, "compiler": "inductor"}
+    tasks = {
+        "exact": ("logits", {"path": path, "ids": files.ids, "dtype": torch.float64,
+                             "options": {"thresholds": files.thresholds("wide")}}),
+        "float32": ("generate", {**generation, "settings": {"sparsity 0": {"plan": plan, "sparsity": 0.0}}}),
+        "bfloat16": ("generate", {**generation, "dtype": torch.bfloat16, "settings": {
+            "sparsity 0": {"plan": plan, "sparsity": 0.0, "weights": "copy"}, "thresholds": {"plan": plan}}})}
+    return files, files.run(tasks, 2, "cuda")
+
+
+def test_gpus_compute_what_one_process_does(gpus):
+    files, found = gpus
+    torch.compiler.reset()
+    model = files.models["wide"].double()
+    with torch.no_grad():
+        alone = compiled(model, strict=True, **files.thresholds("wide"))(files.ids).logits
+    check_thresholds([rank["exact"] for rank in found], alone)
+
+
+def test_gpus_generate_by_cuda_graphs(gpus):
+    for rank in gpus[1]:
+        for dtype in ("float32", "bfloat16"):
+            report = rank[dtype]["sparsity 0"][1]
+            assert report["replays"] > 8 and report["treatment"] == "fold"
+            assert {site["form"] for site in report["sites"]} <= {"dense", "sparse GEMV"}
+        assert torch.equal(rank["float32"]["sparsity 0"][0].sequences, rank["float32"]["eager"].sequences)
+        assert error(rank["bfloat16"]["sparsity 0"][0].logits[1], rank["bfloat16"]["eager"].logits[1]) < 0.05
+        report = rank["bfloat16"]["thresholds"][1]
+        assert report["replays"] > 8 and {site["kernel"] for site in report["sites"]} == {"NVRTC sparse_linear"}
+    assert torch.equal(*(rank["bfloat16"]["thresholds"][0].sequences for rank in gpus[1]))
+
+
+def test_gpus_decode_by_thresholds_as_one_does(gpus):
+    """In bfloat16, whose rounding moves channels across thresholds: far nearer to one GPU's than to the dense model's."""
+    files, found = gpus
+    torch.compiler.reset()
+    model = files.models["wide"].float().bfloat16().cuda()
+    larosa_fx.enable(model, files.plan("wide"), strict=True)
+    alone = model.generate(files.ids.cuda(), **GREEDY)
+    for rank in found:
+        got, eager = rank["bfloat16"]["thresholds"][0].logits[1], rank["bfloat16"]["eager"].logits[1]
+        expected = alone.logits[1].cpu()
+        assert error(got, expected) < 0.5 * error(eager, expected)
 
 
 @pytest.mark.parametrize("size", [7, 8, 9, 3])

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.context import Context
+from larosa_fx.passes import canonicalize
 from programs import assert_close, program, trace
 
 D, EPS = 32, 1e-3
@@ -380,3 +382,23 @@ def test_cache_writes_survive():
     module.cache.zero_()
     p.run()
     assert torch.equal(module.cache[at], x) and torch.equal(module.cache[0], torch.ones(D))
+
+
+def _dynamos_own(*args_as_value, **kwargs_as_value):
+    """A function such as Dynamo writes in torch 2.11 in place of the method."""
+    def to_local(x):
+        return x.to_local(*args_as_value, **kwargs_as_value)
+
+    to_local.__name__ = "prim_to_local"
+    return to_local
+
+
+@pytest.mark.parametrize(("function", "target"), [
+    (_dynamos_own(), "to_local"), (_dynamos_own(grad_placements=None), "prim_to_local"), (_dynamos_own(1), "prim_to_local")])
+def test_a_function_that_reads_a_part_becomes_the_method(function, target):
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("x"),)))
+    canonicalize.run(Context(torch.fx.GraphModule({}, graph)))
+    (part,) = graph.output_node().all_input_nodes
+    assert (part.op, getattr(part.target, "__name__", part.target)) == (
+        "call_method" if target == "to_local" else "call_function", target)

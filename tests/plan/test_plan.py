@@ -281,6 +281,13 @@ def test_rotations_that_no_site_can_use(path, tensors):
         Plan.load(path)
 
 
+def test_new_rotations_are_looked_at_on_the_device_that_is_named(p):
+    plan = plan_of(p)
+    plan.validate(device=torch.device("cpu"))
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # where nothing has a value
+        plan.validate(device=torch.device("meta"))
+
+
 # ---- model ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,40 +1,49 @@
 """What one rank of a model split by tensor parallelism does in tests/compiler/test_shards.py: run by torch.distributed.run.
 
-It is given a directory with models, plans and ``tasks.pt``, and leaves there what it found, ``rank0.pt`` and so on.
+It is given a directory with models, plans and ``tasks.pt``, and a kind of device, "cpu" or "cuda", and leaves in the
+directory what it found, ``rank0.pt`` and so on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
+import json
 import os
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as Placement
 from transformers import AutoModelForCausalLM
 
+import decode
 import larosa_fx
-from larosa_fx.compiler import pipeline
-from larosa_fx.ir import effects
+from larosa_fx.compiler import folds, pipeline
+from larosa_fx.ir import compat, effects
 from larosa_fx.ir import graph as g
+from larosa_fx.method import metering
 from tiny import compiled
 
 TIMEOUT = datetime.timedelta(seconds=200)  # that a rank waits for another
 
 
-def load(path):
-    return AutoModelForCausalLM.from_pretrained(path, tp_plan="auto").eval()
+def load(path, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", dtype=dtype).eval()
 
 
-def logits(path, ids, options):
+def logits(path, ids, options, dtype=torch.float32):
     """Of the eager model and, for each of the options, of the compiled one, with its report."""
-    model = load(path)
+    model = load(path, dtype)
+    ids = ids.to(model.device)
     with torch.no_grad():
         found = {"eager": model(ids).logits}
         for name, chosen in options.items():
@@ -42,17 +51,21 @@ def logits(path, ids, options):
     return found
 
 
-def generate(path, ids, settings, calls):
-    """What the model's own ``generate`` and the enabled one's give, and what the eager model says afterwards."""
-    model, found = load(path), {}
+def generate(path, ids, settings, calls, dtype=torch.float32, compiler="eager"):
+    """What the model's own ``generate`` and the enabled one's give, and what the eager model says afterwards.
+
+    Beside each report, how often a CUDA graph was replayed.
+    """
+    model, found = load(path, dtype), {}
+    ids = ids.to(model.device)
     found["eager"] = without_cache(model.generate(ids, **calls))
     for name, chosen in settings.items():
-        larosa_fx.enable(model, compiler="eager", strict=True, **chosen)
-        found[name] = without_cache(model.generate(ids, **calls)), larosa_fx.last_report().to_dict()
-    try:
-        model.model.layers[0].mlp(torch.zeros(1, 1, model.config.hidden_size))
-    except RuntimeError as error:
-        found["eager afterwards"] = str(error)
+        larosa_fx.enable(model, compiler=compiler, strict=True, **chosen)
+        with decode.replays() as counted:
+            output = without_cache(model.generate(ids, **calls))
+        found[name] = output, larosa_fx.last_report().to_dict() | {"replays": len(counted)}
+    found["eager afterwards"] = message(lambda: model.model.layers[0].mlp(
+        torch.zeros(1, 1, model.config.hidden_size, dtype=dtype, device=model.device)))
     return found
 
 
@@ -105,6 +118,49 @@ def missing_plan(path, ids, plan):
                 "enabled": message(lambda: larosa_fx.enable(model, here, compiler="eager"))}
 
 
+def later_error(path, ids, plan, patience):
+    """What each rank ends with where the second fails in a call of a graph that has served before, and goes on.
+
+    The first waits for its part of a sum then: as long as the group's timeout, here so many seconds, says.
+    """
+    distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=patience), dist.group.WORLD)
+    model = load(path)
+    call = compiled(model, plan=plan, sparsify="all", strict=True)
+    with torch.no_grad():
+        call(ids)
+        if dist.get_rank() == 1:
+            larosa_fx.refold(model)
+            folds._evaluate = None  # what folds
+        started = time.monotonic()
+        said = message(lambda: call(ids))
+        waited = time.monotonic() - started
+        if dist.get_rank() == 1:
+            time.sleep(2 * patience)  # a process that ends would end the connection, and the waiting
+    return {"said": said, "waited": waited}
+
+
+def bench(sizes, file, arguments):
+    """What bench/decode.py returns and prints for a tiny model, and the rows in its file."""
+    decode.MODELS["tiny"] = ("llama", sizes)
+    decode.read_bandwidth = lambda device: 1e9
+    sys.argv = ["bench/decode.py", "--model", "tiny", "--device", "cpu", "--dtype", "float32", "--json", file, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = decode.main()
+    dist.barrier()  # behind the first rank's last write
+    return {"status": status, "printed": printed.getvalue(), "rows": json.loads(Path(file).read_text())["rows"]}
+
+
+def metered_bytes(path, ids, plan):
+    """Shares of the bytes here that tokens do not read by thresholds, and each site's share of the mask here."""
+    model, plan, seen = load(path), larosa_fx.Plan.load(plan), {}
+    with torch.no_grad():
+        with metering.metered(model, plan, plan.sparsity) as meter:
+            model(ids)
+        with metering.thresholded(model, plan, plan.thresholds_at(), lambda site, read: seen.update({site.name: read})):
+            model(ids)
+    return meter.per_token(), seen
+
+
 def memory():
     """The names of what shares memory with a split parameter, in a graph that writes to the part here."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -113,7 +169,8 @@ def memory():
 
     def backend(gm, _):
         parameter = next(node for node in gm.graph.nodes if isinstance(g.value(node), DTensor))
-        found.extend(node.target for node in effects.Memory(gm.graph).sharing(parameter) if node.op != "placeholder")
+        found.extend("to_local" if compat.reads_local(node) else node.target
+                     for node in effects.Memory(gm.graph).sharing(parameter) if node.op != "placeholder")
         found.append(parameter in effects.written_in_place(gm.graph))
         return gm
 
@@ -134,8 +191,10 @@ def message(call):
     return "nothing was raised"
 
 
-def main(directory):
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+def main(directory, device):
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
     found = {}
     for name, (task, arguments) in torch.load(directory / "tasks.pt", weights_only=False).items():
         torch.compiler.reset()
@@ -147,4 +206,4 @@ def main(directory):
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
