@@ -12,8 +12,8 @@ Weights are random: the time depends on shapes and on k, not on values. Under to
   "dense-max-autotune", "larosa", "larosa-threshold", "larosa-int4", "larosa-int4-threshold", ...; "dense-int8" and
   "dense-int4" are torchao's weight-only formats under torch.compile's max-autotune, int4 as tinygemm takes it, in groups of
   128), bits (that a weight of a decoder layer takes, its scales included);
-- sparsity (asked for), byte_sparsity (share of the decoder layers' weight bytes not read: as compiled, or, of thresholds,
-  counted over decoding steps of the eager model);
+- sparsity (asked for), byte_sparsity (share of the decoder layers' weight bytes that a step does not read: as compiled, or,
+  of thresholds, counted over decoding steps of the eager model; sequences side by side share what any of them reads);
 - ms_per_token (median), p20, p80 (of each step what the slowest rank took), tokens_per_second, host_ms_per_token: what it
   takes to launch a step without waiting for it; where that is not clearly below ms_per_token, the host sets the pace;
 - graph_replays: of CUDA graphs, in a step; 0 where none is replayed, whatever was asked for;
@@ -274,7 +274,7 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
             if variant in SPARSE:
                 report = backend.last_report()
                 row |= {"rotation": setting.rotation, "byte_sparsity": report.byte_sparsity}
-                if variant.endswith("-threshold"):
+                if variant.endswith("-threshold") and row["byte_sparsity"]:
                     row["byte_sparsity"] = _reached(model, plan, sparsity, setting)
                 folded[:] = STORE.entries()
                 elements = sum(s.channels * s.outputs for s in report.sites)
@@ -418,9 +418,9 @@ def _changed_bytes(model: torch.nn.Module, report: Report, byte_sparsity: float,
 
 
 def _reached(model: torch.nn.Module, plan: Plan, sparsity: float, setting: Setting) -> float:
-    """Byte sparsity that thresholds reach while decoding."""
+    """Byte sparsity that thresholds reach in a step."""
     decoding = Decoding(model, setting)
-    with metered(model, plan, sparsity) as meter:
+    with metered(model, plan, sparsity, together=True) as meter:
         for _ in range(COUNTED):
             decoding.step(model)
     return meter.per_token().mean().item()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def test_thresholds_are_counted():
     blocks = s["num_hidden_layers"] * s["hidden_size"] * (3 * s["hidden_size"] + 3 * s["intermediate_size"])
     more = (topk["byte_sparsity"] - threshold["byte_sparsity"]) * blocks * 4
     assert threshold["weight_bytes_touched"] - topk["weight_bytes_touched"] == pytest.approx(more, abs=8)
+
+
+def test_sequences_share_what_a_step_reads():
+    """Each keeps half of its channels; between them three keep more."""
+    about = {"variants": ["larosa-threshold"], "sparsities": [0.5], "bandwidth": 1e9}
+    model = tiny.llama()
+    (one,), (three,) = (list(decode.measure(model, setting=replace(SETTING, batch=batch), **about)) for batch in (1, 3))
+    assert one["byte_sparsity"] == pytest.approx(0.5, abs=0.15) and 0 < three["byte_sparsity"] < one["byte_sparsity"] - 0.1
+    assert three["weight_bytes_touched"] > one["weight_bytes_touched"]
 
 
 def test_bits_and_bytes_of_quantised_weights():

@@ -50,15 +50,19 @@ def thresholded(model: torch.nn.Module, plan: Plan, limits: Mapping[str, float],
 
 
 @contextmanager
-def metered(model: torch.nn.Module, plan: Plan, sparsity: float) -> Iterator[Meter]:
+def metered(model: torch.nn.Module, plan: Plan, sparsity: float, *, together: bool = False) -> Iterator[Meter]:
     """Within the context a plan's thresholds select, and the meter that it yields counts what they read.
 
-    Of a model that is split over several ranks each counts what it reads itself, of the bytes that it has.
+    together: the sequences of a batch share what any of them reads, as in a step of the kernels for several rows. Of a model
+    that is split over several ranks each counts what it reads itself, of the bytes that it has.
     """
     here = {site.name: _here(model, site) for site in plan.sites}
     meter = Meter(list(here.values()))
-    with thresholded(model, plan, plan.thresholds_at(sparsity, "threshold"),
-                     lambda site, read: meter.add(here[site.name], read)):
+
+    def seen(site: PlanSite, read: torch.Tensor) -> None:
+        meter.add(here[site.name], read.any(0) if together else read)
+
+    with thresholded(model, plan, plan.thresholds_at(sparsity, "threshold"), seen):
         yield meter
 
 
