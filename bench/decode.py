@@ -13,7 +13,8 @@ Weights are random: the time depends on shapes and on k, not on values. Under to
   "dense-int4" are torchao's weight-only formats under torch.compile's max-autotune, int4 as tinygemm takes it, in groups of
   128), bits (that a weight of a decoder layer takes, its scales included);
 - sparsity (asked for), byte_sparsity (share of the decoder layers' weight bytes that a step does not read: as compiled, or,
-  of thresholds, counted over decoding steps of the eager model; sequences side by side share what any of them reads);
+  of thresholds, counted over decoding steps of the eager model; sequences side by side share what any of them reads,
+  and what a kernel asks for before it knows, two points of a hundred, is not counted);
 - ms_per_token (median), p20, p80 (of each step what the slowest rank took), tokens_per_second, host_ms_per_token: what it
   takes to launch a step without waiting for it; where that is not clearly below ms_per_token, the host sets the pace;
 - graph_replays: of CUDA graphs, in a step; 0 where none is replayed, whatever was asked for;
@@ -180,7 +181,10 @@ def say(text: str) -> None:
 
 
 def attempt(what: str, work: Callable[[], Row]) -> Row | None:
-    """What ``work`` returns. Where it fails on one of several ranks, None on all, and the reason is printed."""
+    """What ``work`` returns. Where it fails on all of several ranks alike, None, and the reason is printed.
+
+    One that fails alone leaves the others in a sum that it is missing from: the process group's timeout ends them all.
+    """
     if ranks() == 1:
         return work()
     found, failure = None, None
@@ -511,7 +515,8 @@ def page(text: str, name: str, rows: Sequence[Row]) -> str:
     for row in sorted(rows, key=lambda row: models.index(row["model"])):
         dense = row["sparsity"] is None
         column = row["variant"].replace("dense-", "dense, ") if dense else f"{row['sparsity']:.0%} not read"
-        faster = "" if dense else f" ({row['ratio_to_best_dense']:.2f}x)"
+        ratio = row["ratio_to_best_dense"]
+        faster = "" if dense or not ratio else f" ({ratio:.2f}x)"
         turned = "" if row.get("rotation") in (None, "layer") else f", rotation={row['rotation']}"
         selection, stored = SPARSE.get(row["variant"], ("topk", "none"))
         selected = (", thresholds" if selection == "threshold" else "") + ("" if stored == "none" else f", {stored}")

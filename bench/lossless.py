@@ -136,6 +136,12 @@ def milliseconds(generate: Callable, questions: list[torch.Tensor], args: argpar
     return statistics.median((seconds(ids, args.tokens) - seconds(ids, 1)) / (args.tokens - 1) * 1e3 for ids in questions)
 
 
+def case(row: Row) -> tuple:
+    """What a row is a figure of: a later one takes its place."""
+    keys = ("model", "dtype", "device", "kind", "variant", "text", "plan", "selection", "sparsity", "draft_tokens")
+    return tuple(row.get(key) for key in keys)
+
+
 def table(rows: list[Row]) -> str:
     """What was accepted, a line a plan and selection, a column a sparsity: greedy / sampled."""
     sparsities = sorted({r["sparsity"] for r in rows})
@@ -185,6 +191,7 @@ def main() -> int:
     held = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for row in measured:
         rows.append(row)
+        held = [other for other in held if case(other) != case(row | origin)]
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
         if args.json:
             provenance.write_results(args.json, held + [r | origin for r in rows], provenance={

@@ -41,15 +41,25 @@ class Config(NamedTuple):
 def config(shape: Shape, sms: int) -> Config:
     """One block for a multiprocessor, each with as many columns as it takes; 16 columns are 32 bytes, a sector.
 
-    What was best on an H200 for the four sites of a 4096-wide model at half density, as links of a chain. Where all channels
-    are read, memory sets the pace, which brings 64 bytes at once.
+    What was best on an H200 for the four sites of a 4096-wide model at half density, as links of a chain; and apart from it,
+    where all channels are read and memory sets the pace.
     """
-    if shape.full and not shape.adapter:
-        return Config(tile(shape.columns, shape.gate, sms, 32), threads=512, batch=8)
-    return Config(tile(shape.columns, shape.gate, sms, 16), threads=1024, batch=4 if shape.adapter else 8)
+    whole = wide_tile(shape.columns, shape.gate, sms)
+    if shape.full and not shape.adapter and whole <= 512:
+        return Config(whole, threads=512, batch=8)
+    return Config(_tile(shape.columns, shape.gate, sms, 16), threads=1024, batch=4 if shape.adapter else 8)
 
 
-def tile(columns: int, gate: str, sms: int, unit: int) -> int:
+def wide_tile(columns: int, gate: str, sms: int) -> int:
+    """Columns of weight for each block, a multiple of 64 bytes, which is what memory brings at once.
+
+    Of 32 bytes where that would leave a third of the multiprocessors without a block.
+    """
+    tile = _tile(columns, gate, sms, 32)
+    return tile if 3 * -(-columns // tile) >= 2 * sms else _tile(columns, gate, sms, 16)
+
+
+def _tile(columns: int, gate: str, sms: int, unit: int) -> int:
     """Columns of weight for each of at most ``sms`` blocks, some units, as many from both halves where there is a gate."""
     halves = 2 if gate else 1
     units = -(-columns // (halves * unit))

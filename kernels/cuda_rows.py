@@ -42,12 +42,12 @@ class Config(NamedTuple):
 
 
 def config(shape: Shape, sms: int, room: int) -> Config | None:
-    """One block for a multiprocessor, its columns a multiple of 64 bytes, which is what the memory brings at once.
+    """One block for a multiprocessor; None where ``room``, bytes of shared memory, is too small.
 
-    What was best on an H200 for the four sites of a 4096-wide model: few threads with many registers, but for two rows
-    of the narrow sites. None where ``room``, bytes of shared memory, is too small.
+    What was best on an H200 for the four sites of a 4096-wide model: few threads with many registers, but for two rows of
+    the narrow sites.
     """
-    tile = cuda_linear.tile(shape.columns, shape.gate, sms, 32)
+    tile = cuda_linear.wide_tile(shape.columns, shape.gate, sms)
     width = 4 if tile < 64 else 8
     threads = 1024 if width == 4 and shape.rows == 2 else 512
     batch = (16 if threads == 1024 else 24) // width
@@ -96,7 +96,8 @@ def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, thre
         return f"the CUDA kernel of several rows takes 2 to {MAX_ROWS}"
     if reason := cuda_linear.declined_parts(x, columns, adapter, norm, gate):
         return reason
-    shape = _shape(x, MAX_ROWS, columns, adapter, norm, gate, threshold=threshold)  # fewer rows take less room
+    most = _class(rows) if isinstance(rows, int) else MAX_ROWS  # a symbol may stand for all
+    shape = _shape(x, most, columns, adapter, norm, gate, threshold=threshold)
     properties = nvrtc.properties(x.device)
     if config(shape, properties.multi_processor_count, properties.shared_memory_per_block_optin) is None:
         return f"the CUDA kernel has no room for {x.shape[-1]} channels and {columns} columns on this device"

@@ -380,7 +380,8 @@ def sparse_linear(
             that is ``x * gain``, rounded as above, times the norm's scalar where there is one; compared in float32
             (float64 for float64). It is 0, which drops nothing, or more; NaN is never dropped, and none or all may be.
             Every implementation keeps the same channels, but for those that a scalar a few ulps off puts on the other
-            side. A dropped channel's weights are not read by kernels made for this; elsewhere they meet a zero.
+            side. A dropped channel's weights are not read by kernels made for this, but for those that the kernel of a few
+            rows asks for before it knows; elsewhere they meet a zero.
 
     Returns:
         y, [..., N] or [..., N/2], in x's dtype; everything behind ``x * gain`` is computed in float32 (float64 for

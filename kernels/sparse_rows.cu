@@ -28,6 +28,7 @@ constexpr int AHEAD = 16 * DEEP * BATCH < EIGHTH ? 16 * DEEP * BATCH : EIGHTH;  
 constexpr int OUTPUTS = ROWS * OUT_TILE;
 constexpr int fold(int threads) { return threads >= 32 ? 32 : threads < 2 ? 1 : 2 * fold(threads / 2); }
 constexpr int FOLD = fold(THREADS / OUTPUTS < DEEP ? THREADS / OUTPUTS : DEEP);  // threads that add up an output
+constexpr bool ONE_EACH = OUTPUTS * FOLD <= THREADS;                             // no thread adds up a second one
 
 // Shared memory: values of each row | list | partial sums | sums of squares | norms | scan.
 constexpr int PARTIAL_ROW = TILE + 4;
@@ -37,7 +38,6 @@ constexpr int SCAN_AT = SCALES_AT + ROWS * 4;
 
 static_assert(SCAN_AT + WARPS * 4 <= SHARED, "the host's layout is not this one");
 static_assert(TILE % 16 == 0 && OUT_TILE % WIDTH == 0 && ACROSS <= WARPS, "a thread's columns lie side by side");
-static_assert(!RESIDUAL || OUTPUTS * FOLD <= THREADS, "a thread adds one residual");
 static_assert(!THRESHOLD || HELD <= 32, "a thread has a bit for each channel that it ranks");
 static_assert(!(NORM && THRESHOLD) || PART >= CHANNELS, "a threshold is compared with what the whole row's norm makes of x");
 
@@ -283,9 +283,10 @@ sparse_rows(const u16* __restrict__ x, const u16* __restrict__ weight, const u16
   if (EARLY) adapt();
   request<false>(batch, mine, nullptr, begin, THRESHOLD ? AHEAD : min(PART, CHANNELS), policy);
   wait_for_producer();
-  float added = 0.f;  // this thread's output; read now, so that it is there when it is needed
+  float added = 0.f;  // to this thread's output; read now, so that it is there when it is needed
   const int output = t / FOLD, out_row = output / OUT_TILE, out = blockIdx.x * OUT_TILE + output % OUT_TILE;
-  if (RESIDUAL && out_row < rows && out < OUT_COLUMNS) added = widen(__ldcg(residual + (u64)out_row * OUT_COLUMNS + out));
+  if (RESIDUAL && ONE_EACH && out_row < rows && out < OUT_COLUMNS)
+    added = widen(__ldcg(residual + (u64)out_row * OUT_COLUMNS + out));
 
   for (int first = 0; first < CHANNELS; first += PART) {
     const int count = min(PART, CHANNELS - first);
@@ -342,7 +343,7 @@ sparse_rows(const u16* __restrict__ x, const u16* __restrict__ weight, const u16
       if (BIAS) total[half] += widen(__ldg(bias + to + half * OUT_COLUMNS));
     }
     if (GATE) total[0] = gated(total[0], total[1]);
-    if (RESIDUAL) total[0] += added;
+    if (RESIDUAL) total[0] += ONE_EACH ? added : widen(__ldcg(residual + (u64)row * OUT_COLUMNS + to));
     y[(u64)row * OUT_COLUMNS + to] = narrow(total[0]);
   }
 }

@@ -53,8 +53,9 @@ def thresholded(model: torch.nn.Module, plan: Plan, limits: Mapping[str, float],
 def metered(model: torch.nn.Module, plan: Plan, sparsity: float, *, together: bool = False) -> Iterator[Meter]:
     """Within the context a plan's thresholds select, and the meter that it yields counts what they read.
 
-    together: the sequences of a batch share what any of them reads, as in a step of the kernels for several rows. Of a model
-    that is split over several ranks each counts what it reads itself, of the bytes that it has.
+    together: the sequences of a batch share what any of them reads, as in a step of the kernels for several rows (what a
+    kernel asks for before it knows is not counted). Of a model that is split over several ranks each counts what it reads
+    itself, of the bytes that it has.
     """
     here = {site.name: _here(model, site) for site in plan.sites}
     meter = Meter(list(here.values()))

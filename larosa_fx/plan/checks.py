@@ -85,12 +85,20 @@ def check_rotations(name: str, sites: Sequence[PlanSite], rotations: Mapping[str
             if site.basis == basis and site.in_features != len(q):
                 raise PlanError(f"{name} has no rotation {basis!r} of {site.in_features} channels, which {site.name} needs: "
                                 f"it has {len(q)}")
-        error = _error(q if device is None else q.to(device)) if exact else _probed(q)
+        error = _error_on(q, device) if exact else _probed(q)
         if not math.isfinite(error):
             raise PlanError(f"{name}: rotation {basis!r} holds NaN or Inf")
         if error > ORTHOGONALITY:
             raise PlanError(f"{name}: rotation {basis!r} is not orthogonal ({'max' if exact else 'probed'} |Q^T Q - I| = "
                             f"{error:.1e})")
+
+
+def _error_on(q: torch.Tensor, device: torch.device | None) -> float:
+    """``_error``, in main memory where the device has no room: a plan that took hours must not be lost to its check."""
+    try:
+        return _error(q if device is None else q.to(device))
+    except torch.OutOfMemoryError:
+        return _error(q)
 
 
 def _error(q: torch.Tensor) -> float:

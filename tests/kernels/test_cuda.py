@@ -41,6 +41,15 @@ def test_attentions_compile(compiler, group, dim, splits):
         assert nvrtc.compile(cuda_attention._SOURCE, macros, (9, 0))
 
 
+@pytest.mark.parametrize("sms", [16, 20, 30, 58, 132])
+@pytest.mark.parametrize("columns", [2048, 9216, 12288, 16384])
+def test_all_channels_with_a_residual_compile_wherever_a_topk_does(compiler, columns, sms):
+    base = next(shape for shape in shapes() if shape.residual and not shape.threshold)._replace(columns=columns)
+    if cuda_linear.config(base, sms).tile <= 1024:
+        for shape in (base, base._replace(full=True)):
+            assert nvrtc.compile(cuda_linear._SOURCE, cuda_linear.constants(shape, cuda_linear.config(shape, sms)), (9, 0))
+
+
 def test_configs_are_valid():
     for shape, sms in itertools.product(shapes(), (1, 20, 108, 132, 200)):
         c = cuda_linear.config(shape, sms)

@@ -39,6 +39,13 @@ def test_every_shape_compiles(compiler):
         assert nvrtc.compile(cuda_rows._SOURCE, cuda_rows.constants(shape, cuda_rows.config(shape, 132, ROOM)), (9, 0))
 
 
+@pytest.mark.parametrize("rows, columns, sms", [(8, 4096, 58), (8, 8192, 108), (8, 16384, 132), (2, 8192, 24)])
+def test_a_thread_may_add_several_residuals(compiler, rows, columns, sms):
+    base = next(shape for shape in shapes() if shape.residual)
+    shape = base._replace(rows=rows, columns=columns)
+    assert nvrtc.compile(cuda_rows._SOURCE, cuda_rows.constants(shape, cuda_rows.config(shape, sms, ROOM)), (9, 0))
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
 def test_other_devices_compile(compiler, capability):
     shape = next(shape for shape in shapes() if shape.threshold)
@@ -53,8 +60,8 @@ def test_what_there_is_no_room_for_is_declined(hopper):
 
         assert not declined(2) and not declined(8) and not declined(8, threshold=False)
         assert all("takes 2 to 8" in declined(rows, threshold=t) for rows in (1, 9) for t in (False, True))
-        assert "no room" in declined(2, 16384, norm=True) and not declined(2, 16384) and not declined(
-            2, 16384, norm=True, threshold=False)
+        assert "no room" in declined(8, 16384, norm=True) and not declined(2, 16384, norm=True)
+        assert not declined(8, 16384) and not declined(8, 16384, norm=True, threshold=False)
         assert "multiple of 4" in declined(2, 62) and "without a norm" in declined(2, adapter=64, norm=True)
 
 
@@ -112,6 +119,12 @@ def test_in_parts(part, share, gen, make_linear, with_threshold, check_linear):
         case = with_threshold(case, share)
     case = on_gpu(case)
     check_linear(case, run(case, cuda_rows.Config(32, 4, 1024, 2, part)))
+
+
+@needs_gpu
+def test_residuals_of_wide_tiles(gen, make_linear, check_linear):
+    case = on_gpu(make_linear((None, "", True, "plain"), (8,), 256, 256, 4096, 0, torch.bfloat16, gen))
+    check_linear(case, run(case, cuda_rows.Config(128, 8, 512, 3, 256)))
 
 
 @needs_gpu

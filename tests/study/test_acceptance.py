@@ -72,10 +72,17 @@ def test_leaves_the_model_as_it_was():
 
 
 def test_a_model_that_attends_otherwise_is_refused():
+    """A recurrence reads a state that drafts would have to have left."""
     torch.manual_seed(0)
-    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64, state_size=4)
-    with pytest.raises(ValueError, match="MambaForCausalLM does not attend"):
-        acceptance(transformers.MambaForCausalLM(config).eval(), {}, [ids(1, 8)])
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(
+        hidden_size=16, num_hidden_layers=1, vocab_size=64, state_size=4))
+    with pytest.raises(ValueError, match="MambaForCausalLM has 1 layers, 0 of which attend"):
+        acceptance(mamba.eval(), {}, [ids(1, 8)])
+    hybrid = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, layer_types=["conv", "full_attention"]))
+    with pytest.raises(ValueError, match="2 layers, 1 of which attend"):
+        acceptance(hybrid.eval(), {}, [ids(1, 8)])
 
 
 def test_tokens_a_cycle():
