@@ -13,6 +13,8 @@ import torch
 from larosa_fx.loading import device_name
 from larosa_fx.study.results import results_text
 
+SMOLLM2 = "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)"  # what ``load_model`` takes where no model is named
+
 
 def commit() -> str:
     """The checkout's commit; "unknown" outside one."""
@@ -33,8 +35,8 @@ def command() -> str:
 
 
 def model_name(model: torch.nn.Module, named: str | None) -> str:
-    """The class of a model that was ``named``, or the one that ``load_model`` takes where none is."""
-    return type(model).__name__ if named else "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised)"
+    """The class of a model that was ``named``, or SMOLLM2."""
+    return type(model).__name__ if named else SMOLLM2
 
 
 def device(name: str) -> str:

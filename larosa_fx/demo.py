@@ -69,7 +69,7 @@ def run(args: Namespace) -> int:
     losses, dense = {}, None
     for form in forms:
         losses[form.name] = evaluate.sweep(model, form.plan, tests, sparsities, selection=form.selection, compiler="eager",
-                                           progress=args.verbose, dense=dense)
+                                           progress=args.verbose, dense=dense, counted=None if args.verbose else 1)
         dense = losses[form.name][0]
     print(_loss_table(losses, sparsities))
     if args.model is None:

@@ -116,6 +116,11 @@ def add_to_all(tensors: Sequence[torch.Tensor], by: int) -> None:
     torch._foreach_add_(list(tensors), by)
 
 
+def zero_all(tensors: Sequence[torch.Tensor]) -> None:
+    """Fill all tensors with zeros, in few kernels a device (2.11 to 2.13)."""
+    torch._foreach_zero_(list(tensors))
+
+
 def foreach_add(graph: fx.Graph, tensors: Sequence[fx.Node], by: int) -> fx.Node:
     """A node that adds ``by`` to all tensors in place, in one kernel (2.11 to 2.13)."""
     return graph.call_function(torch._foreach_add_, (list(tensors), by))

@@ -110,12 +110,13 @@ def paired(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float | None]:
 
 def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sparsities: Sequence[float], *,
           selection: str | None = None, compiler: str = "inductor", progress: bool = True,
-          sparse: Callable[..., Callable] | None = None, dense: dict[str, object] | None = None
-          ) -> list[dict[str, object]]:
+          sparse: Callable[..., Callable] | None = None, dense: dict[str, object] | None = None,
+          counted: int | None = None) -> list[dict[str, object]]:
     """Perplexity of ``model`` dense (first row) and compiled with the plan at ``plan``, every token sparsified.
 
     sparse: called with ``sparsity``, gives what computes with it; None compiles ``model``. dense: the first row of an
-    earlier sweep over the same batches; None measures it.
+    earlier sweep over the same batches; None measures it. counted: batches on which the bytes that thresholds reach are
+    counted, which takes a pass of its own; None counts on all.
 
     Rows: method ("dense" or "larosa"), byte_sparsity (thresholds: as counted on these batches; they were fitted to others.
     With ``sparse`` as fitted: counting needs the model's own weights), selection (``larosa_fx.compiler.options``), ppl,
@@ -136,7 +137,7 @@ def sweep(model: torch.nn.Module, plan: str, batches: Sequence[torch.Tensor], sp
             report = backend.last_report()
             bytes_not_read = report.byte_sparsity
             if report.selection == "threshold" and sparse is None:
-                bytes_not_read = reached(model, loaded, sparsity, batches)
+                bytes_not_read = reached(model, loaded, sparsity, batches[:counted])
         rows.append({"method": "dense" if sparsity is None else "larosa",
                      "byte_sparsity": bytes_not_read, "selection": None if sparsity is None else report.selection,
                      "ppl": found.ppl,

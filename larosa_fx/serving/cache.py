@@ -103,6 +103,15 @@ def growing_dims(tensor: torch.Tensor, *dims: int) -> tuple[int, ...]:
     return (0, *dims) if tensor.shape[0] > 1 else dims
 
 
+def empty(cache: StaticCache) -> None:
+    """``cache.reset()``; of layers that hold positions in few kernels, since a prompt waits for their launches."""
+    if not every_position_stays(cache) or not all(layer.is_initialized for layer in cache.layers):
+        cache.reset()
+        return
+    compat.zero_all([tensor for layer in cache.layers for tensor in (layer.keys, layer.values)])
+    compat.zero_all([layer.cumulative_length for layer in cache.layers])
+
+
 def forget(cache: StaticCache, positions: int) -> None:
     """Take back the last positions of a cache whose positions stay."""
     compat.add_to_all([layer.cumulative_length for layer in cache.layers], -positions)
@@ -129,7 +138,7 @@ class CachePool:
             held = capacity(entry[1])
             if entry[0] == rows and (held is None or wanted <= held <= 4 * wanted):
                 self._free.remove(entry)
-                entry[1].reset()
+                empty(entry[1])
                 return entry[1]
         self._free = [entry for entry in self._free if entry[0] != rows]
         return StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=wanted)
@@ -152,14 +161,14 @@ class Prompt(Cache):
     and knows that a first prompt needs no mask, where a static cache would make it read a mask of [T, positions].
     """
 
-    def __init__(self, cache: StaticCache) -> None:
-        past = filled(cache)
+    def __init__(self, cache: StaticCache, past: int) -> None:
+        """``past``: what ``filled(cache)`` says, which may wait for the device."""
         super().__init__(layers=[_PromptLayer(layer, past) for layer in cache.layers])
+        self._past = past
 
     def settle(self, layers: Sequence[StaticLayer]) -> None:
         """Count what was written in the static layers beneath."""
-        for layer in layers:
-            layer.cumulative_length.fill_(filled(self))
+        compat.add_to_all([layer.cumulative_length for layer in layers], filled(self) - self._past)
 
 
 class _PromptLayer(CacheLayerMixin):

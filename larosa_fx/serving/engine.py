@@ -311,7 +311,7 @@ class Engine:
                 fits = False  # a user's cache may be short enough
             if self.settings.owns and not fits:
                 self._give_up_nothing()
-        logits, filled = self._prompt(cache, run.input_ids, config, model_kwargs)
+        logits, filled = self._prompt(cache, run.input_ids, config, model_kwargs, empty=own)
         stays = caches.every_position_stays(cache)
         if stays and filled + new - 1 > caches.capacity(cache):
             raise ValueError(f"larosa: past_key_values holds {caches.capacity(cache)} positions, and {filled + new - 1} are "
@@ -419,12 +419,15 @@ class Engine:
         return {"drafting": self._pace.report}
 
     def _prompt(self, cache: StaticCache, input_ids: torch.Tensor, generation_config: object,
-                model_kwargs: dict[str, object]) -> tuple[torch.Tensor, int]:
-        """Fill the cache with the prompt. Returns its logits and how many positions the cache holds then."""
+                model_kwargs: dict[str, object], *, empty: bool) -> tuple[torch.Tensor, int]:
+        """Fill the cache with the prompt. Returns its logits and how many positions the cache holds then.
+
+        ``empty``: whether nothing can be in the cache, so that no one need wait for the device to ask.
+        """
         view = None
         shapes = self._pool.layout(self.model).shapes
         if caches.prepare(cache, self.model, shapes, len(input_ids)) and caches.every_position_stays(cache):
-            view = caches.Prompt(cache)
+            view = caches.Prompt(cache, 0 if empty else caches.filled(cache))
             model_kwargs = caches.with_cache(model_kwargs, view)
         with self._owning():
             logits = compat.prefill(self.model, input_ids, generation_config, model_kwargs).logits
@@ -533,7 +536,7 @@ def _growing(forward: Callable) -> Callable:
     """``forward`` over a view of the cache that is as long as what it holds."""
     def step(model: torch.nn.Module, **inputs: object) -> torch.Tensor:
         cache = caches.of(inputs)
-        view = caches.Prompt(cache)
+        view = caches.Prompt(cache, caches.filled(cache))
         logits = forward(model, **caches.with_cache(loop.masks_up_to(inputs, view.get_seq_length()), view))
         view.settle(cache.layers)
         return logits

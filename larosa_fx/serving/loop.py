@@ -82,7 +82,7 @@ def decode(step: Step, inputs: StepInputs, run: Run, logits: Tensor, undo: Calla
     ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     limit = min(length for length in (criteria.max_length, most, math.inf) if length is not None)
     unfinished = run.input_ids.new_ones(len(run.input_ids))
-    answer = _Answer(unfinished, run.streamer)
+    answer, before = _Answer(unfinished, run.streamer), run.length
     while True:
         last = last_logits(logits, run)
         ranked = run.logits_processor(run.input_ids, last)
@@ -94,7 +94,9 @@ def decode(step: Step, inputs: StepInputs, run: Run, logits: Tensor, undo: Calla
         unfinished = unfinished & ~criteria(run.input_ids, run.scores)
         answer.ask(unfinished, tokens)
         full = run.length >= limit
-        early = undo is not None and not full
+        # Who watches is shown the first token before a step is launched, which may have to be compiled.
+        watched = run.streamer is not None and run.length == before + 1
+        early = undo is not None and not full and not watched
         if early:
             logits = step(**inputs.after(run.input_ids))
         if answer.stops():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from larosa_fx.method.evaluate import sweep
+import larosa_fx
+from larosa_fx.method.evaluate import reached, sweep
 from tiny import ids, llama
 
 
@@ -27,3 +28,14 @@ def test_a_sweep_of_many_sparsities(saved):
     assert len({row["ppl"] for row in rows}) == 13  # each selects other channels
     other(torch.ones(3))
     assert len(compiled) == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_what_thresholds_reach_is_counted_on_as_many_batches_as_asked_for(saved):
+    model = llama()
+    path, batches = saved(model, selection="threshold"), [ids(1, 16), ids(1, 12), ids(1, 24)]
+    (_, row), (_, whole) = (sweep(model, path, batches, [0.5], selection="threshold", compiler="eager", progress=False,
+                                  counted=counted) for counted in (1, None))
+    plan = larosa_fx.Plan.load(path)
+    assert row["byte_sparsity"] == reached(model, plan, 0.5, batches[:1]) != whole["byte_sparsity"]
+    assert row["ppl"] == whole["ppl"]

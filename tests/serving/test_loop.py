@@ -30,7 +30,7 @@ def logits(token):
     return torch.nn.functional.one_hot(torch.tensor([[token]]), 32).float()
 
 
-def run(model, stop, most, ahead):
+def run(model, stop, most, ahead, streamer=None):
     config = SimpleNamespace(return_dict_in_generate=True, output_scores=True, output_logits=False, do_sample=False,
                              _pad_token_tensor=torch.tensor(0))
     criteria = StoppingCriteriaList([MaxLengthCriteria(most), EosTokenCriteria(torch.tensor([stop]))])
@@ -40,7 +40,8 @@ def run(model, stop, most, ahead):
         seen.append(input_ids.shape[1])
         return scores
 
-    one = loop.Run(torch.zeros(1, 4, dtype=torch.long), LogitsProcessorList([watch]), criteria, config)
+    one = loop.Run(torch.zeros(1, 4, dtype=torch.long), LogitsProcessorList([watch]), criteria, config,
+                   streamer)
     assert loop.decode(model.step, model, one, logits(4), model.undo if ahead else None)
     assert len(one.scores) == len(seen)
     return one.input_ids[0].tolist(), seen
@@ -58,3 +59,17 @@ def test_the_last_token_of_all_launches_nothing():
     model = Counting(4)
     assert run(model, stop=30, most=8, ahead=True)[0] == [0] * 4 + [4, 5, 6, 7]
     assert (model.steps, model.undone) == (3, 0)
+
+
+def test_who_watches_sees_the_first_token_before_a_step_is_launched():
+    class Watching:
+        def __init__(self):
+            self.seen = []
+
+        def put(self, tokens):
+            self.seen.append((int(tokens), model.steps))
+
+    model, watching, alone = Counting(4), Watching(), Counting(4)
+    outcome = run(model, stop=7, most=20, ahead=True, streamer=watching)
+    assert outcome == run(alone, stop=7, most=20, ahead=True)
+    assert watching.seen == [(4, 0), (5, 2), (6, 3), (7, 4)]  # from the second one on, one step ahead
