@@ -42,13 +42,13 @@ class _Attention:
         """transformers' interface: query [B, H, T, d], key and value [B, Hkv, T, d], an additive mask [B, 1, T, T]."""
         if kwargs.get("s_aux") is not None:
             raise ValueError(f"{type(module).__name__} attends to sinks, which drafts cannot be simulated with")
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         if self.turn is None:
             self.held.append((key, value))
             before = key, value
         else:
             before = self.held[self.turn]
             self.turn += 1
+        key, value, *before = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value, *before))
         scores = query @ before[0].mT
         scores.diagonal(dim1=-2, dim2=-1).copy_((query * key).sum(-1))
         scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -66,31 +66,33 @@ def acceptance(model: torch.nn.Module, drafts: dict[str, Callable[[], AbstractCo
 
     drafts: by name, what makes the context in which ``model`` computes as a sparse step does, such as
     ``method.reference.simulated``. start: of each text, how many of its tokens are a prompt, behind which nothing is
-    drafted before its last token; 1 where not given. ValueError for a model whose layers do not attend by transformers'
-    interface.
+    drafted before its last token; 1 where not given. The dense model's keys, values and logits of all texts are held.
+    ValueError for a model whose layers do not all attend by transformers' interface.
     """
-    equal, overlap = dict.fromkeys(drafts, 0), {name: dict.fromkeys(temperatures, 0.0) for name in drafts}
-    attention, tokens = _Attention(), 0
+    attention, found = _Attention(), {}
+    texts = [ids.to(model.device) for ids in texts]
+    begins = list(start or [1] * len(texts))
     with compat.attending_by(model, attention):
-        for ids, begin in zip(texts, start or [1] * len(texts), strict=True):
-            ids = ids.to(model.device)
+        dense = []
+        for ids, begin in zip(texts, begins, strict=True):
             attention.held, attention.turn = [], None
-            target = _logits(model, ids, begin)
+            dense.append((_logits(model, ids, begin), attention.held))
             layers = model.config.get_text_config(decoder=True).num_hidden_layers
             if len(attention.held) != layers:
                 raise ValueError(f"{type(model).__name__} has {layers} layers, {len(attention.held)} of which attend by "
                                  "transformers' interface: drafts are simulated where all do")
-            tokens += len(target)
-            for name, draft in drafts.items():
-                attention.turn = 0
-                with draft():
-                    found = _logits(model, ids, begin)
-                equal[name] += (found.argmax(-1) == target.argmax(-1)).sum().item()
-                for t in temperatures:
-                    both = torch.minimum((found / t).softmax(-1), (target / t).softmax(-1))
-                    overlap[name][t] += both.sum().item()
-    return {name: Accepted(equal[name] / tokens, {t: both / tokens for t, both in overlap[name].items()}, tokens)
-            for name in drafts}
+        tokens = sum(len(target) for target, _ in dense)
+        for name, draft in drafts.items():
+            equal, overlap = 0, dict.fromkeys(temperatures, 0.0)
+            with draft():
+                for ids, begin, (target, held) in zip(texts, begins, dense, strict=True):
+                    attention.held, attention.turn = held, 0
+                    drafted = _logits(model, ids, begin)
+                    equal += (drafted.argmax(-1) == target.argmax(-1)).sum().item()
+                    for t in temperatures:
+                        overlap[t] += torch.minimum((drafted / t).softmax(-1), (target / t).softmax(-1)).sum().item()
+            found[name] = Accepted(equal / tokens, {t: both / tokens for t, both in overlap.items()}, tokens)
+    return found
 
 
 def _logits(model: torch.nn.Module, ids: Tensor, begin: int) -> Tensor:
