@@ -98,8 +98,7 @@ def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, thre
         return reason
     most = _class(rows) if isinstance(rows, int) else MAX_ROWS  # a symbol may stand for all
     shape = _shape(x, most, columns, adapter, norm, gate, threshold=threshold)
-    properties = nvrtc.properties(x.device)
-    if config(shape, properties.multi_processor_count, properties.shared_memory_per_block_optin) is None:
+    if _config(shape, x.device) is None:
         return f"the CUDA kernel has no room for {x.shape[-1]} channels and {columns} columns on this device"
     return ""
 
@@ -154,7 +153,7 @@ def constants(shape: Shape, c: Config) -> dict[str, int]:
 
 
 @cache
-def _config(shape: Shape, device: torch.device) -> Config:
+def _config(shape: Shape, device: torch.device) -> Config | None:
     properties = nvrtc.properties(device)
     return config(shape, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 

@@ -53,6 +53,7 @@ def test_other_devices_compile(compiler, capability):
 
 
 def test_what_there_is_no_room_for_is_declined(hopper):
+    cuda_rows._config.cache_clear()
     with FakeTensorMode():
         def declined(rows, channels=64, columns=64, adapter=0, norm=False, gate="", threshold=True):
             x = torch.empty(rows, 1, channels, device="cuda", dtype=torch.bfloat16)
