@@ -35,12 +35,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import gc
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -69,6 +67,7 @@ from larosa_fx.loading import load_model
 from larosa_fx.method.calibrate import calibrate
 from larosa_fx.method.metering import metered
 from larosa_fx.plan.plan import Plan, library_versions
+from torchrun import attempt, join, rank, ranks, say, slowest
 
 #: Model type and configuration, as published.
 MODELS = {
@@ -113,7 +112,6 @@ COUNTED = 16  # eager steps whose bytes are counted
 WARMUP = 8  # steps; CUDA graphs are recorded within the first three
 LAUNCHES = 16  # steps launched without waiting: few enough that no queue is full
 SUMS = 32  # times that a step's sums over the ranks are measured alone
-TIMEOUT = datetime.timedelta(minutes=5)  # that a rank waits for another, which may be compiling
 
 Row = dict[str, object]
 
@@ -150,66 +148,6 @@ class Decoding:
         return logits
 
 
-# ---- ranks ---------------------------------------------------------------------------------------------------------
-
-
-def join(device: str) -> None:
-    """Become one of torchrun's processes, with a GPU of its own where ``device`` is one; nothing without torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return
-    if torch.device(device).type != "cuda":
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-        return
-    here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(here)
-    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))  # torchrun leaves one
-    dist.init_process_group("nccl", timeout=TIMEOUT, device_id=here)
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(text: str) -> None:
-    """Print once, whatever the number of ranks."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
-def attempt(what: str, work: Callable[[], Row]) -> Row | None:
-    """What ``work`` returns. Where it fails on all of several ranks alike, None, and the reason is printed.
-
-    One that fails alone leaves the others in a sum that it is missing from: the process group's timeout ends them all.
-    """
-    if ranks() == 1:
-        return work()
-    found, failure = None, None
-    try:
-        found = work()
-    except Exception as error:  # whatever a mode raises that does not run on parts of a model
-        failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    failures: list[str | None] = [None] * ranks()
-    dist.all_gather_object(failures, failure)
-    for number, reason in enumerate(failures):
-        if reason is not None:
-            say(f"{what} has no row: on rank {number} of {ranks()}, {reason}")
-            return None
-    return found
-
-
-def slowest(milliseconds: Sequence[float], device: torch.device) -> list[float]:
-    """Of each step what the rank took that was slowest."""
-    if ranks() == 1:
-        return list(milliseconds)
-    taken = torch.tensor(milliseconds, device=device)
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return taken.tolist()
-
-
 def communication(model: torch.nn.Module, setting: Setting) -> float:
     """Milliseconds of a step's sums over the ranks and nothing else, in a CUDA graph where the model is on GPUs."""
     x = torch.zeros(setting.batch, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
@@ -228,9 +166,6 @@ def communication(model: torch.nn.Module, setting: Setting) -> float:
             sums()
         run = graph.replay
     return statistics.median(slowest(_times(run, SUMS, cuda), x.device))
-
-
-# ---- measuring -----------------------------------------------------------------------------------------------------
 
 
 def tokens(model: torch.nn.Module, batch: int, length: int) -> torch.Tensor:
