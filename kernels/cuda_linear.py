@@ -85,10 +85,11 @@ def refusal(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, **part
     """
     if reason := _declined(x, columns, adapter, norm, gate):
         return reason
-    return _kernel(_shape(x, columns, adapter, norm, gate, **parts), x.device, None)[1]
+    return _kernel(shape_of(x, columns, adapter, norm, gate, **parts), x.device, None)[1]
 
 
-def _shape(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, **parts: bool) -> Shape:
+def shape_of(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, **parts: bool) -> Shape:
+    """What a kernel for x, [..., K], is compiled for; flags that ``parts`` does not name are False."""
     flags = dict.fromkeys(("full", "bias", "residual", "early", "gain", "threshold"), False) | parts
     return Shape(channels=x.shape[-1], columns=columns, adapter=adapter, half=x.dtype == torch.float16, gate=gate, norm=norm,
                  **flags)
@@ -100,7 +101,7 @@ def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> s
         return "the CUDA kernel takes one row"
     if reason := declined_parts(x, columns, adapter, norm, gate):
         return reason
-    shape = _shape(x, columns, adapter, norm, gate)  # Top-K's kernel takes more room than a threshold's
+    shape = shape_of(x, columns, adapter, norm, gate)  # Top-K's kernel takes more room than a threshold's
     properties = nvrtc.properties(x.device)
     c = config(shape, properties.multi_processor_count)
     if c.tile > c.threads or shared_bytes(shape, c) > properties.shared_memory_per_block_optin:
@@ -137,27 +138,48 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     early: the kernel that produces x reads residual as well, so that the adapter's rows may be read before x is there.
     None where the kernel cannot be built or launched here, after one warning.
     """
-    adapter = weight.shape[0] - x.shape[-1]
-    drops = bool(threshold)  # 0 drops nothing
-    shape = _shape(x, weight.shape[1], adapter, eps is not None, gate, full=k == x.shape[-1] and not drops,
-                   bias=bias is not None, residual=residual is not None and not adapter, early=early and adapter > 0,
-                   gain=gain is not None, threshold=drops)
+    shape = shape_of_call(x, k, weight, bias, residual, eps, gate, early, gain, threshold)
     kernel = _kernel(shape, x.device, using)[0]
     if kernel is None:
         return None
     c = using or config(shape, nvrtc.properties(x.device).multi_processor_count)
-    y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
+    return launch(kernel, shape, c.tile, x, weight, bias, residual, gain, k, eps, threshold)
+
+
+def shape_of_call(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None,
+                  gate: str, early: bool, gain: Tensor | None, threshold: float | None) -> Shape:
+    """What the kernel is compiled for that computes ``sparse_linear`` of these."""
+    adapter = weight.shape[0] - x.shape[-1]
+    drops = bool(threshold)  # 0 drops nothing
+    return shape_of(x, weight.shape[1], adapter, eps is not None, gate, full=k == x.shape[-1] and not drops,
+                    bias=bias is not None, residual=residual is not None and not adapter, early=early and adapter > 0,
+                    gain=gain is not None, threshold=drops)
+
+
+#: Parameters of the kernels over 16-bit weights: x, weight, bias, residual, gain, y; a number; eps, threshold.
+SIGNATURE = (*[POINTER] * 6, INT, FLOAT, FLOAT)
+
+
+def launch(kernel: nvrtc.Kernel, shape: Shape, tile: int, x: Tensor, weight: Tensor, bias: Tensor | None,
+           residual: Tensor | None, gain: Tensor | None, number: int, eps: float | None, threshold: float | None
+           ) -> Tensor | None:
+    """y of a kernel with SIGNATURE, a block for each ``tile`` of columns; None where it cannot be launched."""
+    y = x.new_empty((*x.shape[:-1], shape.columns // (2 if shape.gate else 1)))
     inputs = [None if t is None else nvrtc.aligned(t) for t in (x, weight, bias, residual, gain)]
     pointers = [0 if t is None else t.data_ptr() for t in inputs]
-    launched = kernel.launch((-(-shape.columns // c.tile), 1, 1), *pointers, y.data_ptr(), k, 0.0 if eps is None else eps,
+    launched = kernel.launch((-(-shape.columns // tile), 1, 1), *pointers, y.data_ptr(), number, 0.0 if eps is None else eps,
                              threshold or 0.0)
     return y if launched else None
 
 
 def constants(shape: Shape, c: Config) -> dict[str, int]:
     """The macros that sparse_linear.cu is compiled with."""
-    return {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "TILE": c.tile,
-            "THREADS": c.threads, "BATCH": c.batch, "SHARED": shared_bytes(shape, c), "GATE": GATE_CODES[shape.gate],
+    return constants_of(shape) | {"TILE": c.tile, "THREADS": c.threads, "BATCH": c.batch, "SHARED": shared_bytes(shape, c)}
+
+
+def constants_of(shape: Shape) -> dict[str, int]:
+    """The macros that say what a kernel over 16-bit weights is compiled for."""
+    return {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "GATE": GATE_CODES[shape.gate],
             **{flag.upper(): int(getattr(shape, flag))
                for flag in ("full", "half", "norm", "bias", "residual", "early", "gain", "threshold")}}
 
@@ -166,5 +188,4 @@ def constants(shape: Shape, c: Config) -> dict[str, int]:
 def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[nvrtc.Kernel | None, str]:
     """The kernel, or None and why it could not be built."""
     c = using or config(shape, nvrtc.properties(device).multi_processor_count)
-    signature = (*[POINTER] * 6, INT, FLOAT, FLOAT)
-    return nvrtc.build(_SOURCE, constants(shape, c), device, signature, threads=c.threads, shared=shared_bytes(shape, c))
+    return nvrtc.build(_SOURCE, constants(shape, c), device, SIGNATURE, threads=c.threads, shared=shared_bytes(shape, c))

@@ -8,29 +8,12 @@ import torch
 from torch import Tensor
 
 from larosa_fx.kernels import cuda_linear, nvrtc
-from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
-from larosa_fx.kernels.reference import GATE_CODES, rows_of
+from larosa_fx.kernels.cuda_linear import Shape
+from larosa_fx.kernels.reference import rows_of
 
 MAX_ROWS = 8  # that a tile of the tensor cores holds
 _SOURCE = Path(__file__).with_name("sparse_rows.cu")
 _HELD = 1 << 16  # channels of all rows together that the threads of a block rank in registers
-
-
-class Shape(NamedTuple):
-    """What a kernel is compiled for: up to ``rows`` rows, the others as in ``cuda_linear.Shape``."""
-
-    rows: int  # 2, 4 or 8
-    channels: int
-    columns: int
-    adapter: int
-    half: bool
-    gate: str
-    norm: bool
-    bias: bool
-    residual: bool
-    early: bool
-    gain: bool
-    threshold: bool
 
 
 class Config(NamedTuple):
@@ -41,35 +24,36 @@ class Config(NamedTuple):
     part: int  # channels brought to shared memory at a time
 
 
-def config(shape: Shape, sms: int, room: int) -> Config | None:
-    """One block for a multiprocessor; None where ``room``, bytes of shared memory, is too small.
+def config(shape: Shape, rows: int, sms: int, room: int) -> Config | None:
+    """Of a kernel for up to ``rows`` rows, which are 2, 4 or 8: one block for a multiprocessor. None where ``room``, bytes
+    of shared memory, is too small.
 
     What was best on an H200 for the four sites of a 4096-wide model: few threads with many registers, but for two rows of
     the narrow sites.
     """
     tile = cuda_linear.wide_tile(shape.columns, shape.gate, sms)
     width = 4 if tile < 64 else 8
-    threads = 1024 if width == 4 and shape.rows == 2 else 512
+    threads = 1024 if width == 4 and rows == 2 else 512
     batch = (16 if threads == 1024 else 24) // width
     if -(-tile // (8 * width)) > threads // 32:
         return None
     whole = -(-max(shape.channels, shape.adapter) // 16) * 16
-    fixed = shared_bytes(shape, Config(tile, width, threads, batch, 0)) + 128 * shape.rows  # whose values end at 64
-    most = (room - fixed) // (2 * shape.rows + 2 * shape.threshold) // 64 * 64
-    most = min(most, _HELD // shape.rows, 32 * threads) if shape.threshold else min(most, whole)
+    fixed = shared_bytes(shape, rows, Config(tile, width, threads, batch, 0)) + 128 * rows  # whose values end at 64
+    most = (room - fixed) // (2 * rows + 2 * shape.threshold) // 64 * 64
+    most = min(most, _HELD // rows, 32 * threads) if shape.threshold else min(most, whole)
     if most < 64 or (shape.norm and shape.threshold and most < shape.channels):
         return None
     parts = -(-whole // most)
     return Config(tile, width, threads, batch, part=-(-whole // parts // 16) * 16)
 
 
-def shared_bytes(shape: Shape, c: Config) -> int:
+def shared_bytes(shape: Shape, rows: int, c: Config) -> int:
     """Shared memory of a block, as sparse_rows.cu lays it out."""
     warps = c.threads // 32
     deep = warps // -(-c.tile // (8 * c.width))
-    values = 2 * shape.rows * (-(-c.part // 64) * 64 + 16)
+    values = 2 * rows * (-(-c.part // 64) * 64 + 16)
     listed = 2 * (c.part + 16) if shape.threshold else 0
-    return values + listed + 4 * shape.rows * (deep * (c.tile + 4) + warps + 1) + 4 * warps
+    return values + listed + 4 * rows * (deep * (c.tile + 4) + warps + 1) + 4 * warps
 
 
 def serves(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> bool:
@@ -85,8 +69,8 @@ def refusal(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, thresh
     rows, reason = rows_of(x), _declined(x, columns, adapter, norm, gate, threshold)
     if reason or not isinstance(rows, int):
         return reason
-    shape = _shape(x, _class(rows), columns, adapter, norm, gate, threshold=threshold)
-    return _kernel(shape, x.device, _config(shape, x.device))[1]
+    shape, most = _shape(x, columns, adapter, norm, gate, threshold), _class(rows)
+    return _kernel(shape, most, x.device, _config(shape, most, x.device))[1]
 
 
 def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> str:
@@ -97,8 +81,7 @@ def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, thre
     if reason := cuda_linear.declined_parts(x, columns, adapter, norm, gate):
         return reason
     most = _class(rows) if isinstance(rows, int) else MAX_ROWS  # a symbol may stand for all
-    shape = _shape(x, most, columns, adapter, norm, gate, threshold=threshold)
-    if _config(shape, x.device) is None:
+    if _config(_shape(x, columns, adapter, norm, gate, threshold), most, x.device) is None:
         return f"the CUDA kernel has no room for {x.shape[-1]} channels and {columns} columns on this device"
     return ""
 
@@ -114,9 +97,8 @@ def _class(rows: int) -> int:
     return next(most for most in (2, 4, MAX_ROWS) if rows <= most)
 
 
-def _shape(x: Tensor, rows: int, columns: int, adapter: int, norm: bool, gate: str, **parts: bool) -> Shape:
-    flags = dict.fromkeys(("bias", "residual", "early", "gain", "threshold"), False) | parts
-    return Shape(rows, x.shape[-1], columns, adapter, x.dtype == torch.float16, gate, norm, **flags)
+def _shape(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> Shape:
+    return cuda_linear.shape_of(x, columns, adapter, norm, gate, threshold=threshold, full=not threshold)
 
 
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str,
@@ -127,39 +109,30 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     x: [..., K], of 2 to 8 rows, of which those channels count that reach the threshold, or all without one. early: as in
     ``cuda_linear.sparse_linear``. None where the kernel cannot be built or launched here, after one warning.
     """
-    rows, adapter = rows_of(x), weight.shape[0] - x.shape[-1]
-    shape = _shape(x, _class(rows), weight.shape[1], adapter, eps is not None, gate, bias=bias is not None,
-                   residual=residual is not None and not adapter, early=early and adapter > 0, gain=gain is not None,
-                   threshold=bool(threshold))
-    c = using or _config(shape, x.device)
-    kernel = _kernel(shape, x.device, c)[0]
+    rows = rows_of(x)
+    shape = cuda_linear.shape_of_call(x, x.shape[-1], weight, bias, residual, eps, gate, early, gain, threshold)
+    c = using or _config(shape, _class(rows), x.device)
+    kernel = _kernel(shape, _class(rows), x.device, c)[0]
     if kernel is None:
         return None
-    y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
-    inputs = [None if t is None else nvrtc.aligned(t) for t in (x, weight, bias, residual, gain)]
-    pointers = [0 if t is None else t.data_ptr() for t in inputs]
-    launched = kernel.launch((-(-shape.columns // c.tile), 1, 1), *pointers, y.data_ptr(), rows, 0.0 if eps is None else eps,
-                             threshold or 0.0)
-    return y if launched else None
+    return cuda_linear.launch(kernel, shape, c.tile, x, weight, bias, residual, gain, rows, eps, threshold)
 
 
-def constants(shape: Shape, c: Config) -> dict[str, int]:
+def constants(shape: Shape, rows: int, c: Config) -> dict[str, int]:
     """The macros that sparse_rows.cu is compiled with."""
-    return {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "ADAPTER": shape.adapter, "ROWS": shape.rows,
-            "PART": c.part, "TILE": c.tile, "WIDTH": c.width, "THREADS": c.threads, "BATCH": c.batch,
-            "SHARED": shared_bytes(shape, c), "GATE": GATE_CODES[shape.gate],
-            **{flag.upper(): int(getattr(shape, flag))
-               for flag in ("half", "norm", "bias", "residual", "early", "gain", "threshold")}}
+    return cuda_linear.constants_of(shape) | {
+        "ROWS": rows, "PART": c.part, "TILE": c.tile, "WIDTH": c.width, "THREADS": c.threads, "BATCH": c.batch,
+        "SHARED": shared_bytes(shape, rows, c)}
 
 
 @cache
-def _config(shape: Shape, device: torch.device) -> Config | None:
+def _config(shape: Shape, rows: int, device: torch.device) -> Config | None:
     properties = nvrtc.properties(device)
-    return config(shape, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return config(shape, rows, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 @cache
-def _kernel(shape: Shape, device: torch.device, c: Config) -> tuple[nvrtc.Kernel | None, str]:
-    """The kernel, or None and why it could not be built."""
-    signature = (*[POINTER] * 6, INT, FLOAT, FLOAT)
-    return nvrtc.build(_SOURCE, constants(shape, c), device, signature, threads=c.threads, shared=shared_bytes(shape, c))
+def _kernel(shape: Shape, rows: int, device: torch.device, c: Config) -> tuple[nvrtc.Kernel | None, str]:
+    """The kernel for up to ``rows`` rows, or None and why it could not be built."""
+    return nvrtc.build(_SOURCE, constants(shape, rows, c), device, cuda_linear.SIGNATURE, threads=c.threads,
+                       shared=shared_bytes(shape, rows, c))

@@ -50,6 +50,11 @@ def rows_of(x: Tensor) -> int | torch.SymInt:
     return math.prod(x.shape[:-1])
 
 
+def is_one(rows: int | torch.SymInt) -> bool:
+    """Whether ``rows_of`` is one, without a guard: a symbol stands for two or more."""
+    return isinstance(rows, int) and rows == 1
+
+
 def check_select(x: Tensor, k: int) -> None:
     """Raise TypeError or ValueError unless ``topk_select(x, k)`` is defined."""
     if x.dtype not in BITS:

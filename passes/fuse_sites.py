@@ -22,6 +22,7 @@ from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.site import SparseSite
+from larosa_fx.kernels.reference import is_one
 
 
 def run(ctx: Context) -> PassResult:
@@ -33,12 +34,11 @@ def run(ctx: Context) -> PassResult:
     makers: dict[fx.Node, SparseSite] = {}  # a node whose place a site takes -> the site
     for site in ctx.structure.sites:
         found = site.sparse
-        # To ask about a symbolic number of rows is to guard on it; a prompt's graph serves all lengths.
-        dense = found.dense and (isinstance(found.rows, int) or ctx.structure.tokens_per_sequence == 1)
+        dense = found.dense and ctx.may_ask(found.rows)
         if found.form != "sparse GEMV" and not dense:
             continue
         choice = ctx.device.pick(found, ctx.structure.device)
-        if not choice.whole and dense and not _is_one(found.rows):
+        if not choice.whole and dense and not is_one(found.rows):
             continue  # torch's own product is as good
         if not choice.whole:
             result.skip(site.name, choice.reason or f"{choice.kernel} computes the product alone")
@@ -60,10 +60,6 @@ def run(ctx: Context) -> PassResult:
         site.sparse = makers[found.output] = replace(found, whole=True, kernel=choice.kernel, early=early)
         result.count("sites")
     return result
-
-
-def _is_one(rows: int | torch.SymInt) -> bool:
-    return isinstance(rows, int) and rows == 1  # a symbol stands for two or more
 
 
 def _reads_what_was_read(more: SparseSite, bare: SparseSite, memory: effects.Memory) -> bool:

@@ -19,7 +19,7 @@ from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.site import SparseSite, format_of
 from larosa_fx.kernels.pick import crossover
-from larosa_fx.kernels.reference import rows_of
+from larosa_fx.kernels.reference import is_one, rows_of
 
 _GEMV = torch.ops.larosa.dense_gemv.default
 _SMALL = 2**18  # elements: with fewer, a call costs what it saves
@@ -45,20 +45,14 @@ def run(ctx: Context) -> PassResult:
     return result
 
 
-def _is_guarded(ctx: Context, x: torch.Tensor) -> bool:
-    """Whether a graph may hold for some numbers of rows of x, [..., K], alone: a prompt's serves all lengths."""
-    return isinstance(rows_of(x), int) or ctx.structure.tokens_per_sequence == 1
-
-
 def _pays(ctx: Context, x: torch.Tensor, columns: int) -> bool:
     """Whether the device's op is faster than the compiler's product of x, [..., K], and a weight, [N, K].
 
     Several rows of 16 bits are left to a processor that multiplies such floats itself.
     """
-    if not _is_guarded(ctx, x) or not ctx.device.multiplies(x, x.new_empty(columns, x.shape[-1])):
+    if not ctx.may_ask(rows_of(x)) or not ctx.device.multiplies(x, x.new_empty(columns, x.shape[-1])):
         return False
-    rows = rows_of(x)
-    return (isinstance(rows, int) and rows == 1) or x.dtype == torch.float32 or not compat.multiplies_natively(x.dtype)
+    return is_one(rows_of(x)) or x.dtype == torch.float32 or not compat.multiplies_natively(x.dtype)
 
 
 def _quantize(ctx: Context, linear: fx.Node) -> None:
@@ -70,7 +64,7 @@ def _quantize(ctx: Context, linear: fx.Node) -> None:
         stored, matrix = weight.emit(graph, ex.weight_call(graph, torch.t, linear.args[1]))
     product, output = layers.replace_linear(graph, linear, lambda x, _: graph.call_function(torch.matmul, (x, matrix)))
     site = SparseSite.of("head", product, output, bias, channels, columns, None, weight, stored)
-    if _is_guarded(ctx, site.example) and ctx.device.pick(site, ctx.structure.device).whole:
+    if ctx.may_ask(site.rows) and ctx.device.pick(site, ctx.structure.device).whole:
         with graph.inserting_before(output):
             op, arguments = weight.call(site, None)
             fused = graph.call_function(op, arguments)

@@ -15,12 +15,13 @@ from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
+from larosa_fx.kernels.reference import is_one
 
 
 def run(ctx: Context) -> PassResult:
     """Widen each product with a weight that the passes made; a single row is as fast without."""
     structure, result = ctx.structure, PassResult("widen_products")
-    one = all(isinstance(site.sparse.rows, int) and site.sparse.rows == 1 for site in structure.sites)
+    one = all(is_one(site.sparse.rows) for site in structure.sites)
     if one or structure.device.type != "cpu" or compat.multiplies_natively(structure.dtype):
         return result
     for product in ctx.graph.find_nodes(op="call_function", target=torch.matmul):

@@ -64,3 +64,8 @@ class Context:
     @property
     def graph(self) -> fx.Graph:
         return self.gm.graph
+
+    def may_ask(self, rows: int | torch.SymInt) -> bool:
+        """Whether passes may look at a number of rows. To ask about a symbolic one is to guard on it, and a graph of one
+        token a sequence may hold for some numbers alone; a prompt's serves all lengths."""
+        return isinstance(rows, int) or (self.structure is not None and self.structure.tokens_per_sequence == 1)

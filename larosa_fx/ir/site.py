@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.shards import Shard
 from larosa_fx.kernels.quantization import BITS, quantize
+from larosa_fx.kernels.reference import rows_of
 
 
 class WeightFormat(Protocol):
@@ -181,8 +181,7 @@ class SparseSite:
            ) -> SparseSite:
         """A bare site of ``product``, x @ [K, N], and of ``output``, with its bias."""
         x = product.args[0]
-        *leading, channels = g.sizes(x)
-        rows = math.prod(leading)  # torch's own numel() would fix a symbol at the size that it has now
+        channels, rows = g.sizes(x)[-1], rows_of(g.value(x))
         # Where shapes are dynamic, torch 2.11 makes a symbol of the channels that a reshape leaves, though it is a number.
         return cls(name, output, product, x, stored, k, int(channels), columns, rows, weight, threshold, bias=bias,
                    shard=shard)

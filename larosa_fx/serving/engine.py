@@ -126,7 +126,7 @@ class Engine:
         options, asked = self.settings.options, self.settings.sparse_rows
         if asked is not None:
             return asked
-        topk = self.plan.thresholds_at(options.sparsity, options.selection) is None
+        topk = (options.selection or self.plan.selection) == "topk"
         return crossover(self.model.device.type, "dense" if options.quantize == "none" else options.quantize, topk=topk)
 
     def __call__(self, inputs: torch.Tensor | None = None, generation_config: object = None, *args: object,

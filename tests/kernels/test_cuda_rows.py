@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from larosa_fx.kernels import cuda_rows, nvrtc
+from larosa_fx.kernels import cuda_linear, cuda_rows, nvrtc
 
 linear = torch.ops.larosa.sparse_linear.default
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -14,42 +14,48 @@ ROOM = 227 << 10
 
 
 def shapes():
+    """(rows, shape)."""
     base = {"channels": 4096, "columns": 4096, "adapter": 0, "half": False, "gate": "", "norm": False, "bias": False,
             "residual": False, "early": False, "gain": False, "threshold": False}
     more = [{}, {"norm": True, "bias": True, "columns": 6144}, {"norm": True, "gate": "silu", "columns": 28672},
             {"residual": True}, {"adapter": 4096, "early": True, "channels": 14336}, {"channels": 64, "columns": 32},
             {"channels": 28672, "columns": 8192, "adapter": 8192}, {"norm": True, "gain": True, "channels": 8192}]
     for extra, rows, threshold in itertools.product(more, (2, 4, 8), (False, True)):
-        yield cuda_rows.Shape(rows=rows, **base | extra | {"threshold": threshold, "half": rows == 4})
+        flags = {"threshold": threshold, "full": not threshold, "half": rows == 4}
+        yield rows, cuda_linear.Shape(**base | extra | flags)
 
 
 def test_configs_are_valid():
-    for shape, sms in itertools.product(shapes(), (20, 108, 132)):
-        c = cuda_rows.config(shape, sms, ROOM)
+    for (rows, shape), sms in itertools.product(shapes(), (20, 108, 132)):
+        c = cuda_rows.config(shape, rows, sms, ROOM)
         if c is None:
             assert sms == 20  # a tile of hundreds of columns
             continue
-        assert cuda_rows.shared_bytes(shape, c) <= ROOM and c.part % 16 == 0
+        assert cuda_rows.shared_bytes(shape, rows, c) <= ROOM and c.part % 16 == 0
         assert c.tile % (16 * (2 if shape.gate else 1)) == 0 and -(-shape.columns // c.tile) <= sms
         assert -(-max(shape.channels, shape.adapter) // c.part) <= 8
 
 
 def test_every_shape_compiles(compiler):
-    for shape in shapes():
-        assert nvrtc.compile(cuda_rows._SOURCE, cuda_rows.constants(shape, cuda_rows.config(shape, 132, ROOM)), (9, 0))
+    for rows, shape in shapes():
+        assert compiled(shape, rows, 132, ROOM, (9, 0))
+
+
+def compiled(shape, rows, sms, room, capability):
+    c = cuda_rows.config(shape, rows, sms, room)
+    return nvrtc.compile(cuda_rows._SOURCE, cuda_rows.constants(shape, rows, c), capability)
 
 
 @pytest.mark.parametrize("rows, columns, sms", [(8, 4096, 58), (8, 8192, 108), (8, 16384, 132), (2, 8192, 24)])
 def test_a_thread_may_add_several_residuals(compiler, rows, columns, sms):
-    base = next(shape for shape in shapes() if shape.residual)
-    shape = base._replace(rows=rows, columns=columns)
-    assert nvrtc.compile(cuda_rows._SOURCE, cuda_rows.constants(shape, cuda_rows.config(shape, sms, ROOM)), (9, 0))
+    base = next(shape for _, shape in shapes() if shape.residual)
+    assert compiled(base._replace(columns=columns), rows, sms, ROOM, (9, 0))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
 def test_other_devices_compile(compiler, capability):
-    shape = next(shape for shape in shapes() if shape.threshold)
-    assert nvrtc.compile(cuda_rows._SOURCE, cuda_rows.constants(shape, cuda_rows.config(shape, 108, 99 << 10)), capability)
+    rows, shape = next(case for case in shapes() if case[1].threshold)
+    assert compiled(shape, rows, 108, 99 << 10, capability)
 
 
 def test_what_there_is_no_room_for_is_declined(hopper):
@@ -143,8 +149,8 @@ def test_only_what_some_row_keeps_is_read(eps, gen, make_linear, with_threshold)
     x, k, weight, *rest = case
     scale = 1 if eps is None else torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     kept = (x.float().abs() * scale >= rest[-1]).any(0)
-    shape = cuda_rows._shape(x, 4, 128, 0, eps is not None, "", threshold=True)
-    kept[:cuda_rows.ahead(shape, cuda_rows._config(shape, x.device))] = True
+    shape = cuda_rows._shape(x, 128, 0, eps is not None, "", True)
+    kept[:cuda_rows.ahead(shape, cuda_rows._config(shape, 4, x.device))] = True
     assert kept.sum() % 16 and not kept.all()  # the last sixteen listed are not all there
     poisoned = torch.full_like(weight, float("nan"))
     poisoned[kept] = weight[kept]
