@@ -21,7 +21,6 @@ constexpr int WIDTH = 16;             // columns a thread adds up: 16 bytes of 8
 constexpr int LANES = TILE / WIDTH;   // threads that read a row
 constexpr int GROUPS = THREADS / LANES;  // rows read side by side
 constexpr bool IN_WARP = LANES < 32 && (LANES & LANES - 1) == 0;
-constexpr int fold(int threads) { return threads >= 32 ? 32 : threads < 2 ? 1 : 2 * fold(threads / 2); }
 constexpr int FOLD = fold(THREADS / TILE);  // neighbouring threads that add up a column of the block, a power of two
 constexpr int EACH_OUT = OUT_TILE / SPLIT;  // outputs that a block of the cluster finishes
 static_assert(OUT_TILE % SPLIT == 0, "outputs that no block would finish");

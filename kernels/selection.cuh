@@ -13,6 +13,9 @@ constexpr int EACH = (CHANNELS + 4 * THREADS - 1) / (4 * THREADS) * 4;  // conse
 constexpr u32 MAGNITUDE = 0x7fff;
 constexpr int BINS = 8192, SHIFT = HALF ? 2 : 0, FIRST = HALF ? 0 : (127 - 40) << 7;
 
+// The largest power of two up to ``threads`` and a warp: so many neighbours add up one output.
+constexpr int fold(int threads) { return threads >= 32 ? 32 : threads < 2 ? 1 : 2 * fold(threads / 2); }
+
 struct Scalars {
   u32 warp[WARPS];
   float squares[WARPS];

@@ -15,7 +15,6 @@ constexpr int OUT_COLUMNS = GATE ? COLUMNS / 2 : COLUMNS;
 constexpr int OUT_TILE = GATE ? TILE / 2 : TILE;
 constexpr int LANES = TILE / 8;                                         // threads that read a row, 16 bytes each
 constexpr int GROUPS = THREADS / LANES;                                 // rows read side by side
-constexpr int fold(int threads) { return threads >= 32 ? 32 : threads < 2 ? 1 : 2 * fold(threads / 2); }
 constexpr int FOLD = fold(THREADS / OUT_TILE);  // neighbouring threads that add up an output, a power of two
 static_assert(!RESIDUAL || OUT_TILE * FOLD <= THREADS, "a thread adds one residual");
 

@@ -26,7 +26,6 @@ constexpr int HELD = (PART + 4 * THREADS - 1) / (4 * THREADS) * 4;  // consecuti
 constexpr int EIGHTH = (PART < CHANNELS ? PART : CHANNELS) / 8 / 16 * 16;
 constexpr int AHEAD = 16 * DEEP * BATCH < EIGHTH ? 16 * DEEP * BATCH : EIGHTH;  // see ``choose``
 constexpr int OUTPUTS = ROWS * OUT_TILE;
-constexpr int fold(int threads) { return threads >= 32 ? 32 : threads < 2 ? 1 : 2 * fold(threads / 2); }
 constexpr int FOLD = fold(THREADS / OUTPUTS < DEEP ? THREADS / OUTPUTS : DEEP);  // threads that add up an output
 constexpr bool ONE_EACH = OUTPUTS * FOLD <= THREADS;                             // no thread adds up a second one
 
