@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import io
 import json
 import os
@@ -201,6 +202,8 @@ def main(directory, device):
         torch.manual_seed(0)
         found[name] = globals()[task](**arguments)
     torch.save(found, directory / f"rank{dist.get_rank()}.pt")
+    torch.compiler.reset()  # NCCL ends when no CUDA graph holds a sum of it any more
+    gc.collect()
     dist.destroy_process_group()
 
 
