@@ -82,6 +82,11 @@ class SiteReport:
         """Share of the weights' bytes that a token does not need; none of a dense site's."""
         return 0.0 if self.form == "dense" else 1 - self.k / self.channels
 
+    @property
+    def how(self) -> str:
+        """The kernel, and why it reads all channels, or why there is none."""
+        return "; ".join(filter(None, (self.kernel, self.reason)))
+
 
 @dataclass
 class Drafting:
@@ -219,7 +224,7 @@ class Report:
 
     def __str__(self) -> str:
         sites = [[label(s.site) + (f", part {s.shard}" if s.shard else ""), s.channels, s.outputs, s.linears, s.rotation,
-                  s.k, s.threshold, s.bytes_read, s.form, s.kernel or s.reason] for s in self.sites]
+                  s.k, s.threshold, s.bytes_read, s.form, s.how] for s in self.sites]
         headers = ["site", "channels", "outputs", "linears", "rotation", "k", "threshold", "bytes read", "form",
-                   "kernel, or why not"]
+                   "kernel, or why dense"]
         return (tabulate(sites, headers) + "\n\n" if sites else "") + self.overview()

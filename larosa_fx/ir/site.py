@@ -71,9 +71,9 @@ class DenseFormat:
         return columns * self.dtype.itemsize
 
     def call(self, site: SparseSite, gain: fx.Node | None) -> tuple[object, tuple]:
+        k, threshold = site.selection
         return torch.ops.larosa.sparse_linear.default, (
-            site.x, site.k if site.threshold is None else site.channels, *site.stored, site.bias, site.residual, site.eps,
-            site.gate, site.early, gain, site.threshold)
+            site.x, k, *site.stored, site.bias, site.residual, site.eps, site.gate, site.early, gain, threshold)
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,9 @@ class QuantizedFormat:
         return columns * self.bits // 8 + scales * self.dtype.itemsize
 
     def call(self, site: SparseSite, gain: fx.Node | None) -> tuple[object, tuple]:
-        adapter = site.adapter.stored if site.adapter else (None, None)
+        adapter, (k, threshold) = site.adapter.stored if site.adapter else (None, None), site.selection
         return torch.ops.larosa.quantized_linear.default, (
-            site.x, site.k if site.threshold is None else site.channels, *site.stored, *adapter, site.bias, site.residual,
-            site.eps, site.gate, site.early, gain, site.threshold)
+            site.x, k, *site.stored, *adapter, site.bias, site.residual, site.eps, site.gate, site.early, gain, threshold)
 
 
 GROUPS = (128, 64, 32)  # columns that may share a scale
@@ -210,7 +209,15 @@ class SparseSite:
 
     @property
     def dense(self) -> bool:
-        return self.k == self.channels and self.threshold is None
+        """Whether all channels are read: where no kernel takes a site sparsely, one may still take all of its channels."""
+        return self.form == "dense" and (self.unserved or (self.k == self.channels and self.threshold is None))
+
+    @property
+    def selection(self) -> tuple[int, float | None]:
+        """(k, threshold) as an op takes them; k does not matter where a threshold decides."""
+        if self.dense or self.threshold is not None:
+            return self.channels, None if self.dense else self.threshold
+        return self.k, None
 
     # What people read.
 

@@ -36,9 +36,9 @@ def html(report: Report, layer: int = 0) -> str:
                       for name, text in LEGEND)
     tables = "".join(f"<h2>{title}</h2>{tabulate(rows, headers, tablefmt='html')}" for title, rows, headers in (
         ("Sites", [[label(s.site), s.channels, s.outputs, s.linears, s.rotation, s.k, s.bytes_read, s.form,
-                    s.kernel or s.reason, s.weight]
+                    s.how, s.weight]
                    for s in report.sites],
-         ["site", "channels", "outputs", "linears", "rotation", "k", "bytes read", "form", "kernel, or why not", "weight"]),
+         ["site", "channels", "outputs", "linears", "rotation", "k", "bytes read", "form", "kernel, or why dense", "weight"]),
         ("Passes", [[p.name, f"{p.seconds:.3f}", str(p).partition(": ")[2]] for p in report.passes],
          ["pass", "seconds", "result"]),
         ("Left alone", [list(entry) for entry in report.skipped], ["what", "why"])))

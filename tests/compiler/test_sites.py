@@ -48,9 +48,19 @@ def test_strict_raises_and_rows_can_be_asked_for():
     model = planned(llama())
     with pytest.raises(Exception, match=r"(: 9|a dynamic number of) rows: above 8"):
         compiled(model, strict=True)(ids(9, 1))
-    torch.compiler.reset()
+
+
+@needs_compiler
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
+def test_rows_beyond_those_that_are_sparse_read_all_channels_by_the_kernel(selection):
+    model, x = planned(llama(), selection=selection), ids(2, 1)
     with pytest.warns(UserWarning, match="2 rows: above 1 no kernel is asked for"):
-        assert report_of(model, ids(2, 1), rows=1).byte_sparsity == 0
+        got = compiled(model, rows=1)(x).logits
+    report = larosa_fx.last_report()
+    assert report.byte_sparsity == 0 and report.count("fuse_sites", "sites") == len(report.sites)
+    assert {(s.form, s.kernel) for s in report.sites} == {("dense", "C++ sparse_linear")}
+    assert "C++ sparse_linear; 2 rows: above 1" in str(report)
+    assert error(got, model(x).logits) < 1e-4  # it is the dense model
 
 
 @needs_compiler
