@@ -216,7 +216,7 @@ def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def attends(q: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor | None = None) -> bool:
-    """Whether ``decode_attention`` takes q, [B, H, 1, d], a cache of [B, Hkv, S, d] and a mask; they may be fake tensors.
+    """Whether ``decode_attention`` takes q, [B, H, T, d], a cache of [B, Hkv, S, d] and a mask; they may be fake tensors.
 
     values: None stands for some that are like keys.
     """
@@ -229,20 +229,23 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     """The op of the same name (see ``ops``), for arguments that ``attends`` has passed; None for more positions than an
     int32 numbers.
 
-    IndexError: the position lies outside the cache. MemoryError: no room for the scores.
+    IndexError: a position lies outside the cache. MemoryError: no room for the scores.
     """
-    batch, heads, _, dim = q.shape
+    batch, heads, tokens, dim = q.shape
     _, shared, length, _ = keys.shape
     if length > reference.MAX_CHANNELS:
         return None
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = reference.attention_result(q)
+    mask_stride, turn_stride = (0 if t is None or t.shape[0] == 1 else tokens * t.shape[-1] for t in (mask, cos))
+    if tokens > 1:
+        q, k, v = (None if t is None else t.transpose(1, 2) for t in (q, k, v))
     inputs = [None if t is None else t.contiguous() for t in (q, keys, values, mask, k, v, position, cos, sin)]
     error = _load().larosa_attention(
-        *[None if t is None else t.data_ptr() for t in inputs], out.data_ptr(), batch, shared, heads // shared, length, dim,
-        0 if mask is None or mask.shape[0] == 1 else length, scale, _DTYPES[q.dtype], torch.get_num_threads(),
+        *[None if t is None else t.data_ptr() for t in inputs], out.data_ptr(), batch, shared, heads // shared, tokens,
+        length, dim, mask_stride, turn_stride, scale, _DTYPES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if error == 1:
-        raise IndexError(f"decode_attention: position {position.item()} lies outside a cache of {length}")
+        raise IndexError(f"decode_attention: of positions {position.tolist()} some lie outside a cache of {length}")
     if error:
         raise MemoryError("decode_attention: no memory for the scores")
     return out
@@ -349,7 +352,7 @@ def _open(path: Path) -> ctypes.CDLL:
         library.larosa_quantized.argtypes = [*[p] * 9, *[n] * 8, ctypes.c_double, ctypes.c_double, n, n, n]
         library.larosa_quantized.restype = ctypes.c_int
         library.larosa_dense.argtypes, library.larosa_dense.restype = [p, p, p, n, n, n, n, n], ctypes.c_int
-        library.larosa_attention.argtypes = [*[p] * 10, *[n] * 6, ctypes.c_double, n, n]
+        library.larosa_attention.argtypes = [*[p] * 10, *[n] * 8, ctypes.c_double, n, n]
         library.larosa_attention.restype = ctypes.c_int
     except AttributeError as error:
         raise _IncompleteError(f"{path} is another library: {error}") from None

@@ -1,6 +1,6 @@
 // The CPU kernels' entry points: exact top-k selection by magnitude, the gather GEMV that reads only the selected weight
 // rows, and both as one call with what stands before and behind them; the dense product with a weight that lies as
-// nn.Linear has it; attention of one token over a static cache. Each has its header, cpu_*.h.
+// nn.Linear has it; attention of new tokens over a static cache. Each has its header, cpu_*.h.
 //
 // Plain C entry points, no torch headers and no symbol of the C++ runtime: compiles in about a second with g++ or
 // clang++ and loads beside any libstdc++. Threads are torch's own OpenMP pool: the caller hands over the address of
@@ -74,14 +74,15 @@ extern "C" int larosa_dense(const void* x, const void* weight, void* out, int64_
   return f(x, weight, out, rows, channels, columns, threads);
 }
 
-// q [batch, heads * group, dim], keys and values [batch, heads, length, dim], mask of bytes [length] every mask_stride or
-// null; k and v [batch, heads, dim], written at *position first, or null; cosine and sine [dim] or null -> out like q.
-// dim is a multiple of 2 * PAIR. Returns 0, or 1 if the position is out of range, or 2 if there is no memory.
+// q [batch, tokens, heads * group, dim], keys and values [batch, heads, length, dim], mask of bytes [tokens, length] every
+// mask_stride or null; k and v [batch, tokens, heads, dim], written at position [tokens] first, or null; cosine and sine
+// [tokens, dim] every turn_stride or null -> out like q. dim is a multiple of 2 * PAIR. Returns 0, or 1 if a position is out
+// of range, or 2 if there is no memory; nothing is written then.
 extern "C" int larosa_attention(const void* q, void* keys, void* values, const void* mask, const void* k, const void* v,
                                 const int64_t* position, const void* cosine, const void* sine, void* out, int64_t batch,
-                                int64_t heads, int64_t group, int64_t length, int64_t dim, int64_t mask_stride,
-                                double scale, int64_t dtype, int64_t threads) {
+                                int64_t heads, int64_t group, int64_t tokens, int64_t length, int64_t dim,
+                                int64_t mask_stride, int64_t turn_stride, double scale, int64_t dtype, int64_t threads) {
   auto f = dtype == FP32 ? attend<Float> : dtype == FP16 ? attend<Half> : attend<BFloat>;
-  return f(q, keys, values, mask, k, v, position, cosine, sine, out, batch, heads, group, length, dim, mask_stride,
-           scale, threads);
+  return f(q, keys, values, mask, k, v, position, cosine, sine, out, batch, heads, group, tokens, length, dim, mask_stride,
+           turn_stride, scale, threads);
 }

@@ -5,23 +5,14 @@
 // blocks take turns along the positions, keep a running maximum each (online softmax), and put their parts together
 // through distributed shared memory. The order of all additions is fixed: equal inputs give equal bits.
 //
-// Compiled at run time with these constants: GROUP (query heads to a key/value head), DIM (channels of a head, 64, 128 or
-// 256), SPLITS, HALF (1 fp16, 0 bf16), and the flags MASK, WRITE (the cache's new row) and ROPE.
+// Compiled at run time with GROUP (query heads to a key/value head) beside the constants of attention.cuh.
 
-#include "common.cuh"
+#include "attention.cuh"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int LANES = DIM / 8;         // threads that read a row of the cache, 16 bytes each
 constexpr int SIDE = 32 / LANES;       // rows a warp reads side by side
 constexpr int BATCH = GROUP > 4 ? 2 : 4;  // rows a thread has in flight, of keys and of values each
 constexpr int STEP = WARPS * SIDE;
-constexpr float LOG2E = 1.4426950408889634f, NONE = -1.f / 0.f;
-
-__device__ __forceinline__ void unpack(const uint4& v, float (&to)[8]) {
-  const u32 word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) to[2 * i] = widen(word[i] & 0xffff), to[2 * i + 1] = widen(word[i] >> 16);
-}
 
 // x * cos + rotate_half(x) * sin, channel i of one head.
 __device__ __forceinline__ float rope(const u16* x, const u16* cosine, const u16* sine, int i) {
@@ -29,20 +20,6 @@ __device__ __forceinline__ float rope(const u16* x, const u16* cosine, const u16
   if (!ROPE) return own;
   const float other = widen(x[i < DIM / 2 ? i + DIM / 2 : i - DIM / 2]);
   return own * widen(cosine[i]) + (i < DIM / 2 ? -other : other) * widen(sine[i]);
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// What ``address`` of this block's shared memory holds in block ``rank`` of the cluster.
-__device__ __forceinline__ float peer(const float* address, u32 rank) {
-  const u32 own = (u32)__cvta_generic_to_shared(address);
-  u32 there;
-  float value;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-  return value;
 }
 
 extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THREADS, 1)
@@ -62,6 +39,7 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
   wait_for_producer();
   __syncthreads();
   mask += (long long)blockIdx.z * mask_stride;
+  if (ROPE == 2) cosine += (long long)blockIdx.z * DIM, sine += (long long)blockIdx.z * DIM;
   if (MASK) {
     int reach = 0;
 #pragma unroll 8

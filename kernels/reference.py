@@ -38,6 +38,9 @@ GATHER_ROWS = 8
 # An int32 numbers no more channels.
 MAX_CHANNELS = 2**31 - 1
 
+# New tokens of a sequence that attention kernels take: more are a prompt, for which torch's own attention is made.
+MAX_TOKENS = 16
+
 # Weight rows gathered (and widened to the accumulation type) at a time; bounds the temporary copy.
 _CHUNK = 1024
 
@@ -235,13 +238,15 @@ def check_attention(
     """
     if q.dtype not in BITS:
         raise TypeError(f"decode_attention: q must be one of {', '.join(map(str, BITS))}, got {q.dtype}")
-    if q.dim() != 4 or q.shape[2] != 1 or keys.dim() != 4:
-        raise ValueError("decode_attention: q must be [B, H, 1, d] and keys [B, Hkv, S, d], "
+    if q.dim() != 4 or q.shape[2] < 1 or keys.dim() != 4:
+        raise ValueError("decode_attention: q must be [B, H, T, d], T at least 1, and keys [B, Hkv, S, d], "
                          f"got {tuple(q.shape)} and {tuple(keys.shape)}")
-    (batch, heads, _, dim), (_, shared, length, _) = q.shape, keys.shape
+    (batch, heads, tokens, dim), (_, shared, length, _) = q.shape, keys.shape
     if shared < 1 or heads % shared:
         raise ValueError(f"decode_attention: q's heads must be a multiple of the keys', got {heads} and {shared}")
-    cache, written, turned = (batch, shared, length, dim), (batch, shared, 1, dim), (1, 1, 1, dim)
+    cache, written, turned = (batch, shared, length, dim), (batch, shared, tokens, dim), (1, 1, tokens, dim)
+    if cos is not None and cos.shape == (batch, 1, tokens, dim):
+        turned = (batch, 1, tokens, dim)
     for name, tensor, shape in (("keys", keys, cache), ("values", values, cache), ("k", k, written), ("v", v, written),
                                 ("cos", cos, turned), ("sin", sin, turned)):
         if tensor is None:
@@ -253,14 +258,14 @@ def check_attention(
             raise TypeError(f"decode_attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"decode_attention: mask must be torch.bool, got {mask.dtype}")
-    if mask is not None and mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)):
-        raise ValueError(f"decode_attention: mask must be [{batch} or 1, 1, 1, {length}], got {tuple(mask.shape)}")
+    if mask is not None and mask.shape not in ((batch, 1, tokens, length), (1, 1, tokens, length)):
+        raise ValueError(f"decode_attention: mask must be [{batch} or 1, 1, {tokens}, {length}], got {tuple(mask.shape)}")
     if len({t is None for t in (k, v, position)}) > 1:
-        raise ValueError("decode_attention: k, v and position come together: the cache's new row and where it goes")
+        raise ValueError("decode_attention: k, v and position come together: the cache's new rows and where they go")
     if position is not None and position.dtype != torch.int64:
         raise TypeError(f"decode_attention: position must be torch.int64, got {position.dtype}")
-    if position is not None and position.shape not in ((1,), ()):
-        raise ValueError(f"decode_attention: position must be [1], got {tuple(position.shape)}")
+    if position is not None and position.shape != (tokens,) and (position.shape != () or tokens != 1):
+        raise ValueError(f"decode_attention: position must be [{tokens}], got {tuple(position.shape)}")
     if (cos is None) != (sin is None) or (cos is not None and k is None):
         raise ValueError("decode_attention: cos and sin come together, and with k: both turn")
     if cos is not None and dim % 2:
@@ -271,14 +276,16 @@ def check_attention(
 
 
 def over_cache(q: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor | None = None) -> bool:
-    """Whether these, real or fake, are what attention kernels are made for: one query token a sequence, whole groups of
-    heads, a contiguous cache in q's dtype, keys and values alike, and a mask of its positions. Sequences and positions may
-    be of any number that is known at the call.
+    """Whether these, real or fake, are what attention kernels are made for: up to ``MAX_TOKENS`` new tokens a sequence,
+    whole groups of heads, a contiguous cache in q's dtype, keys and values alike, and a mask of its positions for each
+    token. Sequences and positions may be of any number that is known at the call.
 
     values: None stands for some that are like keys.
     """
     values = keys if values is None else values
     if q.dim() != 4 or keys.dim() != 4 or not all(isinstance(n, int) for n in (*q.shape[1:], keys.shape[1])):
+        return False
+    if q.shape[2] > MAX_TOKENS:
         return False
     try:
         check_attention(q, keys, values, mask)
@@ -578,25 +585,26 @@ def decode_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one token a sequence over a static cache, with the cache's update and the rotary embedding.
+    """Attention of the T new tokens of each sequence over a static cache, with the cache's update and the rotary embedding.
 
     Args:
-        q: [B, H, 1, d].
+        q: [B, H, T, d].
         keys, values: the cache, [B, Hkv, S, d], H a multiple of Hkv: a head is shared by H / Hkv consecutive queries.
-        mask: bool, [B or 1, 1, 1, S], True where a position takes part; None for all.
+        mask: bool, [B or 1, 1, T, S], True where a position takes part for a token; None for all.
         scale: of the scores.
-        k, v: [B, Hkv, 1, d], written to the cache at ``position``, [1] int64, before the cache is read; None where that is
-            done already.
-        cos, sin: [1, 1, 1, d], the rotary embedding of q and k in halves (GPT-NeoX's order); None where that is done.
+        k, v: [B, Hkv, T, d], written to the cache at ``position``, [T] int64, before any token reads the cache; None where
+            that is done already.
+        cos, sin: [B or 1, 1, T, d], the rotary embedding of q and k in halves (GPT-NeoX's order); None where that is done.
         All but mask and position are in q's dtype, and all on its device.
 
     Returns:
-        [B, H, 1, d] in q's dtype, softmax and sums in float32.
+        [B, H, T, d] in q's dtype, softmax and sums in float32. It lies in memory as [B, T, H, d], which is what the linear
+        behind it reads.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device is not as above.
-        IndexError: ``position`` lies outside the cache, on a CPU. A GPU does not wait to look: its kernel writes nothing
-            then and makes the result NaN; torch's own, where there is no kernel, asserts on the device.
+        IndexError: a ``position`` lies outside the cache, on a CPU. A GPU does not wait to look: its kernel writes no row
+            for that token and makes its result NaN; torch's own, where there is no kernel, asserts on the device.
     """
     check_attention(q, keys, values, mask, k, v, position, cos, sin)
     if cos is not None:
@@ -605,4 +613,12 @@ def decode_attention(
         keys.index_copy_(2, position, k)
         values.index_copy_(2, position, v)
     grouped = q.shape[1] != keys.shape[1]
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped).contiguous()
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return attention_result(q).copy_(y)
+
+
+def attention_result(q: Tensor) -> Tensor:
+    """Memory for what ``decode_attention`` answers to q, [B, H, T, d]: each token's heads lie together."""
+    if q.shape[2] == 1:  # what is asked most often, and takes microseconds on a CPU
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)

@@ -1,4 +1,5 @@
-"""Attention of one token over a static cache becomes one op, with the cache's update and the rotary embedding before it.
+"""Attention of a sequence's new tokens, one or a few, over a static cache becomes one op, with the cache's update and the
+rotary embedding before it.
 
 Not part of the method: once the linears read half their bytes, the many small kernels around attention are what is left.
 Repeated key/value heads (grouped queries) are read where they lie.
@@ -37,7 +38,7 @@ class _Step(NamedTuple):
 
 
 def run(ctx: Context) -> PassResult:
-    """Fuse each attention of one query token over cache placeholders; counts what went with it."""
+    """Fuse each attention over cache placeholders that the device has a kernel for; counts what went with it."""
     graph, result = ctx.graph, PassResult("fuse_attention")
     memory = effects.Memory(graph)
     attentions = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
@@ -63,12 +64,12 @@ def _step(node: fx.Node, attends: Attends, memory: effects.Memory, result: PassR
     if g.argument(node, 4, "dropout_p", 0.0) or g.argument(node, 5, "is_causal", False) or len(g.shape(q)) != 4:
         return None
     if keys is None or values is None or not attends(g.value(q), g.value(keys), mask and g.value(mask)):
-        result.skip(node, "not one token over a static cache, or the device has no kernel for it")
+        result.skip(node, "not one or a few new tokens over a static cache, or the device has no kernel for it")
         return None
     if not _alike(g.value(keys), g.value(values)):
         result.skip(node, "the cache's values are not of the shape and dtype of its keys")
         return None
-    updates = _updates(node, keys, values, memory)
+    updates = _updates(node, keys, values, g.shape(q)[2], memory)
     k, v, position = (updates[0].args[3], updates[1].args[3], updates[0].args[2]) if updates else (None, None, None)
     cos = sin = None
     if updates and (before := _rope(q, k, memory)) is not None:
@@ -113,8 +114,8 @@ def _cache(argument: fx.Node, attention: fx.Node, memory: effects.Memory) -> fx.
     return cache if is_current else None
 
 
-def _updates(attention: fx.Node, keys: fx.Node, values: fx.Node, memory: effects.Memory) -> list[fx.Node]:
-    """The two updates of the cache that ``attention`` may make itself; none where it may not.
+def _updates(attention: fx.Node, keys: fx.Node, values: fx.Node, tokens: int, memory: effects.Memory) -> list[fx.Node]:
+    """The two updates of the cache that ``attention`` may make itself, a row a token; none where it may not.
 
     Merged, the updates happen when attention runs, and read what they write then. So each is the only write to its
     cache, attention alone reads the cache, behind the update, and what is written stays as it is until then.
@@ -125,7 +126,7 @@ def _updates(attention: fx.Node, keys: fx.Node, values: fx.Node, memory: effects
         if more or not g.calls(copy, "index_copy_") or copy.kwargs or copy.args[1] not in (2, -2):
             return []
         readers = [reader for reader in memory.readers(cache) if reader is not copy]
-        if g.shape(copy.args[3])[2:3] != (1,) or memory.writers(*copy.args[2:]) or any(
+        if g.shape(copy.args[3])[2:3] != (tokens,) or memory.writers(*copy.args[2:]) or any(
                 memory.order[reader] < memory.order[copy] or _end(reader) is not attention for reader in readers):
             return []
         copies.append(copy)
@@ -149,8 +150,9 @@ def _rope(q: fx.Node, k: fx.Node, memory: effects.Memory) -> tuple[fx.Node, fx.N
     (x, cos, sin), y = before_q, before_k[0]
     if memory.writers(q, k, x, y, cos, sin):
         return None
-    one_position = all(g.shape(c) == (1, 1, 1, g.shape(q)[-1]) and g.dtype(c) == g.dtype(q) for c in (cos, sin))
-    return (x, y, cos, sin) if one_position and g.dtype(x) == g.dtype(y) == g.dtype(q) else None
+    batch, _, tokens, dim = g.shape(q)
+    for_all_heads = g.shape(cos) == g.shape(sin) and g.shape(cos) in ((1, 1, tokens, dim), (batch, 1, tokens, dim))
+    return (x, y, cos, sin) if for_all_heads and {g.dtype(n) for n in (x, y, cos, sin)} == {g.dtype(q)} else None
 
 
 def _rotated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

@@ -70,18 +70,22 @@ def _matmul(dtype):
     return {"x": torch.randn(1, 64).to(dtype), "weight": torch.randn(64, 48).to(dtype)}
 
 
-def _attention(dtype):
+def _attention(dtype, tokens=1):
     def draw(*shape):
         return torch.randn(shape).to(dtype)
 
-    return {"q": draw(2, 4, 1, 64), "keys": draw(2, 2, 10, 64), "values": draw(2, 2, 10, 64),
-            "mask": torch.ones(1, 1, 1, 10, dtype=torch.bool), "scale": 0.125,
-            "k": draw(2, 2, 1, 64), "v": draw(2, 2, 1, 64), "position": torch.tensor([3]),
-            "cos": draw(1, 1, 1, 64), "sin": draw(1, 1, 1, 64)}
+    return {"q": draw(2, 4, tokens, 64), "keys": draw(2, 2, 10, 64), "values": draw(2, 2, 10, 64),
+            "mask": torch.ones(1, 1, tokens, 10, dtype=torch.bool), "scale": 0.125,
+            "k": draw(2, 2, tokens, 64), "v": draw(2, 2, tokens, 64), "position": torch.arange(3, 3 + tokens),
+            "cos": draw(1, 1, tokens, 64), "sin": draw(1, 1, tokens, 64)}
+
+
+def _attention_or_several(dtype):
+    return _attention(dtype, random.choice([1, 3]))
 
 
 OPS = {topk_select: _select, sparse_gemv: _gemv, sparse_linear: _linear, quantized_linear: _quantized,
-       dequantized: _stored, dense_gemv: _dense, wide_matmul: _matmul, decode_attention: _attention}
+       dequantized: _stored, dense_gemv: _dense, wide_matmul: _matmul, decode_attention: _attention_or_several}
 
 # What may befall a tensor among them: name -> f(tensor).
 HARM = {
@@ -198,7 +202,8 @@ def test_attention_refuses(device):
         (ValueError, "values must be", {"values": good["values"][:, :, :9]}),
         (TypeError, "values must have q's dtype torch.float32, got torch.float16", {"values": good["values"].half()}),
         (ValueError, "heads must be a multiple of the keys', got 3 and 2", {"q": q[:, :3]}),
-        (ValueError, r"q must be \[B, H, 1, d\]", {"q": torch.cat([q, q], 2)}),
+        (ValueError, r"q must be \[B, H, T, d\], T at least 1", {"q": q[:, :, :0]}),
+        (ValueError, r"k must be \(2, 2, 2, 64\)", {"q": torch.cat([q, q], 2)}),
         (TypeError, "q must be one of .*got torch.int64", {"q": q.long()}),
         (TypeError, "position must be torch.int64, got torch.int32", {"position": good["position"].int()}),
         (ValueError, r"position must be \[1\], got \(2,\)", {"position": good["position"].repeat(2)}),
@@ -264,9 +269,10 @@ def test_misaligned_linear(part, dtype, device, gen, make_linear, check_linear):
 
 
 @pytest.mark.parametrize("part", ["q", "keys", "values", "k", "v", "cos", "sin", "position", "mask"])
-def test_misaligned_attention(part, device):
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_misaligned_attention(tokens, part, device):
     torch.manual_seed(3)
-    arguments = copied(_attention(torch.bfloat16), device)
+    arguments = copied(_attention(torch.bfloat16, tokens), device)
     expected = outcome(reference.decode_attention, copied(arguments, device))
     arguments[part] = _misaligned(arguments[part])
     for got, right in zip(outcome(decode_attention, arguments), expected, strict=True):

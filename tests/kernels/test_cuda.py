@@ -35,10 +35,18 @@ def test_linears_compile(compiler, capability):
 
 
 @pytest.mark.parametrize("group, dim, splits", [(1, 64, 1), (1, 128, 4), (4, 128, 8), (7, 128, 8), (8, 128, 8), (2, 256, 2)])
-def test_attentions_compile(compiler, group, dim, splits):
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 16])
+def test_attentions_compile(compiler, tokens, group, dim, splits):
     for half, around in itertools.product((False, True), repeat=2):
-        macros = cuda_attention.constants(group, dim, splits, half, around, around, around)
-        assert nvrtc.compile(cuda_attention._SOURCE, macros, (9, 0))
+        shape = cuda_attention.Shape(tokens, group, dim, splits, half, around, around, 2 * around)
+        assert nvrtc.compile(cuda_attention.source(shape), cuda_attention.constants(shape), (9, 0))
+
+
+def test_attentions_of_any_tokens_fit_a_block():
+    for tokens, group, dim in itertools.product(range(2, 17), (1, 2, 3, 4, 7, 8, 16, 32, 71), (64, 128, 256)):
+        shape = cuda_attention.Shape(tokens, group, dim, 8, False, True, True, 1)
+        assert shape.chunks * shape.tiles * 16 >= tokens * group > (shape.chunks - 1) * shape.tiles * 16
+        assert shape.shared_bytes <= 200 << 10  # of 227 KiB, beside some of a fixed size
 
 
 @pytest.mark.parametrize("sms", [16, 20, 30, 58, 132])
@@ -209,7 +217,7 @@ def test_a_kernel_that_does_not_compile_is_declined(compiler, own_cache, source,
     """With the reason, and one warning for all the shapes of a source."""
     monkeypatch.setattr(nvrtc, "_warned", set())
     monkeypatch.setattr(cuda_linear, "_SOURCE", source)
-    monkeypatch.setattr(cuda_attention, "_SOURCE", source)
+    monkeypatch.setattr(cuda_attention, "_ONE", source)
     source.write_text("undeclared")
     cuda_linear._kernel.cache_clear()
     cuda_attention._kernel.cache_clear()

@@ -1,5 +1,6 @@
-"""A decoding step over a static cache: attention with its update and rotary embedding, and the counters behind it."""
+"""A step over a static cache: attention with its update and rotary embedding, and the counters behind it."""
 
+import operator
 from functools import cache
 
 import pytest
@@ -24,8 +25,8 @@ def context(gm, attends=lambda *_: True):
 
 
 @cache
-def step(family, **changes):
-    """(graph, inputs) of the decoding step behind a prompt of five tokens."""
+def step(family, tokens=1, batch=1, dynamic=False, **changes):
+    """(graph, inputs) of a step of so many tokens behind a prompt of five."""
     model, calls = tiny_model(family, **changes), []
 
     def backend(gm, _):
@@ -34,13 +35,16 @@ def step(family, **changes):
             return gm(*args)
         return call
 
-    past = StaticCache(config=model.config, max_cache_len=12)
+    length = 11 + tokens
+    past = StaticCache(config=model.config, max_cache_len=length)
+    positions = torch.arange(5, 5 + tokens)
     torch.compiler.reset()
     with torch.no_grad():
-        model(ids(1, 5), past_key_values=past, use_cache=True)
-        mask = (torch.arange(12) <= 5)[None, None, None]
-        torch.compile(model, backend=backend, fullgraph=True)(
-            ids(1, 1), past_key_values=past, position_ids=torch.tensor([[5]]), attention_mask=mask, use_cache=True)
+        model(ids(batch, 5), past_key_values=past, use_cache=True)
+        mask = (torch.arange(length) <= positions[:, None])[None, None]
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(
+            ids(batch, tokens), past_key_values=past, position_ids=positions.expand(batch, -1).contiguous(),
+            attention_mask=mask, use_cache=True)
     (call,) = calls
     return call
 
@@ -77,13 +81,44 @@ def clone(family, **changes):
     ("gemma", {"attentions": LAYERS, "cache updates": LAYERS, "rotary embeddings": LAYERS}),
     ("gpt-neox", {"attentions": LAYERS, "cache updates": LAYERS}),  # part of a head is rotated
 ])
-def test_same_step(family, counts):
-    gm = clone(family)
+@pytest.mark.parametrize("tokens, batch", [(1, 1), (1, 3), (2, 1), (5, 2), (16, 1)])
+def test_same_step(family, counts, tokens, batch):
+    gm = clone(family, tokens=tokens, batch=batch)
     result = fuse_attention.run(context(gm))
     assert {what: n for what, n in result.counts.items() if n} == counts
     assert not gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
     assert not gm.graph.find_nodes(op="call_method", target="index_copy_")
-    check(gm, family)
+    check(gm, family, tokens=tokens, batch=batch)
+
+
+@pytest.mark.parametrize("tokens, dynamic", [(17, False), (5, True)])
+def test_prompts_stay(tokens, dynamic):
+    """Many tokens, or a number of them that the graph does not know."""
+    gm = clone("llama", tokens=tokens, dynamic=dynamic, head_dim=64)
+    result = fuse_attention.run(Context(gm))
+    assert not result.counts and len(result.skipped) == LAYERS
+
+
+def test_several_tokens_without_a_cache_stay():
+    model, calls = tiny_model("llama", head_dim=64), []
+    torch.compiler.reset()
+    torch.compile(model, backend=lambda gm, args: calls.append((gm, args)) or gm, fullgraph=True)(ids(1, 5), use_cache=False)
+    gm = capture(calls[0][0], g.parameter_mask(calls[0][1]), Runner()).gm
+    assert not fuse_attention.run(context(gm)).counts
+
+
+def test_an_update_of_other_rows_stays_where_it_is():
+    """Rows of other tokens than those whose queries are asked."""
+    gm = clone("llama", tokens=5)
+    copies = [n for n in gm.graph.nodes if n.op == "call_method" and n.target == "index_copy_"][:2]
+    for copy in copies:
+        with gm.graph.inserting_before(copy):
+            position, row = (gm.graph.call_function(operator.getitem, (copy.args[at], index)) for at, index in (
+                (2, slice(0, 1)), (3, (slice(None), slice(None), slice(0, 1)))))
+            position.meta["example_value"] = copy.args[2].meta["example_value"][:1]
+            row.meta["example_value"] = copy.args[3].meta["example_value"][:, :, :1]
+        copy.args = (*copy.args[:2], position, row)
+    assert fuse_attention.run(context(gm)).counts["cache updates"] == LAYERS - 1
 
 
 def test_grouped_queries_read_the_cache_itself():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import larosa_fx
 from larosa_fx.compiler import backend
+from larosa_fx.kernels import cpu
 from larosa_fx.serving import drafting, loop
 from larosa_fx.serving.pace import Pace
 from listeners import Asked, Ranked, Streamed
@@ -191,6 +193,23 @@ def test_several_sequences_are_decoded_densely_and_told_so(pair):
     assert "2 sequences" in larosa_fx.last_report().reason and drafted() is None
     with pytest.raises(larosa_fx.LarosaError, match="2 sequences at once"):
         lossless(model, prompt)
+
+
+def test_verification_attends_in_one_call_a_layer(monkeypatch):
+    """Drafts are judged with the kernel that decodes, of several tokens at once."""
+    if not cpu.attends(torch.ones(1, 1, 5, 64), torch.ones(1, 1, 8, 64), None):
+        pytest.skip("needs a C++ compiler")
+    model, dense = calibrated(llama(head_dim=64))
+    attend, seen = cpu.decode_attention, Counter()
+
+    def counted(q, *args):
+        seen[q.shape[2]] += 1
+        return attend(q, *args)
+
+    monkeypatch.setattr(cpu, "decode_attention", counted)
+    prompt = ids(1, 9)
+    assert torch.equal(lossless(model, prompt, 0.3), dense.generate(prompt, **SETTINGS))
+    assert seen[5] == drafted().cycles * model.config.num_hidden_layers > 0
 
 
 def test_a_cache_that_forgets_cannot_take_drafts_back():
