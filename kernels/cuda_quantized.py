@@ -78,9 +78,14 @@ def shared_bytes(shape: Shape, c: Config) -> int:
 
 def constants(shape: Shape, c: Config) -> dict[str, int]:
     """The macros that quantized_linear.cu is compiled with."""
+    return constants_of(shape) | {"TILE": c.tile, "THREADS": c.threads, "BATCH": c.batch, "SPLIT": c.split,
+                                  "SHARED": shared_bytes(shape, c)}
+
+
+def constants_of(shape: Shape) -> dict[str, int]:
+    """The macros that say what a kernel over 8- or 4-bit weights is compiled for."""
     return {"CHANNELS": shape.channels, "COLUMNS": shape.columns, "BITS": shape.bits, "GROUP": shape.group,
-            "ADAPTER": shape.adapter, "TILE": c.tile, "THREADS": c.threads, "BATCH": c.batch, "SPLIT": c.split,
-            "SHARED": shared_bytes(shape, c), "GATE": GATE_CODES[shape.gate],
+            "ADAPTER": shape.adapter, "GATE": GATE_CODES[shape.gate],
             **{flag.upper(): int(getattr(shape, flag))
                for flag in ("full", "half", "norm", "bias", "residual", "early", "gain", "threshold")}}
 
@@ -90,23 +95,34 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
     """Why the kernel does not take x, [..., K], which may be a fake tensor, a weight of so many columns and an adapter of so
     many ``rows``; "" where it does. adapter_group: the columns that share one of its scales, where they are not ``group``.
     """
+    if rows_of(x) != 1:
+        return "it takes one row"
+    if reason := refused_parts(x, columns, group, _WIDTH, rows, norm, gate, adapter_group):
+        return reason
+    shape = Shape(x.shape[-1], columns, bits, group, rows, False, x.dtype == torch.float16, gate, norm, *[False] * 5)
+    c = config(shape, nvrtc.properties(x.device).multi_processor_count)
+    if c.tile // _WIDTH > c.threads or shared_bytes(shape, c) > nvrtc.properties(x.device).shared_memory_per_block_optin:
+        return "a row's list does not fit into shared memory"
+    return ""
+
+
+def refused_parts(x: Tensor, columns: int, group: int, width: int, rows: int, norm: bool, gate: str,
+                  adapter_group: int | None) -> str:
+    """Why no kernel over 8- and 4-bit weights takes these, of whatever number of rows of x, or "". width: what columns and
+    groups are to be multiples of."""
     channels = x.shape[-1]
     if x.device.type != "cuda" or not nvrtc.available() or nvrtc.properties(x.device).major < 9:
         return "clusters of thread blocks are there from compute capability 9"
-    if x.dtype not in (torch.bfloat16, torch.float16) or rows_of(x) != 1:
-        return "one row of 16 bits is what it takes"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {x.dtype}"
     if rows and (gate or norm):
         return "an adapter's rows would meet the norm's scalar or the gate"
     if channels % 4 or channels >= _MAX_CHANNELS or rows % 8:
         return "channels must be a multiple of 4, below 65536, and the adapter's rows one of 8"
-    if not columns or columns % (_WIDTH * (2 if gate else 1)) or group % _WIDTH:
-        return f"columns and groups must be multiples of {_WIDTH}"
+    if not columns or columns % (width * (2 if gate else 1)) or group % width:
+        return f"columns and groups must be multiples of {width}"
     if adapter_group not in (None, group):
         return f"an adapter's groups are the weight's, {group} columns, not {adapter_group}"
-    shape = Shape(channels, columns, bits, group, rows, False, x.dtype == torch.float16, gate, norm, *[False] * 5)
-    c = config(shape, nvrtc.properties(x.device).multi_processor_count)
-    if c.tile // _WIDTH > c.threads or shared_bytes(shape, c) > nvrtc.properties(x.device).shared_memory_per_block_optin:
-        return "a row's list does not fit into shared memory"
     return ""
 
 
@@ -118,28 +134,46 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
 
     None where the kernel cannot be built or launched here, after one warning.
     """
-    bits = 4 if weight.dtype == torch.uint8 else 8
-    columns = weight.shape[1] * 8 // bits
-    drops = bool(threshold)  # 0 drops nothing
-    rows = 0 if adapter is None else adapter.shape[0]
-    shape = Shape(x.shape[-1], columns, bits, columns // scales.shape[1], rows, k == x.shape[-1] and not drops,
-                  x.dtype == torch.float16, gate, eps is not None, bias is not None, residual is not None and not rows,
-                  early and rows > 0, gain is not None, drops)
+    shape = shape_of_call(x, k, weight, scales, adapter, bias, residual, eps, gate, early, gain, threshold)
     c = using or config(shape, nvrtc.properties(x.device).multi_processor_count)
     kernel = _kernel(shape, x.device, c)[0]
     if kernel is None:
         return None
-    y = x.new_empty((*x.shape[:-1], columns // (2 if gate else 1)))
+    return launch(kernel, shape, -(-shape.columns // c.tile) * c.split, x, weight, scales, adapter, adapter_scales, bias,
+                  residual, gain, k, eps, threshold)
+
+
+def shape_of_call(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None, bias: Tensor | None,
+                  residual: Tensor | None, eps: float | None, gate: str, early: bool, gain: Tensor | None,
+                  threshold: float | None) -> Shape:
+    """What the kernel is compiled for that computes ``quantized_linear`` of these."""
+    bits = 4 if weight.dtype == torch.uint8 else 8
+    columns = weight.shape[1] * 8 // bits
+    drops = bool(threshold)  # 0 drops nothing
+    rows = 0 if adapter is None else adapter.shape[0]
+    return Shape(x.shape[-1], columns, bits, columns // scales.shape[1], rows, k == x.shape[-1] and not drops,
+                 x.dtype == torch.float16, gate, eps is not None, bias is not None, residual is not None and not rows,
+                 early and rows > 0, gain is not None, drops)
+
+
+#: Parameters of the kernels over 8- and 4-bit weights: x, weight, scales, adapter, its scales, bias, residual, gain, y; a
+#: number; eps, threshold.
+SIGNATURE = (*[POINTER] * 9, INT, FLOAT, FLOAT)
+
+
+def launch(kernel: nvrtc.Kernel, shape: Shape, blocks: int, x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor | None,
+           adapter_scales: Tensor | None, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None, number: int,
+           eps: float | None, threshold: float | None) -> Tensor | None:
+    """y of a kernel with SIGNATURE; None where it cannot be launched."""
+    y = x.new_empty((*x.shape[:-1], shape.columns // (2 if shape.gate else 1)))
     inputs = [None if t is None else nvrtc.aligned(t)
               for t in (x, weight, scales, adapter, adapter_scales, bias, residual, gain)]
     pointers = [0 if t is None else t.data_ptr() for t in inputs]
-    launched = kernel.launch((-(-columns // c.tile) * c.split, 1, 1), *pointers, y.data_ptr(), k,
-                             0.0 if eps is None else eps, threshold or 0.0)
+    launched = kernel.launch((blocks, 1, 1), *pointers, y.data_ptr(), number, 0.0 if eps is None else eps, threshold or 0.0)
     return y if launched else None
 
 
 @cache
 def _kernel(shape: Shape, device: torch.device, c: Config) -> tuple[nvrtc.Kernel | None, str]:
     """The kernel, or None and why it could not be built."""
-    signature = (*[POINTER] * 9, INT, FLOAT, FLOAT)
-    return nvrtc.build(_SOURCE, constants(shape, c), device, signature, threads=c.threads, shared=shared_bytes(shape, c))
+    return nvrtc.build(_SOURCE, constants(shape, c), device, SIGNATURE, threads=c.threads, shared=shared_bytes(shape, c))

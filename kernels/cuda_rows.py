@@ -35,20 +35,26 @@ def config(shape: Shape, rows: int, sms: int, room: int) -> Config | None:
     width = 4 if tile < 64 else 8
     threads = 1024 if width == 4 and rows == 2 else 512
     batch = (16 if threads == 1024 else 24) // width
-    if -(-tile // (8 * width)) > threads // 32:
+    return with_part(shape, rows, Config(tile, width, threads, batch, part=0), room)
+
+
+def with_part(shape, rows: int, c, room: int):
+    """The configuration ``c`` of a kernel that few_rows.cuh is in, with the most channels at a time that ``room`` holds; None
+    where there is none. shape and c: this module's, or those of quantised weights."""
+    if -(-c.tile // (8 * c.width)) > c.threads // 32:
         return None
     whole = -(-max(shape.channels, shape.adapter) // 16) * 16
-    fixed = shared_bytes(shape, rows, Config(tile, width, threads, batch, 0)) + 128 * rows  # whose values end at 64
+    fixed = shared_bytes(shape, rows, c._replace(part=0)) + 128 * rows  # whose values end at 64
     most = (room - fixed) // (2 * rows + 2 * shape.threshold) // 64 * 64
-    most = min(most, _HELD // rows, 32 * threads) if shape.threshold else min(most, whole)
+    most = min(most, _HELD // rows, 32 * c.threads) if shape.threshold else min(most, whole)
     if most < 64 or (shape.norm and shape.threshold and most < shape.channels):
         return None
     parts = -(-whole // most)
-    return Config(tile, width, threads, batch, part=-(-whole // parts // 16) * 16)
+    return c._replace(part=-(-whole // parts // 16) * 16)
 
 
-def shared_bytes(shape: Shape, rows: int, c: Config) -> int:
-    """Shared memory of a block, as sparse_rows.cu lays it out."""
+def shared_bytes(shape, rows: int, c) -> int:
+    """Shared memory of a block, as few_rows.cuh lays it out."""
     warps = c.threads // 32
     deep = warps // -(-c.tile // (8 * c.width))
     values = 2 * rows * (-(-c.part // 64) * 64 + 16)
@@ -69,7 +75,7 @@ def refusal(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, thresh
     rows, reason = rows_of(x), _declined(x, columns, adapter, norm, gate, threshold)
     if reason or not isinstance(rows, int):
         return reason
-    shape, most = _shape(x, columns, adapter, norm, gate, threshold), _class(rows)
+    shape, most = _shape(x, columns, adapter, norm, gate, threshold), compiled_rows(rows)
     return _kernel(shape, most, x.device, _config(shape, most, x.device))[1]
 
 
@@ -80,7 +86,7 @@ def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, thre
         return f"the CUDA kernel of several rows takes 2 to {MAX_ROWS}"
     if reason := cuda_linear.declined_parts(x, columns, adapter, norm, gate):
         return reason
-    most = _class(rows) if isinstance(rows, int) else MAX_ROWS  # a symbol may stand for all
+    most = compiled_rows(rows) if isinstance(rows, int) else MAX_ROWS  # a symbol may stand for all
     if _config(_shape(x, columns, adapter, norm, gate, threshold), most, x.device) is None:
         return f"the CUDA kernel has no room for {x.shape[-1]} channels and {columns} columns on this device"
     return ""
@@ -92,7 +98,7 @@ def ahead(shape: Shape, c: Config) -> int:
     return min(16 * deep * c.batch, min(c.part, shape.channels) // 8 // 16 * 16)
 
 
-def _class(rows: int) -> int:
+def compiled_rows(rows: int) -> int:
     """The least number of rows that a kernel is compiled for and that holds ``rows``."""
     return next(most for most in (2, 4, MAX_ROWS) if rows <= most)
 
@@ -111,8 +117,8 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     """
     rows = rows_of(x)
     shape = cuda_linear.shape_of_call(x, x.shape[-1], weight, bias, residual, eps, gate, early, gain, threshold)
-    c = using or _config(shape, _class(rows), x.device)
-    kernel = _kernel(shape, _class(rows), x.device, c)[0]
+    c = using or _config(shape, compiled_rows(rows), x.device)
+    kernel = _kernel(shape, compiled_rows(rows), x.device, c)[0]
     if kernel is None:
         return None
     return cuda_linear.launch(kernel, shape, c.tile, x, weight, bias, residual, gain, rows, eps, threshold)

@@ -13,6 +13,7 @@
 // 8 bits: w = s q, q signed. 4 bits: w = s u + m, u = 0..15, two to a byte, the lower column in the lower half; s and m,
 // 16 bits each, lie side by side.
 
+#include "cluster.cuh"
 #include "selection.cuh"
 
 constexpr int OUT_COLUMNS = GATE ? COLUMNS / 2 : COLUMNS;
@@ -139,32 +140,6 @@ __device__ __forceinline__ void stream(const u8* weight, const u16* scales, cons
     odd.take(sum, offset);
   }
 }
-
-__device__ __forceinline__ void cluster_barrier() {
-  if constexpr (SPLIT > 1)
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-  else
-    __syncthreads();
-}
-
-// The float at ``address`` of this block's shared memory, as block ``rank`` of the cluster holds it.
-__device__ __forceinline__ float of_block(const float* address, u32 rank) {
-  if constexpr (SPLIT == 1) {
-    return *address;
-  } else {
-    float f;
-    u32 there, here = (u32)__cvta_generic_to_shared(address);
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(there) : "memory");
-    return f;
-  }
-}
-
-#if __CUDA_ARCH__ >= 900
-#define CLUSTER __cluster_dims__(SPLIT, 1, 1)
-#else
-#define CLUSTER  // SPLIT is 1
-#endif
 
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
 quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const u16* __restrict__ scales,

@@ -1,0 +1,112 @@
+"""``quantized_linear`` for 2 to 8 rows on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
+
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from larosa_fx.kernels import cuda_quantized, cuda_rows, nvrtc
+from larosa_fx.kernels.cuda_quantized import Shape
+from larosa_fx.kernels.cuda_rows import MAX_ROWS, compiled_rows
+from larosa_fx.kernels.reference import rows_of
+
+_SOURCE = Path(__file__).with_name("quantized_rows.cu")
+_WIDTHS = {16: 1.0, 8: 1.2, 4: 1.5}  # columns that a thread may read, and what a column costs then
+_SPLITS = (1, 2, 4, 8)
+
+
+class Config(NamedTuple):
+    tile: int  # columns of weight that a cluster reads
+    width: int  # of them a thread's
+    threads: int
+    batch: int  # times 16 rows of weight that a warp has in flight
+    split: int  # blocks of a cluster
+    part: int  # channels brought to shared memory at a time
+
+
+def config(shape: Shape, rows: int, sms: int, room: int) -> Config | None:
+    """Of a kernel for up to ``rows`` rows, which are 2, 4 or 8: one block for a multiprocessor, each with as little to read
+    as there is a way to. None where ``room``, bytes of shared memory, is too small, or no warp's columns share their scales.
+
+    Clusters of four and more: see ``cuda_quantized.config``.
+    """
+    halves = 2 if shape.gate else 1
+
+    def made(width: int, split: int) -> Config:
+        at_once = sms if split <= 2 else sms * 7 // 8
+        per_tile = -(-shape.columns // (8 * width * halves) // max(1, at_once // split))
+        words = width * (8 if shape.adapter else shape.bits) // 32
+        return Config(8 * width * halves * per_tile, width, threads=512, batch=15 // (words + 1), split=split, part=0)
+
+    found = [c for width in _widths(shape.columns, shape.bits, shape.group, shape.gate) for split in _SPLITS
+             if (c := cuda_rows.with_part(shape, rows, made(width, split), room))]
+    return min(found, key=lambda c: c.tile / c.split * _WIDTHS[c.width], default=None)
+
+
+def _widths(columns: int, bits: int, group: int, gate: str) -> list[int]:
+    """Columns that a thread may read, whole words, so that a warp's share their scales, the most first."""
+    out = columns // 2 if gate else columns
+    return [width for width in _WIDTHS if group % (8 * width) == out % (8 * width) == width * bits % 32 == 0]
+
+
+def refuses(x: Tensor, bits: int, columns: int, group: int, adapter: int, norm: bool, gate: str, threshold: bool,
+            adapter_group: int | None = None) -> str:
+    """Why the kernel does not take x, [..., K], which may be a fake tensor, a weight of so many columns and an adapter of so
+    many rows; "" where it does. adapter_group: the columns that share one of its scales, where they are not ``group``.
+
+    Where rows are symbolic, to compare them is to guard on them.
+    """
+    rows = rows_of(x)
+    if rows < 2 or rows > MAX_ROWS:
+        return f"it takes 2 to {MAX_ROWS} rows"
+    if reason := cuda_quantized.refused_parts(x, columns, group, 32, adapter, norm, gate, adapter_group):
+        return reason
+    if not _widths(columns, bits, group, gate):
+        return f"groups of {group} columns, {columns} in all, are too few for a warp's in {bits} bits"
+    shape = Shape(x.shape[-1], columns, bits, group, adapter, not threshold, x.dtype == torch.float16, gate, norm,
+                  *[False] * 4, threshold)
+    if _config(shape, compiled_rows(rows) if isinstance(rows, int) else MAX_ROWS, x.device) is None:
+        return f"there is no room for {x.shape[-1]} channels and {columns} columns on this device"
+    return ""
+
+
+def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor | None = None,
+                     adapter_scales: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
+                     eps: float | None = None, gate: str = "", early: bool = False, gain: Tensor | None = None,
+                     threshold: float | None = None, *, using: Config | None = None) -> Tensor | None:
+    """Launch on the tensors' device, which must be the current one, with arguments that ``refuses`` has passed.
+
+    x: [..., K], of 2 to 8 rows, of which those channels count that reach the threshold, or all without one. None where the
+    kernel cannot be built or launched here, after one warning.
+    """
+    rows = rows_of(x)
+    shape = cuda_quantized.shape_of_call(x, x.shape[-1], weight, scales, adapter, bias, residual, eps, gate, early, gain,
+                                         threshold)
+    c = using or _config(shape, compiled_rows(rows), x.device)
+    kernel = _kernel(shape, compiled_rows(rows), x.device, c)[0]
+    if kernel is None:
+        return None
+    return cuda_quantized.launch(kernel, shape, -(-shape.columns // c.tile) * c.split, x, weight, scales, adapter,
+                                 adapter_scales, bias, residual, gain, rows, eps, threshold)
+
+
+def constants(shape: Shape, rows: int, c: Config) -> dict[str, int]:
+    """The macros that quantized_rows.cu is compiled with."""
+    return cuda_quantized.constants_of(shape) | {
+        "ROWS": rows, "PART": c.part, "TILE": c.tile, "WIDTH": c.width, "THREADS": c.threads, "BATCH": c.batch,
+        "SPLIT": c.split, "SHARED": cuda_rows.shared_bytes(shape, rows, c)}
+
+
+@cache
+def _config(shape: Shape, rows: int, device: torch.device) -> Config | None:
+    properties = nvrtc.properties(device)
+    return config(shape, rows, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+@cache
+def _kernel(shape: Shape, rows: int, device: torch.device, c: Config) -> tuple[nvrtc.Kernel | None, str]:
+    """The kernel for up to ``rows`` rows, or None and why it could not be built."""
+    return nvrtc.build(_SOURCE, constants(shape, rows, c), device, cuda_quantized.SIGNATURE, threads=c.threads,
+                       shared=cuda_rows.shared_bytes(shape, rows, c))
