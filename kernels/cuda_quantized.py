@@ -161,9 +161,9 @@ def shape_of_call(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Te
 SIGNATURE = (*[POINTER] * 9, INT, FLOAT, FLOAT)
 
 
-def launch(kernel: nvrtc.Kernel, shape: Shape, blocks: int, x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor | None,
-           adapter_scales: Tensor | None, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None, number: int,
-           eps: float | None, threshold: float | None) -> Tensor | None:
+def launch(kernel: nvrtc.Kernel, shape: Shape, blocks: int, x: Tensor, weight: Tensor, scales: Tensor,
+           adapter: Tensor | None, adapter_scales: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+           gain: Tensor | None, number: int, eps: float | None, threshold: float | None) -> Tensor | None:
     """y of a kernel with SIGNATURE; None where it cannot be launched."""
     y = x.new_empty((*x.shape[:-1], shape.columns // (2 if shape.gate else 1)))
     inputs = [None if t is None else nvrtc.aligned(t)

@@ -1,6 +1,6 @@
 """``quantized_linear`` for 2 to 8 rows on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +34,14 @@ def config(shape: Shape, rows: int, sms: int, room: int) -> Config | None:
     """
     halves = 2 if shape.gate else 1
 
-    def made(width: int, split: int) -> Config:
+    def made(width: int, split: int, part: int) -> Config:
         at_once = sms if split <= 2 else sms * 7 // 8
         per_tile = -(-shape.columns // (8 * width * halves) // max(1, at_once // split))
         words = width * (8 if shape.adapter else shape.bits) // 32
-        return Config(8 * width * halves * per_tile, width, threads=512, batch=15 // (words + 1), split=split, part=0)
+        return Config(8 * width * halves * per_tile, width, threads=512, batch=15 // (words + 1), split=split, part=part)
 
     found = [c for width in _widths(shape.columns, shape.bits, shape.group, shape.gate) for split in _SPLITS
-             if (c := cuda_rows.with_part(shape, rows, made(width, split), room))]
+             if (c := cuda_rows.with_part(shape, rows, room, partial(made, width, split)))]
     return min(found, key=lambda c: c.tile / c.split * _WIDTHS[c.width], default=None)
 
 

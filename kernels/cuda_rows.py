@@ -1,5 +1,6 @@
 """``sparse_linear`` for 2 to 8 rows on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -35,22 +36,23 @@ def config(shape: Shape, rows: int, sms: int, room: int) -> Config | None:
     width = 4 if tile < 64 else 8
     threads = 1024 if width == 4 and rows == 2 else 512
     batch = (16 if threads == 1024 else 24) // width
-    return with_part(shape, rows, Config(tile, width, threads, batch, part=0), room)
+    return with_part(shape, rows, room, lambda part: Config(tile, width, threads, batch, part))
 
 
-def with_part(shape, rows: int, c, room: int):
-    """The configuration ``c`` of a kernel that few_rows.cuh is in, with the most channels at a time that ``room`` holds; None
-    where there is none. shape and c: this module's, or those of quantised weights."""
+def with_part(shape, rows: int, room: int, made: Callable):
+    """``made(part)``, the configuration of a kernel that few_rows.cuh is in, with the most channels at a time that ``room``
+    holds; None where there is none. shape, and what is made: this module's, or those of quantised weights."""
+    c = made(0)
     if -(-c.tile // (8 * c.width)) > c.threads // 32:
         return None
     whole = -(-max(shape.channels, shape.adapter) // 16) * 16
-    fixed = shared_bytes(shape, rows, c._replace(part=0)) + 128 * rows  # whose values end at 64
+    fixed = shared_bytes(shape, rows, c) + 128 * rows  # whose values end at 64
     most = (room - fixed) // (2 * rows + 2 * shape.threshold) // 64 * 64
     most = min(most, _HELD // rows, 32 * c.threads) if shape.threshold else min(most, whole)
     if most < 64 or (shape.norm and shape.threshold and most < shape.channels):
         return None
     parts = -(-whole // most)
-    return c._replace(part=-(-whole // parts // 16) * 16)
+    return made(-(-whole // parts // 16) * 16)
 
 
 def shared_bytes(shape, rows: int, c) -> int:
@@ -92,10 +94,10 @@ def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, thre
     return ""
 
 
-def ahead(shape: Shape, c: Config) -> int:
-    """Channels that a block reads whatever the rows hold: it asks for their weights before it looks."""
+def ahead(shape, c, split: int = 1) -> int:
+    """Channels that a tile's ``split`` blocks read whatever the rows hold: they ask for weights before they look."""
     deep = c.threads // 32 // -(-c.tile // (8 * c.width))
-    return min(16 * deep * c.batch, min(c.part, shape.channels) // 8 // 16 * 16)
+    return min(16 * deep * split * c.batch, min(c.part, shape.channels) // 8 // 16 * 16)
 
 
 def compiled_rows(rows: int) -> int:

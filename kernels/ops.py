@@ -151,16 +151,21 @@ def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residu
 def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
       gain=None, threshold=None):
     reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
-    from larosa_fx.kernels import cuda_quantized
+    from larosa_fx.kernels import cuda_quantized, cuda_quantized_rows
 
     bits = 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
     rows, adapter_group = (0, None) if adapter is None else (len(adapter), columns // adapter_scales.shape[1])
-    if cuda_quantized.refuses(x, bits, columns, columns // scales.shape[1], rows, eps is not None, gate, adapter_group):
-        return None
-    with torch.cuda.device(x.device):
-        return cuda_quantized.quantized_linear(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate,
-                                               early, gain, threshold)
+    parts = x, bits, columns, columns // scales.shape[1], rows, eps is not None, gate
+    around = weight, scales, adapter, adapter_scales, bias, residual, eps, gate, early, gain, threshold
+    if not cuda_quantized.refuses(*parts, adapter_group):
+        with torch.cuda.device(x.device):
+            return cuda_quantized.quantized_linear(x, k, *around)
+    drops = bool(threshold)
+    if (drops or k == x.shape[-1]) and not cuda_quantized_rows.refuses(*parts, drops, adapter_group):
+        with torch.cuda.device(x.device):
+            return cuda_quantized_rows.quantized_linear(x, *around)
+    return None
 
 
 @torch.library.register_fake("larosa::quantized_linear")

@@ -113,6 +113,13 @@ def _quantized(site: Site) -> str:
                                   site.gate)
 
 
+def _quantized_rows(site: Site) -> str:
+    from larosa_fx.kernels import cuda_quantized_rows
+
+    return cuda_quantized_rows.refuses(site.example, BITS[site.format], site.columns, site.group, site.adapter_rows,
+                                       site.normed, site.gate, not site.dense)
+
+
 def _triton(site: Site) -> str:
     try:
         from larosa_fx.kernels import triton_gemv, triton_topk
@@ -145,6 +152,8 @@ TABLE = (
     Kernel("NVRTC sparse_rows", "cuda", True, ("dense",), _HALF, takes=8, pays=2, dense=8, declines=_nvrtc_rows,
            topk=False),
     Kernel("NVRTC quantized_linear", "cuda", True, tuple(BITS), _HALF, takes=1, pays=1, dense=1, declines=_quantized),
+    Kernel("NVRTC quantized_rows", "cuda", True, tuple(BITS), _HALF, takes=8, pays=2, dense=8, declines=_quantized_rows,
+           topk=False),
     Kernel("Triton gather", "cuda", False, ("dense",), (*_HALF, torch.float32), takes=reference.GATHER_ROWS, pays=1, dense=1,
            declines=_triton),
     Kernel("C++ sparse_linear", "cpu", True, ("dense",), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=8, dense=8,

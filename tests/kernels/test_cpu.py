@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from larosa_fx.kernels import cache, cpu, reference
-from larosa_fx.kernels.quantization import dequantize, quantize
+from larosa_fx.kernels.quantization import quantize
+from stored import exact_of, quantized_case
 
 _CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or "g++"]
 needs_compiler = pytest.mark.skipif(not shutil.which(_CXX[0]), reason=f"needs a C++ compiler, {_CXX[0]} is not there")
@@ -347,21 +348,6 @@ def test_gates_everywhere(kernels, dtype, gate, shift):
 # ---- quantized_linear ----
 
 
-def _stored(args, bits, group, adapter_group=None):
-    """(the op's arguments, those of ``sparse_linear`` over what is stored, in float64)."""
-    x, k, weight, bias, residual, eps, gate, _, gain, *threshold = args
-    channels = x.shape[-1]
-    own = quantize(weight[:channels], bits, group, x.dtype)
-    adapter = quantize(weight[channels:], 8, adapter_group or group, x.dtype) if len(weight) > channels else (None, None)
-    exact = [_exact(*part) for part in (own, adapter) if part[0] is not None]
-    quantized = x, k, *own, *adapter, bias, residual, eps, gate, gain, *(threshold or [None])
-    return quantized, (x, k, torch.cat(exact), bias, residual, eps, gate, False, gain, *threshold)
-
-
-def _exact(weight, scales):
-    return dequantize(weight, scales.double())
-
-
 # Columns and group: groups end within a half, a tile, or a vector's columns, too.
 _WIDTHS = [(64, 32), (192, 64), (192, 192), (576, 64), (1152, 64), (4224, 128), (8448, 384)]
 bits_of = pytest.mark.parametrize("bits", [8, 4])
@@ -375,7 +361,7 @@ def test_quantized(kernels, dtype, around, bits, gen, make_linear, with_threshol
         for leading in ((), (3,)):
             args = make_linear(around, leading, 300, 141, columns, 37, dtype, gen)
             for chosen in (args, with_threshold(args, 0.4)):
-                stored, exact = _stored(chosen, bits, group, 32)
+                stored, exact = quantized_case(chosen, bits, group, 32)
                 check_linear(exact, kernels.quantized_linear(*stored))
 
 
@@ -386,7 +372,7 @@ def test_quantized_threads(native, threads, around, n, bits, gen, make_linear, c
     """Every way to deal out slabs and splits; the same bits each time."""
     threads(n)
     for leading in ((1, 1), (8,)):
-        args, exact = _stored(make_linear(around, leading, 1200, 555, 2304, 300, torch.bfloat16, gen), bits, 64)
+        args, exact = quantized_case(make_linear(around, leading, 1200, 555, 2304, 300, torch.bfloat16, gen), bits, 64)
         y = native.quantized_linear(*args)
         check_linear(exact, y)
         for _ in range(3):
@@ -400,7 +386,7 @@ def test_quantized_lists_of_any_length(native, threads, dtype, n, bits, gen, mak
     threads(n)
     x, *rest = make_linear((None, "", True, "adapter"), (8,), 1200, 1, 1152, 300, dtype, gen)
     args = with_threshold((x * torch.tensor([1, 0, 3, 0.1, 1, 0, 10, 1]).to(dtype)[:, None], *rest), 0.5)
-    args, exact = _stored(args, bits, 128)
+    args, exact = quantized_case(args, bits, 128)
     y = native.quantized_linear(*args)
     check_linear(exact, y)
     assert torch.equal(native.quantized_linear(*args), y)
@@ -409,7 +395,7 @@ def test_quantized_lists_of_any_length(native, threads, dtype, n, bits, gen, mak
 @needs_compiler
 @bits_of
 def test_quantized_reads_listed_rows_only(native, dtype, bits, gen, make_linear):
-    (x, k, weight, scales, *rest), _ = _stored(make_linear((None,), (1,), 900, 300, 256, 0, dtype, gen), bits, 64)
+    (x, k, weight, scales, *rest), _ = quantized_case(make_linear((None,), (1,), 900, 300, 256, 0, dtype, gen), bits, 64)
     y = native.quantized_linear(x, k, weight, scales, *rest)
     listed = native.topk_select(x, k)[1][0].long()
     poisoned = torch.full_like(scales, float("nan"))
@@ -426,11 +412,11 @@ def test_quantized_every_stored_number(kernels, dtype):
     pairs = torch.arange(256, dtype=torch.uint8).repeat(2)[None]
     scales = torch.tensor([0.5, -3.0], dtype=dtype).expand(1, 16, 2).contiguous()
     y = kernels.quantized_linear(one, 1, pairs, scales, None, None, None, None, None, "", None, None)
-    assert torch.equal(y.double(), _exact(pairs, scales)[0])
+    assert torch.equal(y.double(), exact_of(pairs, scales)[0])
     numbers = torch.arange(-128, 128, dtype=torch.int8)[None]
     scales = torch.tensor([[2.0, 0.5] * 4], dtype=dtype)
     y = kernels.quantized_linear(one, 1, numbers, scales, None, None, None, None, None, "", None, None)
-    assert torch.equal(y.double(), _exact(numbers, scales)[0])
+    assert torch.equal(y.double(), exact_of(numbers, scales)[0])
 
 
 @needs_compiler

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from larosa_fx.kernels import cpu, cuda_linear, cuda_quantized, cuda_rows, pick, triton_gemv
+from larosa_fx.kernels import cpu, cuda_linear, cuda_quantized, cuda_quantized_rows, cuda_rows, pick, triton_gemv
 from larosa_fx.kernels.pick import TABLE, crossover
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -57,6 +57,16 @@ def test_rows_over_a_threshold(everywhere, rows, asked, kernel):
     assert choice.kernel == kernel and choice.whole == bool(kernel) and (kernel or f"{rows} rows" in choice.reason)
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("rows, asked, threshold, dense, kernel", [
+    (1, None, 0.5, False, "linear"), (2, None, 0.5, False, "rows"), (3, None, 0.5, False, ""), (8, 8, 0.5, False, "rows"),
+    (9, 64, 0.5, False, ""), (2, 2, None, False, ""), (1, None, None, True, "linear"), (2, None, None, True, "rows"),
+    (8, 1, None, True, "rows"), (9, None, None, True, "")])
+def test_rows_of_quantised_weights(everywhere, rows, asked, threshold, dense, kernel, format):
+    choice = everywhere(site(rows, threshold=threshold, dense=dense, format=format), CUDA, asked)
+    assert choice.kernel == (kernel and f"NVRTC quantized_{kernel}") and (kernel or f"{rows} rows" in choice.reason)
+
+
 @pytest.mark.parametrize("asked", [None, 1])
 @pytest.mark.parametrize("rows, device, kernel", [
     (1, CUDA, "NVRTC sparse_linear"), (2, CUDA, "NVRTC sparse_rows"), (8, CUDA, "NVRTC sparse_rows"), (9, CUDA, ""),
@@ -93,12 +103,15 @@ def test_without_a_compiler(monkeypatch):
 def test_no_kernel_is_picked_for_more_than_it_takes():
     assert all(kernel.pays <= kernel.takes for kernel in TABLE)
     assert crossover("cpu") == 8 and crossover("cuda") == 2 and crossover("mps") == 0
-    assert crossover("cuda", topk=True) == crossover("cuda", "int8") == 1 and crossover("cpu", topk=True) == 8
+    assert crossover("cuda", "int8") == crossover("cuda", "int4") == 2 and crossover("cpu", topk=True) == 8
+    assert crossover("cuda", topk=True) == crossover("cuda", "int8", topk=True) == 1
     launchers = {"NVRTC sparse_linear": lambda n: cuda_linear.serves(torch.empty(n, 1, 32), 64, 0, False, ""),
                  "NVRTC sparse_rows": lambda n: cuda_rows.serves(torch.empty(n, 1, 32), 64, 0, False, "", True),
                  "Triton gather": lambda n: triton_gemv.serves(torch.empty(n, 1, 32), 64),
                  "NVRTC quantized_linear": lambda n: not cuda_quantized.refuses(
                      torch.empty(n, 1, 32), 8, 64, 32, 0, False, ""),
+                 "NVRTC quantized_rows": lambda n: not cuda_quantized_rows.refuses(
+                     torch.empty(n, 1, 32), 8, 64, 32, 0, False, "", True),
                  "C++ sparse_linear": lambda n: cpu.serves(torch.empty(n, 1, 32), 0, ""),
                  "C++ quantized_linear": lambda n: not cpu.refuses(torch.empty(n, 1, 32), 64, 32, 0, "")}
     for kernel in TABLE:
