@@ -11,7 +11,9 @@
 
 #include "few_rows.cuh"
 
-constexpr bool BOTH_PARTS = ROWS <= 4;  // of a product are in one operand
+constexpr u32 UPPER = 0xffff0000;          // half of a word
+constexpr float MIDDLE = HALF ? 8.f : 0.f;  // of u: what two parts miss of a product multiplies u - MIDDLE
+constexpr bool BOTH_PARTS = ROWS <= 4;      // of a product are in one operand
 
 static_assert(TILE % (8 * WIDTH) == 0 && OUT_TILE % (8 * WIDTH) == 0, "a warp's columns are there, or none of them");
 static_assert(GROUP % (8 * WIDTH) == 0 && OUT_COLUMNS % (8 * WIDTH) == 0, "a warp's columns share their scales");
@@ -42,8 +44,11 @@ __device__ __forceinline__ u32 narrow_pair(float low, float high) {
 
 // What ``pair`` misses of the two floats.
 __device__ __forceinline__ u32 remainder(float low, float high, u32 pair) {
-  return narrow_pair(low - __uint_as_float(pair << 16), high - __uint_as_float(pair & 0xffff0000));
+  return narrow_pair(low - __uint_as_float(pair << 16), high - __uint_as_float(pair & UPPER));
 }
+
+// What two bf16, each in the upper half, make together.
+__device__ __forceinline__ float both(u32 first, u32 second) { return __uint_as_float(first) + __uint_as_float(second); }
 
 // bits & MASK | MAGIC in one instruction, which compilers make two of.
 template <u32 MASK, u32 MAGIC>
@@ -124,13 +129,19 @@ struct Rows {
     const float x[4] = {widen(value.x & 0xffff), widen(value.x >> 16), widen(value.y & 0xffff), widen(value.y >> 16)};
     float scaled[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float scale = widen(step.scale[i] & 0xffff);
-      scaled[i] = x[i] * scale;
-      if (WIDE == 4) sums.offset = fmaf(x[i], fmaf(-16.f, scale, widen(step.scale[i] >> 16)), sums.offset);
-    }
+    for (int i = 0; i < 4; i++) scaled[i] = x[i] * widen(step.scale[i] & 0xffff);
     uint2 first = make_uint2(narrow_pair(scaled[0], scaled[1]), narrow_pair(scaled[2], scaled[3]));
     const uint2 second = make_uint2(remainder(scaled[0], scaled[1], first.x), remainder(scaled[2], scaled[3], first.y));
+    if (WIDE == 4) {
+      const float used[4] = {both(first.x << 16, second.x << 16), both(first.x & UPPER, second.x & UPPER),
+                             both(first.y << 16, second.y << 16), both(first.y & UPPER, second.y & UPPER)};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float middle = HALF ? fmaf(MIDDLE, scaled[i], sums.offset) : sums.offset;
+        const float lowered = fmaf(-16.f - MIDDLE, HALF ? used[i] : scaled[i], middle);
+        sums.offset = fmaf(x[i], widen(step.scale[i] >> 16), lowered);
+      }
+    }
     if (BOTH_PARTS && place >= 4) first = second;
 #pragma unroll
     for (int m = 0; m < TILES; m++) {

@@ -93,8 +93,8 @@ def run(stored, early=False, using=None):
 
 
 def drawn(case, bits, group):
-    """(the op's arguments, those of ``sparse_linear`` over what is stored), on the GPU."""
-    return [on_gpu(part) for part in quantized_case(case, bits, group)]
+    """(the op's arguments, those of ``sparse_linear`` over what is stored), on the GPU, which quantises sooner."""
+    return quantized_case(on_gpu(case), bits, group)
 
 
 @needs_gpu
