@@ -13,8 +13,8 @@ from larosa_fx.kernels.cuda_rows import MAX_ROWS, compiled_rows
 from larosa_fx.kernels.reference import rows_of
 
 _SOURCE = Path(__file__).with_name("quantized_rows.cu")
-_WIDTHS = {16: 1.0, 8: 1.2, 4: 1.5}  # columns that a thread may read, and what a column costs then
-_SPLITS = (1, 2, 4, 8)
+_WIDTHS = {16: 1.0, 8: 1.2, 4: 2.0}  # columns that a thread may read, and what a column costs then
+_SPLITS = {1: 1.0, 2: 1.3, 4: 1.5, 8: 1.7}  # blocks of a cluster, each of which looks at x
 
 
 class Config(NamedTuple):
@@ -37,12 +37,12 @@ def config(shape: Shape, rows: int, sms: int, room: int) -> Config | None:
     def made(width: int, split: int, part: int) -> Config:
         at_once = sms if split <= 2 else sms * 7 // 8
         per_tile = -(-shape.columns // (8 * width * halves) // max(1, at_once // split))
-        words = width * (8 if shape.adapter else shape.bits) // 32
-        return Config(8 * width * halves * per_tile, width, threads=512, batch=15 // (words + 1), split=split, part=part)
+        batch = 5 if width < 16 and split == 1 else 3
+        return Config(8 * width * halves * per_tile, width, threads=512, batch=batch, split=split, part=part)
 
     found = [c for width in _widths(shape.columns, shape.bits, shape.group, shape.gate) for split in _SPLITS
              if (c := cuda_rows.with_part(shape, rows, room, partial(made, width, split)))]
-    return min(found, key=lambda c: c.tile / c.split * _WIDTHS[c.width], default=None)
+    return min(found, key=lambda c: c.tile / c.split * _WIDTHS[c.width] * _SPLITS[c.split], default=None)
 
 
 def _widths(columns: int, bits: int, group: int, gate: str) -> list[int]:
