@@ -109,12 +109,15 @@ __device__ __forceinline__ float squared(u32 pair, float sum) {
   return fmaf(b, b, fmaf(a, a, sum));
 }
 
-// Brings ``count`` channels of each row of ``from``, [rows, width], to the block, zeros behind them. OF_X: times the gain,
-// if there is one, and the squares are added up for the norm.
+// Brings ``count`` channels of each row of ``from``, [rows, width], to the block, zeros behind them: those that the block
+// multiplies, or all for the norm. OF_X: times the gain, if there is one, and the squares are added up for the norm.
 template <bool OF_X>
 __device__ __forceinline__ void bring(const u16* from, int width, int count, int rows, const u16* gain, const Block& block,
                                       float (&squares)[ROWS]) {
-  for (int q = threadIdx.x; q < (count + 15) / 16 * 4; q += THREADS) {
+  constexpr int EVERY = OF_X && NORM ? 1 : SPLIT;  // sixteen channels of so many
+  for (int i = threadIdx.x; i < (count + 15) / 16 * 4; i += THREADS) {
+    const int q = EVERY == 1 ? i : (i / 4 * EVERY + blockIdx.x % SPLIT) * 4 + i % 4;
+    if (EVERY > 1 && q >= (count + 15) / 16 * 4) break;
     uint2 gains = make_uint2(0, 0);
     if (OF_X && GAIN && q * 4 < count) gains = __ldg(reinterpret_cast<const uint2*>(gain) + q);
     uint2 v[ROWS];
