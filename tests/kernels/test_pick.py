@@ -59,7 +59,7 @@ def test_rows_over_a_threshold(everywhere, rows, asked, kernel):
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("rows, asked, threshold, dense, kernel", [
-    (1, None, 0.5, False, "linear"), (2, None, 0.5, False, "rows"), (3, None, 0.5, False, ""), (8, 8, 0.5, False, "rows"),
+    (1, None, 0.5, False, "linear"), (2, None, 0.5, False, ""), (2, 2, 0.5, False, "rows"), (8, 8, 0.5, False, "rows"),
     (9, 64, 0.5, False, ""), (2, 2, None, False, ""), (1, None, None, True, "linear"), (2, None, None, True, "rows"),
     (8, 1, None, True, "rows"), (9, None, None, True, "")])
 def test_rows_of_quantised_weights(everywhere, rows, asked, threshold, dense, kernel, format):
@@ -103,7 +103,7 @@ def test_without_a_compiler(monkeypatch):
 def test_no_kernel_is_picked_for_more_than_it_takes():
     assert all(kernel.pays <= kernel.takes for kernel in TABLE)
     assert crossover("cpu") == 8 and crossover("cuda") == 2 and crossover("mps") == 0
-    assert crossover("cuda", "int8") == crossover("cuda", "int4") == 2 and crossover("cpu", topk=True) == 8
+    assert crossover("cuda", "int8") == crossover("cuda", "int4") == 1 and crossover("cpu", topk=True) == 8
     assert crossover("cuda", topk=True) == crossover("cuda", "int8", topk=True) == 1
     launchers = {"NVRTC sparse_linear": lambda n: cuda_linear.serves(torch.empty(n, 1, 32), 64, 0, False, ""),
                  "NVRTC sparse_rows": lambda n: cuda_rows.serves(torch.empty(n, 1, 32), 64, 0, False, "", True),
