@@ -135,20 +135,20 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
         return None
     inputs = [None if t is None else nvrtc.aligned(t) for t in (keys, values, mask, position, cos, sin)]
     keys, values, mask, position, cos, sin = inputs
-    q, k, v = (None if t is None else nvrtc.aligned(t) if tokens == 1 else _rows(t) for t in (q, k, v))
+    q, k, v = (None if t is None else _rows(t) for t in (q, k, v))
     pointers = [0 if t is None else t.data_ptr() for t in (q, keys, values, mask, k, v, position, cos, sin)]
     stride = 0 if mask is None or mask.shape[0] == 1 else tokens * length
-    strides = () if tokens == 1 else [0 if t is None else t.stride(2) for t in (q, k, v)]
+    strides = [0 if t is None else t.stride(2 if tokens > 1 else 0) for t in (q, k, v)]
     launched = kernel.launch((shape.splits, shared * shape.chunks, batch), *pointers, y.data_ptr(), length, stride, scale,
                              *strides)
     return y if launched else None
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x, [B, H, T, d], as the kernel for several tokens reads it: a token's heads lie together, and all tokens of all
-    sequences equally far from each other, which a product of several linears leaves as it is; a copy if need be."""
+    """x, [B, H, T, d], as the kernels read it: a token's heads lie together, and all tokens of all sequences equally far
+    from each other, which a product of several linears leaves as it is; a copy if need be."""
     batch, heads, tokens, dim = x.shape
-    step = x.stride(2)
+    step = x.stride(2 if tokens > 1 else 0)
     lies_so = x.stride(3) == 1 and (heads == 1 or x.stride(1) == dim) and (batch == 1 or x.stride(0) == tokens * step)
     if lies_so and step % 8 == 0 and x.data_ptr() % 16 == 0 and 0 <= step < 1 << 31:
         return x
@@ -157,7 +157,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def constants(shape: Shape) -> dict[str, int]:
     """The macros that the kernel is compiled with."""
-    of_all = {"GROUP": shape.group, "DIM": shape.dim, "SPLITS": shape.splits, "HALF": int(shape.half),
+    of_all = {"GROUP": shape.group, "DIM": shape.dim, "SPLIT": shape.splits, "HALF": int(shape.half),
               "MASK": int(shape.mask), "WRITE": int(shape.write), "ROPE": shape.rope}
     several = {"TOKENS": shape.tokens, "CHUNKS": shape.chunks, "TILES": shape.tiles}
     return of_all if shape.tokens == 1 else of_all | several
@@ -171,5 +171,5 @@ def source(shape: Shape) -> Path:
 @cache
 def _kernel(device: torch.device, shape: Shape) -> tuple[nvrtc.Kernel | None, str]:
     """The kernel, or None and why it could not be built."""
-    signature = (*[POINTER] * 10, INT, INT, FLOAT, *([] if shape.tokens == 1 else [INT] * 3))
+    signature = (*[POINTER] * 10, INT, INT, FLOAT, INT, INT, INT)
     return nvrtc.build(source(shape), constants(shape), device, signature, threads=_THREADS, shared=shape.shared_bytes)

@@ -1,9 +1,12 @@
 // Attention of one query token over a static cache, in one launch: rotary embedding, the cache's new row, and the softmax
 // over the positions that the mask allows. See larosa_fx.kernels.ops for what it computes.
 //
-// A cluster of SPLITS blocks owns a key/value head and all query heads that share it, so that the cache is read once. Its
+// A cluster of SPLIT blocks owns a key/value head and all query heads that share it, so that the cache is read once. Its
 // blocks take turns along the positions, keep a running maximum each (online softmax), and put their parts together
 // through distributed shared memory. The order of all additions is fixed: equal inputs give equal bits.
+//
+// q, k and v lie as a product of several linears leaves them: a token's heads side by side, sequences q_stride (k_stride,
+// v_stride) elements apart. y: [sequences, heads, DIM].
 //
 // Compiled at run time with GROUP (query heads to a key/value head) beside the constants of attention.cuh.
 
@@ -22,11 +25,11 @@ __device__ __forceinline__ float rope(const u16* x, const u16* cosine, const u16
   return own * widen(cosine[i]) + (i < DIM / 2 ? -other : other) * widen(sine[i]);
 }
 
-extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THREADS, 1)
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
 decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __restrict__ mask,
                  const u16* __restrict__ k, const u16* __restrict__ v, const long long* __restrict__ position,
                  const u16* __restrict__ cosine, const u16* __restrict__ sine, u16* __restrict__ y, int length,
-                 int mask_stride, float scale) {
+                 int mask_stride, float scale, int q_stride, int k_stride, int v_stride) {
   __shared__ __align__(16) float query[GROUP][DIM];
   __shared__ __align__(16) u16 fresh[2][DIM];  // the cache's new row: key, value
   __shared__ float high[WARPS][GROUP], mass[WARPS][GROUP], mixed[WARPS][GROUP][DIM];
@@ -39,6 +42,9 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
   wait_for_producer();
   __syncthreads();
   mask += (long long)blockIdx.z * mask_stride;
+  q += (long long)blockIdx.z * q_stride + blockIdx.y * GROUP * DIM;
+  k += (long long)blockIdx.z * k_stride + blockIdx.y * DIM;
+  v += (long long)blockIdx.z * v_stride + blockIdx.y * DIM;
   if (ROPE == 2) cosine += (long long)blockIdx.z * DIM, sine += (long long)blockIdx.z * DIM;
   if (MASK) {
     int reach = 0;
@@ -50,14 +56,14 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
   }
   for (int i = t; i < GROUP * DIM; i += THREADS)
     query[i / DIM][i % DIM] =
-        rope(q + ((long long)head * GROUP + i / DIM) * DIM, cosine, sine, i % DIM) * scale * LOG2E;
+        rope(q + i / DIM * DIM, cosine, sine, i % DIM) * scale * LOG2E;
   const long long base = (long long)head * length * DIM;
   // Nothing is written outside the cache: where the position lies there, the result is NaN, for all to see.
   const bool inside = !WRITE || (u64)*position < (u64)length;
   const int now = WRITE && inside ? (int)*position : -1;
   if (WRITE && inside)
     for (int i = t; i < DIM; i += THREADS) {
-      const u16 key = narrow(rope(k + (long long)head * DIM, cosine, sine, i)), value = v[(long long)head * DIM + i];
+      const u16 key = narrow(rope(k, cosine, sine, i)), value = v[i];
       fresh[0][i] = key, fresh[1][i] = value;
       if (blockIdx.x == 0) keys[base + (long long)now * DIM + i] = key, values[base + (long long)now * DIM + i] = value;
     }
@@ -72,17 +78,17 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
   }
   const int reach = last;
   for (int first = blockIdx.x * STEP + warp * SIDE + lane / LANES; first - lane / LANES < reach;
-       first += SPLITS * STEP * BATCH) {
+       first += SPLIT * STEP * BATCH) {
     uint4 key[BATCH], value[BATCH];
     bool seen[BATCH];
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const int at = first + b * SPLITS * STEP;
+      const int at = first + b * SPLIT * STEP;
       seen[b] = at < reach && (!MASK || mask[at]);
     }
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const int at = first + b * SPLITS * STEP;
+      const int at = first + b * SPLIT * STEP;
       const uint4 zero = make_uint4(0, 0, 0, 0);
       if (at == now) {
         key[b] = reinterpret_cast<const uint4*>(fresh[0])[part];
@@ -162,16 +168,16 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
     if (c == 0) block_high[g] = highest, block_mass[g] = total;
   }
   cluster_barrier();
-  for (int i = blockIdx.x * THREADS + t; i < GROUP * DIM; i += SPLITS * THREADS) {
+  for (int i = blockIdx.x * THREADS + t; i < GROUP * DIM; i += SPLIT * THREADS) {
     const int g = i / DIM, c = i % DIM;
-    float high_of[SPLITS], highest = NONE, total = 0.f, value = 0.f;
+    float high_of[SPLIT], highest = NONE, total = 0.f, value = 0.f;
 #pragma unroll
-    for (int r = 0; r < SPLITS; r++) highest = fmaxf(highest, high_of[r] = peer(&block_high[g], r));
+    for (int r = 0; r < SPLIT; r++) highest = fmaxf(highest, high_of[r] = of_block(&block_high[g], r));
     if (highest != NONE)
 #pragma unroll
-      for (int r = 0; r < SPLITS; r++) {
+      for (int r = 0; r < SPLIT; r++) {
         const float faded = exp2f(high_of[r] - highest);
-        total += faded * peer(&block_mass[g], r), value += faded * peer(&block_mixed[g][c], r);
+        total += faded * of_block(&block_mass[g], r), value += faded * of_block(&block_mixed[g][c], r);
       }
     const float mean = total > 0.f ? value / total : total;
     y[((long long)head * GROUP + g) * DIM + c] = narrow(inside ? mean : __int_as_float(0x7fffffff));

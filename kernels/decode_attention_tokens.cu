@@ -2,7 +2,7 @@
 // and the softmax over the positions that the mask allows to each token. See larosa_fx.kernels.ops for what it computes, and
 // decode_attention.cu for one token.
 //
-// A cluster of SPLITS blocks owns a key/value head and the queries of all tokens in all query heads that share it, so that
+// A cluster of SPLIT blocks owns a key/value head and the queries of all tokens in all query heads that share it, so that
 // the cache is read once; where these queries are more than its warps have registers for, CHUNKS clusters share them. Warps
 // take turns along the positions, 16 at a time, and keep a running maximum each (online softmax). The warps of a block put
 // their parts together through shared memory, the blocks through distributed shared memory. The order of all additions is
@@ -67,7 +67,7 @@ __device__ __forceinline__ int sum_place(int row, int part) {
   return row * DIM + 4 * (part ^ (part >> 2 & 2) ^ (row & 1));
 }
 
-extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THREADS, 1)
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
 decode_attention_tokens(const u16* __restrict__ q, u16* keys, u16* values, const u8* __restrict__ mask,
                         const u16* __restrict__ k, const u16* __restrict__ v, const long long* __restrict__ position,
                         const u16* __restrict__ cosine, const u16* __restrict__ sine, u16* __restrict__ y, int length,
@@ -155,8 +155,8 @@ decode_attention_tokens(const u16* __restrict__ q, u16* keys, u16* values, const
 #pragma unroll
     for (int n = 0; n < PAIRS * 32; n++) mix[m][n / 32][n / 4 % 8][n % 4] = 0.f;
   }
-  constexpr int STRIDE = SPLITS * WARPS * SPAN;
-  int first = (warp * SPLITS + blockIdx.x) * SPAN;
+  constexpr int STRIDE = SPLIT * WARPS * SPAN;
+  int first = (warp * SPLIT + blockIdx.x) * SPAN;
   u32 ahead = look(first + lane % SPAN);
   for (; first < length; first += STRIDE) {
     const u32 bits = ahead | __shfl_xor_sync(~0u, ahead, SPAN);
@@ -318,17 +318,17 @@ decode_attention_tokens(const u16* __restrict__ q, u16* keys, u16* values, const
     *own = total;
   }
   cluster_barrier();
-  for (int n = blockIdx.x * THREADS + t; n < rows * DIM; n += SPLITS * THREADS) {
+  for (int n = blockIdx.x * THREADS + t; n < rows * DIM; n += SPLIT * THREADS) {
     const int row = n / DIM, c = n % DIM, own = first_query + row;
-    float high_of[SPLITS], highest = NONE, total = 0.f, value = 0.f;
+    float high_of[SPLIT], highest = NONE, total = 0.f, value = 0.f;
 #pragma unroll
-    for (int r = 0; r < SPLITS; r++) highest = fmaxf(highest, high_of[r] = peer(&block_high[row], r));
+    for (int r = 0; r < SPLIT; r++) highest = fmaxf(highest, high_of[r] = of_block(&block_high[row], r));
     if (highest != NONE)
 #pragma unroll
-      for (int r = 0; r < SPLITS; r++) {
+      for (int r = 0; r < SPLIT; r++) {
         const float faded = exp2f(high_of[r] - highest);
-        total += faded * peer(&block_mass[row], r);
-        value += faded * peer(&mixed[0][sum_place(row, c / 4) + c % 4], r);
+        total += faded * of_block(&block_mass[row], r);
+        value += faded * of_block(&mixed[0][sum_place(row, c / 4) + c % 4], r);
       }
     const float mean = total > 0.f ? value / total : total;
     const bool inside = !WRITE || slots[own % TOKENS] >= 0;  // where it lies outside, the result is NaN, for all to see
