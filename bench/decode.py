@@ -449,13 +449,14 @@ def page(text: str, name: str, rows: Sequence[Row]) -> str:
     columns = {}  # name -> place
     for row in sorted(rows, key=lambda row: models.index(row["model"])):
         dense = row["sparsity"] is None
-        column = row["variant"].replace("dense-", "dense, ") if dense else f"{row['sparsity']:.0%} not read"
+        sparsity = row["sparsity"] if row["byte_sparsity"] != 0 else 0  # many rows read all, whatever was asked for
+        column = row["variant"].replace("dense-", "dense, ") if dense else f"{sparsity:.0%} not read"
         ratio = row["ratio_to_best_dense"]
         faster = "" if dense or not ratio else f" ({ratio:.2f}x)"
         turned = "" if row.get("rotation") in (None, "layer") else f", rotation={row['rotation']}"
         selection, stored = SPARSE.get(row["variant"], ("topk", "none"))
         selected = (", thresholds" if selection == "threshold" else "") + ("" if stored == "none" else f", {stored}")
-        columns[column] = (row["sparsity"], "") if not dense else (-1, (*DENSE, *QUANTIZED).index(row["variant"]))
+        columns[column] = (sparsity, "") if not dense else (-1, (*DENSE, *QUANTIZED).index(row["variant"]))
         many = f", {shared} ranks" if (shared := row.get("ranks", 1)) > 1 else ""
         many += f", batch {batch}" if (batch := row.get("batch", 1)) > 1 else ""
         case = cases.setdefault(f"{row['model']}, {row['dtype']}{many}{turned}{selected}", {})

@@ -152,11 +152,19 @@ def test_only_what_some_row_keeps_is_read(eps, bits, gen, make_linear, with_thre
     case = with_threshold(make_linear((eps,), (3,), 900, 900, 128, 0, torch.bfloat16, gen), 0.9)
     stored, _ = drawn(case, bits, 128)
     x, k, weight, scales, *rest = stored
-    scale = 1 if eps is None else torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-    kept = (x.float().abs() * scale >= rest[-1]).any(0)
     shape = cuda_quantized.shape_of_call(x, k, weight, scales, None, None, None, eps, "", False, None, rest[-1])
     c = cuda_quantized_rows._config(shape, 4, x.device)
-    kept[:cuda_rows.ahead(shape, c, c.split)] = True
+
+    def read() -> torch.Tensor:
+        scale = 1 if eps is None else torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        kept = (x.float().abs() * scale >= rest[-1]).any(0)
+        kept[:cuda_rows.ahead(shape, c, c.split)] = True
+        return kept
+
+    kept = read()
+    if kept.sum() % 16 == 0:
+        x[:, kept.nonzero()[-1]] = 0
+        kept = read()
     assert kept.sum() % 16 and not kept.all()  # the last sixteen listed are not all there
     poisoned = torch.full_like(scales, float("nan"))
     poisoned[kept] = scales[kept]
