@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import sys
@@ -16,13 +18,14 @@ import torch
 
 from larosa_fx import __version__
 from larosa_fx.compiler.backend import LarosaError
+from larosa_fx.ir import shards
 from larosa_fx.ir.checks import check_new_directory, check_output, check_sparsity, make_directory, shown
 from larosa_fx.ir.structure import BASES, SELECTIONS
 from larosa_fx.kernels.quantization import BITS
 from larosa_fx.packing import is_pack
 from larosa_fx.plan import Plan
 from larosa_fx.plan.plan import library_versions
-from larosa_fx.serving.pack_files import PLAN
+from larosa_fx.serving.pack_files import PLAN, Index
 from larosa_fx.serving.server import ServingError
 from larosa_fx.smollm2 import DownloadError
 from larosa_fx.training.options import TrainingOptions
@@ -181,12 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(args: argparse.Namespace):
+def _load(args: argparse.Namespace, ranks: int = 1):
     from larosa_fx.loading import load_model
 
     if is_pack(args.model):
         raise ValueError(f"{args.model} is a pack, whose original weights are gone; name the model that was packed")
-    return load_model(args.model, args.gguf_file, getattr(torch, args.dtype or "float32"), args.device)
+    return load_model(args.model, args.gguf_file, getattr(torch, args.dtype or "float32"), args.device, ranks)
 
 
 def _load_pack(args: argparse.Namespace, **settings: object):
@@ -338,16 +341,20 @@ def _pack(args: argparse.Namespace) -> None:
 
     if is_pack(args.model):
         raise ValueError(f"{args.model} is a pack already; name the model that was packed")
-    check_new_directory("the pack", args.out)
+    rank, ranks = shards.here()
+    if ranks == 1:
+        check_new_directory("the pack", args.out)
     plan = Plan.load(args.plan)  # complain before loading a model
     if args.model == DEFAULT_MODEL and not os.path.exists(args.model):
         args.model = None
-    model, tokenizer = _load(args)
+    model, tokenizer = _load(args, ranks)
     started = time.perf_counter()
     path = pack(model, plan, args.out, tokenizer=tokenizer, quantize=args.quantize, compiler=args.compiler)
+    if rank != 0:
+        return
     size = sum(file.stat().st_size for file in path.iterdir())
-    print(f"{args.out}: {size / 2**20:.0f} MiB, packed in {time.perf_counter() - started:.0f} s; larosa generate, serve and "
-          f"eval take --model {args.out}")
+    taken = "larosa generate, serve and eval take" if ranks == 1 else f"{ranks} processes of larosa generate take"
+    print(f"{args.out}: {size / 2**20:.0f} MiB, packed in {time.perf_counter() - started:.0f} s; {taken} --model {args.out}")
 
 
 def _enabled(args: argparse.Namespace, **more: object):
@@ -391,7 +398,8 @@ def _generate(args: argparse.Namespace) -> None:
     model, tokenizer = _enabled(args, lossless=args.lossless, draft_tokens=args.draft_tokens)
     inputs = encode_prompt(tokenizer, args.prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(**inputs.to(args.device), streamer=streamer, max_new_tokens=args.tokens, do_sample=False)
+    with contextlib.redirect_stdout(sys.stdout if shards.here()[0] == 0 else io.StringIO()):  # all ranks have the same text
+        model.generate(**inputs.to(args.device), streamer=streamer, max_new_tokens=args.tokens, do_sample=False)
     report = backend.last_report()
     if report is not None and report.drafting is not None:
         print(f"\n{report.drafting}")
@@ -400,6 +408,10 @@ def _generate(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from larosa_fx.serving import server
 
+    ranks = max(shards.here()[1], Index.read(Path(args.model)).ranks if is_pack(args.model) else 1)
+    if ranks > 1:
+        raise ValueError(f"larosa serve answers from one process, not from {ranks}: requests come to one of them alone; use "
+                         "larosa generate, or a model in one process")
     server.check_address(args.host, args.port)
     model, tokenizer = _enabled(args)
     name = args.name or args.model or DEFAULT_MODEL

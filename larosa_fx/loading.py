@@ -19,14 +19,17 @@ class InputError(ValueError):
 
 
 def load_model(name: str | None, gguf_file: str | None = None, dtype: torch.dtype = torch.float32,
-               device: str | torch.device = "cpu") -> tuple[torch.nn.Module, object]:
+               device: str | torch.device = "cpu", ranks: int = 1) -> tuple[torch.nn.Module, object]:
     """(model in evaluation mode, tokenizer) of a path or hub id; None is SmolLM2-135M-Instruct, fetched on first use.
 
+    ranks: processes that the model is split over, each with its part on the device that transformers picks for it.
     InputError where transformers cannot load it, with its reason.
     """
     import huggingface_hub
     import transformers
 
+    if ranks > 1 and (name is None or gguf_file):
+        raise InputError("transformers splits no model of a GGUF file; name one whose weights are safetensors")
     if name is None:
         path = smollm2.fetch()
         name, gguf_file = str(path.parent), path.name
@@ -38,13 +41,14 @@ def load_model(name: str | None, gguf_file: str | None = None, dtype: torch.dtyp
     try:
         with compat.gguf_read_once() if gguf_file else contextlib.nullcontext():
             tokenizer = load_tokenizer(name, gguf_file)  # before the weights, which take longest
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=dtype)
+            split = {} if ranks == 1 else {"distributed_config": transformers.distributed.DistributedConfig(tp_size=ranks)}
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=dtype, **split)
     except Exception as error:  # transformers and what it reads models with raise whatever they happen to raise
         raise InputError(f"cannot load the model {name!r}: {error}; give a causal LM's directory or hub id") from error
     finally:
         for logger, verbosity in zip(loggers, loud, strict=True):
             logger.set_verbosity(verbosity)
-    return model.to(device).eval(), tokenizer
+    return (model.to(device) if ranks == 1 else model).eval(), tokenizer
 
 
 def load_tokenizer(name: str, gguf_file: str | None = None) -> object:

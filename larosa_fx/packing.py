@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from larosa_fx.compiler.agreement import together
 from larosa_fx.enable import enable
+from larosa_fx.ir import shards
 from larosa_fx.ir.checks import check_path
 from larosa_fx.plan.plan import Plan
 from larosa_fx.serving.pack_files import INDEX, SHARD_BYTES
@@ -28,6 +30,9 @@ def pack(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, path: st
     It holds what folding made of the weights, what was not folded, the plan, the configuration, a model card, and, signed
     for this user, what Inductor compiled. The model is enabled thereby, and its original weights are given up.
 
+    Of a model that is split over several ranks (``tp_plan="auto"``) each rank packs its part, in one directory that all can
+    write to, and as many ranks load it, no other number. All must call it; where one fails, all end with its message.
+
     plan: a Plan, its path, or None for the one that ``calibrate`` or ``train`` attached to the model.
     tokenizer: saved as well, so that AutoTokenizer finds it. quantize, compiler: as in
     ``larosa_fx.compiler.options.Options``; "eager" packs no compiled code. shard_bytes: of the largest shard.
@@ -38,7 +43,8 @@ def pack(model: torch.nn.Module, plan: Plan | str | os.PathLike | None, path: st
     from larosa_fx.serving import pack as packs
     from larosa_fx.serving.state import plan_of
 
-    plan = plan_of(model, plan)
+    with together(shards.group(model.parameters())):
+        plan = plan_of(model, plan)
     target = Path(os.path.abspath(check_path("the pack", path)))
     packs.pack(model, plan, target, tokenizer, quantize=quantize, compiler=compiler, shard_bytes=shard_bytes)
     enable(model, plan, quantize=quantize, compiler=compiler)
@@ -52,6 +58,9 @@ def load(path: str | os.PathLike, device: str | torch.device | None = None, *, v
     On a CPU its tensors are views of the pack's files, which must stay as they are while the model lives. Nothing is
     folded, and where Inductor's code was packed by this user, on this kind of machine, with this torch, nothing is compiled
     that was compiled then.
+
+    A pack of several ranks is loaded by as many processes, which torchrun starts, each of which gets its part, on the device
+    that transformers would put it on. All must call it; where one fails, all end with its message.
 
     device: where to; None for the type of device that the model was packed on.
     verify: compare all that is read with its checksum, and not with its size alone.

@@ -15,7 +15,7 @@ import torch
 
 import larosa_fx
 from larosa_fx import cli, generation
-from tiny import llama
+from tiny import llama, tokenizer
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -23,17 +23,11 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     """A directory with a model, a byte-level tokenizer that knows its 64 tokens, and a text; also the working directory."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", *(chr(ord(" ") + i) for i in range(61))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     llama(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-    fast.save_pretrained(tmp_path / "model")
-    generator = torch.Generator().manual_seed(0)
-    (tmp_path / "text.txt").write_text("".join(words[int(i)] for i in torch.randint(4, 60, (400,), generator=generator)))
+    characters = tokenizer()
+    characters.save_pretrained(tmp_path / "model")
+    drawn = torch.randint(4, 60, (400,), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "text.txt").write_text("".join(characters.convert_ids_to_tokens(drawn.tolist())))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -323,12 +317,12 @@ def test_a_pack_is_taken_where_a_model_is(directory, capsys, monkeypatch):
     assert [row["ppl"] for row in found["rows"]] == pytest.approx([row["ppl"] for row in expected["rows"]], rel=1e-4)
     assert found["provenance"]["dtype"] == "float32"
 
-    monkeypatch.setattr(server, "build", lambda model, tokenizer, name, **_: served.append((model, tokenizer, name)) or (
+    monkeypatch.setattr(server, "build", lambda model, characters, name, **_: served.append((model, characters, name)) or (
         type("Running", (), {"run": lambda self: None})(), lambda: None))
     served = []
     assert packed("serve", "--sparsity", "0.3") == 0
-    ((model, tokenizer, name),) = served
-    assert name == "packed" and tokenizer.decode(tokenizer("AB").input_ids) and model.generate.__wrapped__
+    ((model, characters, name),) = served
+    assert name == "packed" and characters.decode(characters("AB").input_ids) and model.generate.__wrapped__
 
     for arguments, said in ((["generate", "--prompt", "AB", "--plan", "m.larosa"], "leave out --plan"),
                             (["generate", "--prompt", "AB", "--dtype", "bfloat16"], "leave out --dtype"),

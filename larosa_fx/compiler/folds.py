@@ -265,7 +265,7 @@ class FoldStore:
             if isinstance(p, torch.nn.Parameter):
                 p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
             else:
-                p.data = _without_memory(p)
+                p.data = without_memory(p)
         self._give_up(done)
         # Their addresses are new, their values are not: what was folded from them stays valid.
         marks = dict(zip(map(id, done), self.marks(done), strict=True))
@@ -294,13 +294,14 @@ class FoldStore:
         self._replaced.pop(key, None)
 
 
-def _without_memory(p: torch.Tensor) -> torch.Tensor:
+def without_memory(p: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
     """A tensor of no bytes that looks like ``p``, the part here of a split parameter, which nothing reads any more.
 
+    device: where it seems to lie; None, where ``p`` does.
     Its place in its storage stays too: a DTensor remembers that of its part, and Dynamo cannot trace one that differs.
     """
     reach = p.storage_offset() + sum((n - 1) * stride for n, stride in zip(p.size(), p.stride(), strict=True)) + 1
-    empty = torch.empty(reach, dtype=p.dtype, device=p.device).as_strided(p.size(), p.stride(), p.storage_offset())
+    empty = torch.empty(reach, dtype=p.dtype, device=device or p.device).as_strided(p.size(), p.stride(), p.storage_offset())
     empty.untyped_storage().resize_(0)
     return empty
 

@@ -165,6 +165,32 @@ def reads_local(node: fx.Node) -> bool:
     return not held.get("args_as_value") and not held.get("kwargs_as_value")
 
 
+def join_ranks(count: int) -> tuple:
+    """Make all processes, which are ``count``, the ranks of one split model, a process group where they are none yet.
+
+    (what ``split_over`` takes, this rank's device), as ``from_pretrained(tp_plan="auto")`` makes them (5.17 to 5.24).
+    """
+    from transformers import PreTrainedModel
+    from transformers.distributed import DistributedConfig
+
+    config, device, mesh = PreTrainedModel.prepare_distribute_model(DistributedConfig(tp_size=count))
+    return (config, mesh), torch.device(device)
+
+
+def split_over(joined: tuple, model: torch.nn.Module) -> torch.nn.Module:
+    """Split a model of transformers' that has no memory yet: its parameters become DTensors without any (5.17 to 5.24).
+
+    Tied weights are apart afterwards: transformers splits each by its own name, and ties them once they have values.
+    """
+    seen = set()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in seen:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty_like(parameter)))
+        seen.add(id(parameter))
+    return model.maybe_distribute_model(model, *joined)
+
+
 def is_plain_shard(placement: object) -> bool:
     """Whether each rank has one piece, cut as ``torch.chunk`` cuts, and not several (2.11 to 2.13)."""
     from torch.distributed.tensor import Shard

@@ -6,6 +6,7 @@ products with parts of the input channels give. So each rank folds its own parts
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,21 @@ def why_not(tensor: object) -> str | None:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that lies here: always the same object for the same tensor. Others are returned as they are."""
     return compat.local_tensor(tensor) if is_split(tensor) else tensor
+
+
+def like(split: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """The DTensor of which ``part`` lies here, split as another of its size is."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, split.device_mesh, split.placements, run_check=False, shape=split.shape,
+                              stride=split.stride())
+
+
+def here() -> tuple[int, int]:
+    """(this process's rank, number of processes), of the process group or as torchrun says before there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def group(tensors: Iterable[object]) -> torch.distributed.ProcessGroup | None:

@@ -19,37 +19,37 @@ from larosa_fx.kernels import cache
 
 log = logging.getLogger("larosa_fx")
 
-FILE = "compiled.bin"
+FILE = "compiled{}.bin"
 
 
-def save(directory: Path, device: torch.device) -> dict[str, str]:
+def save(file: Path, device: torch.device) -> dict[str, str]:
     """Write what was compiled in this process so far; returns what ``load`` compares. Empty where there is nothing."""
     kept = torch.compiler.save_cache_artifacts()
     key = _key(make=True)
     if kept is None or key is None:
         return {}
-    (directory / FILE).write_bytes(kept[0])
+    file.write_bytes(kept[0])
     return {**_machine(device), "signature": _signature(key, kept[0])}
 
 
-def load(directory: Path, device: torch.device, expected: dict[str, str]) -> bool:
+def load(file: Path, device: torch.device, expected: dict[str, str]) -> bool:
     """Hand what was kept to the compilers, where it fits; whether it did. The log says why not."""
     if not expected:
         return False
-    reason = _misfit(directory, device, expected)
+    reason = _misfit(file, device, expected)
     if reason:
-        log.info("%s: compiled code is left alone, and compiled anew: %s", directory / FILE, reason)
+        log.info("%s: compiled code is left alone, and compiled anew: %s", file, reason)
         return False
-    return torch.compiler.load_cache_artifacts((directory / FILE).read_bytes()) is not None
+    return torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
 
 
-def _misfit(directory: Path, device: torch.device, expected: dict[str, str]) -> str:
+def _misfit(file: Path, device: torch.device, expected: dict[str, str]) -> str:
     for what, here in _machine(device).items():
         if expected.get(what) != here:
             return f"it was made with {what} {expected.get(what)}, and this is {here}"
     key = _key(make=False)
     try:
-        content = (directory / FILE).read_bytes()
+        content = file.read_bytes()
     except OSError as error:
         return (error.strerror or str(error)).lower()
     if key is None or not hmac.compare_digest(_signature(key, content), expected.get("signature", "")):

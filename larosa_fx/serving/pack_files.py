@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,13 +20,14 @@ import torch
 from larosa_fx.ir import hashing
 from larosa_fx.ir.checks import shown
 
-FORMAT = "larosa-pack"
+FORMAT, SPLIT = "larosa-pack", "larosa-pack-of-ranks"  # one process's, or what each of several ranks folded of its part
 LAYOUT = 1  # how tensors lie in memory and what recipes mean; independent of torch's release
-INDEX, PLAN, SHARD = "larosa.json", "plan.larosa", "larosa-{:05d}-of-{:05d}.safetensors"
+INDEX, PLAN, SHARD = "larosa.json", "plan.larosa", "larosa{}-{:05d}-of-{:05d}.safetensors"
 SHARD_BYTES = 5_000_000_000
 
 AGAIN = "copy the pack again from where it came, or make it again with larosa pack"
 
+_EACH = ("parameters", "buffers", "folded", "shards", "tensors", "caches")  # what each rank has its own of
 _ALIGNED = 64  # bytes: a cache line. What kernels read by rows begins at a multiple of it.
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
            torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -38,7 +39,7 @@ class PackError(ValueError):
 
 @dataclass
 class Index:
-    """What a pack holds; ``larosa.json``.
+    """What a pack holds, of a split model what it holds for one of its ranks; ``larosa.json``.
 
     model: its class's name. dtype: of the model. device: the type of device that it was folded for. quantize, rotate_cache:
     as in ``larosa_fx.compiler.options``. digest: of the plan. versions: what it was made with, to be read by people.
@@ -46,6 +47,7 @@ class Index:
     dtype. folded: what is folded: the recipe (``ir.spelling``), the names and dtype of its parameters, and the tensor.
     shards: file -> its size in bytes and its checksum. tensors: tensor -> the file that it lies in.
     caches: what compilers kept, and the machine they kept it for (``serving.machine``); empty where there is none.
+    rank, ranks: whose parts of the weights these are, and how many ranks there are.
     """
 
     model: str
@@ -61,15 +63,31 @@ class Index:
     shards: dict[str, dict] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
     caches: dict[str, str] = field(default_factory=dict)
+    rank: int = 0
+    ranks: int = 1
 
-    def write(self, directory: Path) -> None:
-        content = {"format": FORMAT, "layout": LAYOUT, **asdict(self)}
+    @property
+    def whose(self) -> str:
+        """What names of files that are one rank's have in the middle."""
+        return f"-rank{self.rank}of{self.ranks}" if self.ranks > 1 else ""
+
+    @staticmethod
+    def write(directory: Path, indices: Sequence[Index]) -> None:
+        """Write what all ranks hold, by rank, or one process does."""
+        content = asdict(indices[0])
+        for name in ("rank", "ranks"):
+            del content[name]
+        if len(indices) > 1:
+            content["ranks"] = [{name: getattr(index, name) for name in _EACH} for index in indices]
+            for name in _EACH:
+                del content[name]
+        content = {"format": FORMAT if len(indices) == 1 else SPLIT, "layout": LAYOUT, **content}
         text = json.dumps({**content, "checksum": _checksum(content)}, indent=1)
         (directory / INDEX).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, directory: Path) -> Index:
-        """PackError where there is none, it is damaged, or another layout's."""
+    def read(cls, directory: Path, rank: int = 0) -> Index:
+        """PackError where there is none, it is damaged, or another layout's. Ranks that it does not have get the first's."""
         path = directory / INDEX
         name = shown(str(path))
         try:
@@ -80,14 +98,16 @@ class Index:
                             "make one with larosa pack MODEL PLAN OUT") from None
         except (ValueError, AttributeError):
             raise PackError(f"{name} is damaged: it is no JSON object; {AGAIN}") from None
-        if found != FORMAT:
+        if found not in (FORMAT, SPLIT):
             raise PackError(f"{name} describes no pack (its format is {found!r}); make one with larosa pack")
         if layout != LAYOUT:
             raise PackError(f"{name} has layout {layout!r}, and this larosa_fx reads layout {LAYOUT}: pack the model again, "
                             "or use the larosa_fx that made it")
         if checksum != _checksum({"format": found, "layout": layout, **content}):
             raise PackError(f"{name} is damaged: its content is not that of its checksum; {AGAIN}")
-        return cls(**content)
+        parts = content.pop("ranks", [{}])
+        rank = rank if rank < len(parts) else 0
+        return cls(**content, **parts[rank], rank=rank, ranks=len(parts))
 
 
 def _checksum(content: Mapping[str, object]) -> str:
@@ -105,7 +125,7 @@ def write_shards(directory: Path, tensors: Mapping[str, torch.Tensor], index: In
             shards.append({})
         shards[-1][name] = tensor
     for n, held in enumerate(shards, 1):
-        file = SHARD.format(n, len(shards))
+        file = SHARD.format(index.whose, n, len(shards))
         with open(directory / file, "w+b") as target:
             for piece in _pieces(held):
                 target.write(piece)

@@ -4,6 +4,7 @@ The ranks run once for all tests of a number of ranks (tests/support/ranks.py); 
 """
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,8 @@ import decode
 import larosa_fx
 import ranks
 from larosa_fx.ir.shards import Shard
-from tiny import SIZES, batches, compiled, error, ids, llama
+from larosa_fx.serving.pack_files import Index, PackError
+from tiny import SIZES, batches, compiled, error, ids, llama, tokenizer
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -58,6 +60,9 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):  # 5.17 
     MODELS["qwen3-moe"] = qwen3_moe
 
 
+PACKED = [*MODELS, "llama int8"]
+
+
 class Files:
     """Models in a directory, with plans made on one rank, and what one rank makes of them."""
 
@@ -67,10 +72,14 @@ class Files:
     def add(self, name, model):
         self.models[name] = model
         model.save_pretrained(self.model(name))
+        tokenizer().save_pretrained(self.model(name))
         larosa_fx.calibrate(model, self.batches, progress=False).save(self.plan(name))
 
     def model(self, name):
         return str(self.directory / name)
+
+    def pack(self, name):
+        return str(self.directory / f"{name} packed")
 
     def plan(self, name):
         return str(self.directory / f"{name}.larosa")
@@ -137,6 +146,16 @@ def two(files):
                      "maps": {"plan": files.plan("maps"), "weights": "replace"}}})
     tasks["calibrate"] = ("calibrate", {"path": files.model("llama"), "batches": files.batches})
     tasks["refused"] = ("refused", {"path": files.model("llama"), "batches": files.batches, "plan": llama_plan})
+    for name in PACKED:
+        of, _, bits = name.partition(" ")
+        tasks[f"pack {name}"] = ("packs", {"path": files.model(of), "plan": files.plan(of), "pack": files.pack(name),
+                                           "ids": files.ids, "calls": GREEDY, "quantize": bits or "none"})
+    tasks["packing fails"] = ("packing_fails", {
+        "path": files.model("llama"), "plan": llama_plan, "other_plan": files.plan("maps"), "there": files.pack("llama"),
+        "out": files.pack("none")})
+    tasks["damaged packs"] = ("damaged_packs", {"pack": files.pack("llama"), "another": files.pack("biases"),
+                                                 "plan": files.plan("maps")})
+    tasks["commands"] = ("commands", {"path": files.model("llama"), "plan": llama_plan, "pack": files.pack("command")})
     tasks["memory"] = ("memory", {})
     tasks["metered"] = ("metered_bytes", {"path": files.model("llama"), "ids": files.ids, "plan": llama_plan})
     tasks["bench"] = ("bench", {"sizes": SIZES, "file": str(files.directory / "bench.json"), "arguments": BENCH})
@@ -147,11 +166,14 @@ def two(files):
 
 
 @pytest.fixture(scope="module")
-def four(files):
-    """On four ranks one key-value head for each."""
+def four(files, two):
+    """On four ranks one key-value head for each, and a pack of two."""
     files.add("wide", llama(num_key_value_heads=4))
     return files.run({"logits": ("logits", {"path": files.model("wide"), "ids": files.ids,
-                                            "options": {"thresholds": files.thresholds("wide")}})}, 4)
+                                            "options": {"thresholds": files.thresholds("wide")}}),
+                      "pack": ("packs", {"path": files.model("wide"), "plan": files.plan("wide"), "pack": files.pack("wide"),
+                                         "ids": files.ids, "calls": GREEDY}),
+                      "pack of two": ("refused_pack", {"pack": files.pack("llama")})}, 4)
 
 
 def check_thresholds(found, alone):
@@ -298,6 +320,83 @@ def test_parts_that_were_given_up_are_not_run_eagerly(two):
         assert "can no longer be run or saved" in rank["generate"]["eager afterwards"]
 
 
+def check_pack(found):
+    """Loaded, every rank computes what it did when it was packed, to the bit, without folding, and does not run in parts."""
+    for rank in found:
+        (packed, logits), (loaded, loaded_logits) = rank["packed"], rank["loaded"]
+        assert torch.equal(packed.sequences, loaded.sequences) and torch.equal(logits, loaded_logits)
+        assert all(map(torch.equal, packed.logits, loaded.logits))
+        assert rank["evaluated"] == [] and rank["report"]["treatment"] == "fold"
+        assert rank["shapes"][0] == rank["shapes"][1] and "can no longer be run or saved" in rank["eager"]
+    assert all(torch.equal(rank["loaded"][0].sequences, found[0]["loaded"][0].sequences) for rank in found)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_pack_of_two_ranks_computes_what_was_packed(two, name):
+    check_pack([rank[f"pack {name}"] for rank in two])
+
+
+def test_a_pack_of_two_ranks_holds_the_parts_of_both(files, two):
+    """Without the original weights, with both ranks' folded ones; those whose weights are folded have no memory."""
+    indices = [Index.read(Path(files.pack("llama")), rank) for rank in range(2)]
+    assert [(index.rank, index.ranks) for index in indices] == [(0, 2), (1, 2)]
+    assert all(name.startswith(f"larosa-rank{i}of2-0000") for i, index in enumerate(indices) for name in index.shards)
+    assert all(len(index.shards) > 1 for index in indices)
+    half = SIZES["hidden_size"] // 2
+    (adapter,) = {entry["recipe"] for entry in indices[1].folded} - {entry["recipe"] for entry in indices[0].folded}
+    assert str(half) in adapter
+    norms = 5 * SIZES["hidden_size"] * 4
+    for index, rank in zip(indices, two, strict=True):
+        assert rank["pack llama"]["held"] == norms
+        sizes = sum(shard["bytes"] for shard in index.shards.values())
+        assert sizes < 0.75 * sum(p.nbytes for p in files.models["llama"].parameters())
+
+
+def test_a_pack_of_two_ranks_in_one_process_says_how_many_to_start(files, two, four):
+    said = "holds the parts of 2 ranks, and {}: start 2 with torchrun --nproc-per-node 2, or pack the model in as many"
+    with pytest.raises(PackError, match=said.format("this is one process")):
+        larosa_fx.load(files.pack("llama"))
+    assert all(said.format("these are 4 processes") in rank["pack of two"] for rank in four)
+
+
+def test_four_ranks_pack_and_load(four):
+    check_pack([rank["pack"] for rank in four])
+
+
+def test_a_rank_that_cannot_pack_ends_all(files, two):
+    first, second = (rank["packing fails"] for rank in two)
+    assert "were given different plans" in first["another plan"] and "were given different plans" in second["another plan"]
+    assert "there is no plan at" in second["no plan"]
+    assert "PackError" in first["there"] and "there is something already" in first["there"]
+    assert "PackError" in second["full"] and "cannot write the pack to" in second["full"]
+    for said, rank, why in ((first["no plan"], 1, "there is no plan at"), (second["there"], 0, "there is something already"),
+                            (first["full"], 1, "cannot write the pack to")):
+        assert f"rank {rank} of 2 failed, so all stop: " in said and why in said
+    assert not list(files.directory.glob("*none packed*"))  # nor what was begun
+
+
+def test_a_damaged_pack_ends_all_ranks_with_a_message(two):
+    first, second = (rank["damaged packs"] for rank in two)
+    shard = "larosa-rank1of2-00001-of-"
+    for name, why in (("missing", f"cannot read .*{shard}"), ("a bit", f"{shard}.* is damaged")):
+        assert re.search(f"PackError: .*{why}.*copy the pack again", second[name])
+        assert re.search(f"RankError: larosa: rank 1 of 2 failed, so all stop: PackError: .*{why}", first[name])
+    for said in (first, second):
+        assert "larosa.json is damaged" in said["index"] and "is another plan than the weights" in said["plan"]
+        assert "transformers splits models over the cpu devices" in said["device"]
+        assert "is another pack for each of the ranks" in said["two packs"]
+
+
+def test_commands_of_two_ranks(two):
+    """The first prints, and a server is refused."""
+    first, second = (rank["commands"] for rank in two)
+    assert first["pack"][0] == second["pack"][0] == 0 and not second["pack"][1]
+    assert "packed in" in first["pack"][1] and "2 processes of larosa generate take --model" in first["pack"][1]
+    assert first["generate"][0] == second["generate"][0] == 0 and first["generate"][1].strip() and not second["generate"][1]
+    for status, out, err in (first["serve"], second["serve"]):
+        assert status == 2 and not out and "larosa serve answers from one process, not from 2" in err
+
+
 def test_calibration_on_two_ranks_is_that_on_one(files, two):
     plan = larosa_fx.Plan.load(files.plan("llama"))
     for rank in two:
@@ -312,7 +411,6 @@ def test_calibration_on_two_ranks_is_that_on_one(files, two):
 def test_what_does_not_work_is_refused_in_a_sentence(two):
     for rank in two:
         assert "split over several ranks: train on the model in one process" in rank["refused"]["train"]
-        assert "split over several ranks cannot be packed" in rank["refused"]["pack"]
         assert "lossless=True does not work on a model that is split over several ranks" in rank["refused"]["lossless"]
         assert "given different batches" in rank["refused"]["batches"]
 

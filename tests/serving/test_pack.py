@@ -167,7 +167,7 @@ def rewritten(path, **changes):
     """The pack with other entries in its index, and a checksum that fits them."""
     content = json.loads((path / INDEX).read_text())
     content = {k: v for k, v in content.items() if k not in ("format", "layout", "checksum")}
-    Index(**{**content, **changes}).write(path)
+    Index.write(path, [Index(**{**content, **changes})])
 
 
 def flipped(path, at):
@@ -306,15 +306,16 @@ def test_compiled_code_is_taken_from_this_user_and_machine_alone(tmp_path, monke
     taken = []
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda content: taken.append(content) or True)
     cpu = torch.device("cpu")
-    expected = machine.save(tmp_path, cpu)
-    assert machine.load(tmp_path, cpu, expected) and taken == [b"code"]
-    assert not machine.load(tmp_path, cpu, {})
-    assert not machine.load(tmp_path, cpu, {**expected, "torch": "2.0.0"}) and "made with torch 2.0.0" in caplog.text
-    (tmp_path / machine.FILE).write_bytes(b"other code")
-    assert not machine.load(tmp_path, cpu, expected) and "not signed by this user" in caplog.text
-    (tmp_path / machine.FILE).write_bytes(b"code")
+    file = tmp_path / machine.FILE.format("")
+    expected = machine.save(file, cpu)
+    assert machine.load(file, cpu, expected) and taken == [b"code"]
+    assert not machine.load(file, cpu, {})
+    assert not machine.load(file, cpu, {**expected, "torch": "2.0.0"}) and "made with torch 2.0.0" in caplog.text
+    file.write_bytes(b"other code")
+    assert not machine.load(file, cpu, expected) and "not signed by this user" in caplog.text
+    file.write_bytes(b"code")
     for key in tmp_path.glob("pack-*.key"):
         key.unlink()
-    assert not machine.load(tmp_path, cpu, expected) and taken == [b"code"]
+    assert not machine.load(file, cpu, expected) and taken == [b"code"]
 
 

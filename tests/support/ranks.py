@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import functools
 import gc
 import io
 import json
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -28,11 +31,14 @@ from transformers import AutoModelForCausalLM
 
 import decode
 import larosa_fx
+from larosa_fx import cli, packing
 from larosa_fx.compiler import folds, pipeline
-from larosa_fx.ir import compat, effects
+from larosa_fx.ir import compat, effects, shards
 from larosa_fx.ir import graph as g
+from larosa_fx.ir.recipe import Recipe
 from larosa_fx.method import metering
-from tiny import compiled
+from larosa_fx.serving import pack_files
+from tiny import compiled, tokenizer
 
 TIMEOUT = datetime.timedelta(seconds=200)  # that a rank waits for another
 
@@ -82,14 +88,107 @@ def calibrate(path, batches):
 
 
 def refused(path, batches, plan):
-    """What train, pack, lossless decoding and different batches end with."""
+    """What train, lossless decoding and different batches end with."""
     model = load(path)
     kept = larosa_fx.Plan.load(plan)
     calls = {"train": lambda: larosa_fx.train(model, kept, batches, batches),
-             "pack": lambda: larosa_fx.pack(model, kept, Path(path).parent / f"pack-{dist.get_rank()}"),
              "lossless": lambda: larosa_fx.enable(model, kept, lossless=True),
              "batches": lambda: larosa_fx.calibrate(model, batches[:1 + dist.get_rank()], progress=False)}
     return {name: message(call) for name, call in calls.items()}
+
+
+def packs(path, plan, pack, ids, calls, quantize="none"):
+    """What the packed model computes, and what the loaded one does; ``evaluated``: the recipes it was folded by."""
+    model = load(path)
+    ids = ids.to(model.device)
+    larosa_fx.pack(model, plan, pack, tokenizer=tokenizer(), compiler="eager", quantize=quantize, shard_bytes=20_000)
+    found = {"packed": answers(model, ids, calls)}
+    evaluate, evaluated = Recipe.evaluate, []
+
+    def watched(self, *args, device, **kwargs):
+        if device.type != "meta":  # on the meta device for its shape alone
+            evaluated.append(str(self))
+        return evaluate(self, *args, device=device, **kwargs)
+
+    Recipe.evaluate = watched
+    try:
+        loaded = larosa_fx.load(pack, compiler="eager", strict=True)
+        found["loaded"] = answers(loaded, ids, calls)
+    finally:
+        Recipe.evaluate = evaluate
+    shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (model, loaded)]
+    return {**found, "evaluated": evaluated, "shapes": shapes, "report": larosa_fx.last_report().to_dict(),
+            "held": sum(shards.local(p).untyped_storage().nbytes() for p in loaded.parameters()),
+            "eager": message(lambda: loaded.model.layers[0].mlp(torch.zeros(1, 1, model.config.hidden_size)))}
+
+
+def answers(model, ids, calls):
+    return without_cache(model.generate(ids, **calls)), model(ids).logits
+
+
+def packing_fails(path, plan, other_plan, there, out):
+    """What packing ends with on each rank where one cannot write, has another plan, or the directory is there."""
+    second = dist.get_rank() == 1
+    model, write = load(path), pack_files.write_shards
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    found = {"another plan": message(lambda: larosa_fx.pack(model, other_plan if second else plan, out, compiler="eager")),
+             "no plan": message(lambda: larosa_fx.pack(model, "none.larosa" if second else plan, out, compiler="eager")),
+             "there": message(lambda: larosa_fx.pack(model, plan, there, compiler="eager"))}
+    pack_files.write_shards = full if second else write
+    try:
+        found["full"] = message(lambda: larosa_fx.pack(model, plan, out, compiler="eager"))
+    finally:
+        pack_files.write_shards = write
+    return found
+
+
+def damaged_packs(pack, another, plan):
+    """What loading ends with on each rank where a file of the second is missing or damaged, or plan or pack is another."""
+    pack = Path(pack)
+    damages = {
+        "missing": lambda copy: next(copy.glob("larosa-rank1of2-00001*")).unlink(),
+        "a bit": lambda copy: flip(next(copy.glob("larosa-rank1of2-00001*"))),
+        "index": lambda copy: flip(copy / pack_files.INDEX),
+        "plan": lambda copy: shutil.copy(plan, copy / pack_files.PLAN)}
+    found = {}
+    for name, damage in damages.items():
+        copy = pack.with_name(f"{pack.name} {name}")
+        if dist.get_rank() == 0:
+            damage(Path(shutil.copytree(pack, copy)))
+        dist.barrier()
+        found[name] = message(lambda copy=copy: larosa_fx.load(copy))
+    other = pack if dist.get_rank() == 0 else another
+    found["two packs"] = message(lambda: larosa_fx.load(other))
+    found["device"] = message(lambda: larosa_fx.load(pack, "meta"))
+    return found
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def refused_pack(pack):
+    return message(lambda: larosa_fx.load(pack))
+
+
+def commands(path, plan, pack):
+    """Exit status, output and errors of the commands on a pack of theirs."""
+    found = {}
+    packing.enable = functools.partial(larosa_fx.enable, compiler="eager")
+    for name, arguments in {"pack": ["pack", path, plan, pack, "--compiler", "eager"],
+                            "generate": ["generate", "--model", pack, "--prompt", "AB", "--tokens", "4"],
+                            "serve": ["serve", "--model", pack]}.items():
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = cli.main(arguments)
+        found[name] = status, out.getvalue(), err.getvalue()
+    packing.enable = larosa_fx.enable
+    return found
 
 
 def failing_pass(path, ids, options):

@@ -21,6 +21,16 @@ def llama(seed=0, **changes):
     return model
 
 
+def tokenizer():
+    """One token a character, of the 64 that the tiny models know."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", *(chr(ord(" ") + i) for i in range(61))]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
+
+
 def ids(*shape, device="cpu"):
     return torch.randint(3, SIZES["vocab_size"], shape, device=device)
 
