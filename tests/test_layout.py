@@ -29,7 +29,7 @@ BELOW = {
     "compiler": {"kernels", "ir", "passes", "plan"},
     "serving": {"kernels", "ir", "plan", "compiler"},
     "method": {"kernels", "ir", "passes", "plan", "compiler"},
-    "training": {"ir", "plan", "method"},
+    "training": {"ir", "plan", "compiler", "method"},
     "study": {"ir", "plan", "compiler", "method", "training", ""},
 }
 

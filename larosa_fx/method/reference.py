@@ -145,7 +145,7 @@ def simulated(model: torch.nn.Module, plan: Plan, sparsity: float | None = None,
     k, thresholds = plan.k_at(sparsity), plan.thresholds_at(sparsity, selection)
     if thresholds is None:
         def selected(site: PlanSite, z: torch.Tensor) -> torch.Tensor:
-            shard = _part(model, site)
+            shard = part_of(model, site)
             return keep(z, shard.share(k[site.name]) if shard else k[site.name])
 
         return mapped(model, plan, selected)
@@ -165,7 +165,7 @@ def mapped(model: torch.nn.Module, plan: Plan, select: Callable[[PlanSite, torch
         q = rotations.get(site.basis)
         heads, scale = (held.get(site.name) for held in (plan.heads, plan.scales))
         heads = None if heads is None else heads.to(device, torch.float64)[site.blocks]
-        if (shard := _part(model, site)) is not None:
+        if (shard := part_of(model, site)) is not None:
             size = site.in_features // len(site.blocks or [0])
             heads = None if heads is None else heads[shard.start // size:][:shard.length // size]
             scale = None if scale is None else scale[shard.start:][:shard.length]
@@ -192,7 +192,7 @@ def mapped(model: torch.nn.Module, plan: Plan, select: Callable[[PlanSite, torch
         yield model
 
 
-def _part(model: torch.nn.Module, site: PlanSite) -> Shard | None:
+def part_of(model: torch.nn.Module, site: PlanSite) -> Shard | None:
     """The part of a site's channels that this rank has; None where it has all."""
     shard = shards.of(model.get_parameter(site.weights[0]))
     return shard if shard is not None and shard.dim == 1 else None

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from larosa_fx.compiler.agreement import Ranks, together
 from larosa_fx.ir import shards
 from larosa_fx.method.memory import free_bytes
 from larosa_fx.method.thresholds import TEXT, with_thresholds
@@ -66,20 +67,28 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
     that are fitted at the end, may be TF32. validation: batches of other text, which choose the best state and to
     which thresholds are fitted. checkpoint: a file that an interrupted training leaves and the same call continues from, to
     the same plan; removed at the end.
+
+    A model that is split over several ranks is trained by all of them, with the same batches: each computes with its part
+    of the weights, and all hold the same state. The first writes the checkpoint, and all read it. Each gets the same plan,
+    which serves any number of ranks. Steps of such a model are not replayed from CUDA graphs.
     ValueError where there is nothing to train on, the memory does not do, or the checkpoint (``CheckpointError``) is damaged
     or belongs to another training. RuntimeError where the model's logits are not finite.
     """
-    if any(map(shards.is_split, model.parameters())):
-        raise RuntimeError("larosa does not train on a model that is split over several ranks: train on the model in one "
-                           "process; the plan serves any number of ranks")
-    options, tokens, held_out = _checked(options, batches, validation)
     with _frozen(model):
-        with _Trainer(model, plan, tokens, held_out, options, Path(checkpoint) if checkpoint else None) as trainer:
+        with together(shards.group(model.parameters())) as ranks:
+            options, tokens, held_out = _checked(options, batches, validation)
+            trainer = _Trainer(model, plan, tokens, held_out, options, Path(checkpoint) if checkpoint else None, ranks)
+        progress = progress and trainer.first
+        device = trainer.device
+        with trainer:
             about = trainer.run(progress)
             trained = trainer.state.plan()
         del trainer  # what it holds is as large as what thresholds need
+        for found in (trained.rotations, trained.heads, trained.scales):
+            found.update(ranks.first(found, device))
         if options.selection == "threshold":
             trained = with_thresholds(model, trained, _to_fit(tokens, held_out), progress=progress)
+            trained.thresholds = ranks.first(trained.thresholds, device)
     trained.provenance = {**plan.provenance, "training": {**asdict(options), "train_tokens": tokens.numel(),
                                                           "validation_tokens": held_out.numel(), **about}}
     trained.validate()
@@ -94,20 +103,24 @@ def estimate(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor]
     Timed are ``repeats`` steps behind a first one. On a GPU the peak is the measured one; on a CPU it is estimated, the
     model's weights included.
     """
-    options, tokens, held_out = _checked(options, batches, validation)
     device = next(model.parameters()).device
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    with _frozen(model), _Trainer(model, plan, tokens, held_out, options, None) as trainer:
-        step, piece = trainer.probe(repeats)
+    with _frozen(model):
+        with together(shards.group(model.parameters())) as ranks:
+            options, tokens, held_out = _checked(options, batches, validation)
+            trainer = _Trainer(model, plan, tokens, held_out, options, None, ranks)
+        with trainer:
+            step, piece = trainer.probe(repeats)
         arrangement = trainer.arrangement
+        del trainer
     validations = options.steps // options.validate_every + 1
     per_token = piece / (arrangement.rows * tokens.shape[1])
     validated = validations * len(options.sparsities) * held_out.numel()
     text = sum(ids.numel() for ids in _to_fit(tokens, held_out)) if options.selection == "threshold" else 0
     fitted = len(LEVELS) * min(TEXT, text)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(shards.local(p).nbytes for p in model.parameters())
     peak = torch.cuda.max_memory_allocated(device) if gpu else weights + arrangement.bytes
     return Estimate(options.steps * step + per_token * (validated + fitted), step, peak, arrangement)
 
@@ -116,7 +129,9 @@ class _Trainer:
     """The loop: draw, compare, step; validate, keep the best, write the checkpoint."""
 
     def __init__(self, model: torch.nn.Module, plan: Plan, tokens: torch.Tensor, held_out: torch.Tensor,
-                 options: TrainingOptions, checkpoint: Path | None) -> None:
+                 options: TrainingOptions, checkpoint: Path | None, ranks: Ranks) -> None:
+        self.ranks, self.processes = ranks, shards.group(model.parameters())
+        self.first = self.processes is None or self.processes.rank() == 0
         self.model, self.options, self.checkpoint = model, options, checkpoint
         self.tokens, self.held_out = tokens, held_out
         self.device = next(model.parameters()).device
@@ -124,15 +139,22 @@ class _Trainer:
         for ids in (tokens, held_out):
             digest.update(ids.numpy().tobytes())
         self.fingerprint = digest.hexdigest()
-        free = free_bytes(self.device)
+        if len(set(ranks.hear(self.fingerprint))) > 1:
+            raise ValueError("the ranks that share the model were given different plans, options or batches; give all of "
+                             "them the same")
+        free = min(ranks.hear(free_bytes(self.device)))
         self.state = State(model, plan, options)
         self._saved = None
         if checkpoint is not None:
             self._saved = files.load(checkpoint, self.fingerprint, {n: t.shape for n, t in self.state.tensors().items()})
+        if len(set(ranks.hear(self._saved and self._saved["step"]))) > 1:
+            raise files.CheckpointError(f"{checkpoint} is not the same file for all ranks; name one that all of them read")
         if self._saved:  # what runs at once is ranked together: the same rows as before the interruption
             options = replace(options, rows=self._saved["rows"])
         self.arrangement = arrange(needs(model, self.state, tokens[:1]), options, tokens.shape[1], free,
                                    operations(model, self.state, tokens.shape[1]), self.device.type == "cuda")
+        if self.processes is not None:  # sums over the ranks in a CUDA graph of a backward pass are untried
+            self.arrangement = replace(ranks.hear(self.arrangement)[0], replay=False)
         if self.arrangement.offload:
             self.state.offload()
         self.layers = decoder_layers(model, self.state) if self.arrangement.recompute else []
@@ -170,7 +192,7 @@ class _Trainer:
                     self._show(bar, step, loss)
             self._validate(o.steps, bar)
         self.state.restore(self.best)
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and self.first:
             self.checkpoint.unlink(missing_ok=True)
         skipped = self.skipped.item()
         if skipped:
@@ -229,7 +251,12 @@ class _Trainer:
         target = self._dense(ids)
         with torch.enable_grad(), recomputed(self.layers), self.state.applied(self.model, sparsity):
             loss = summed_divergence(self.model(ids, use_cache=False).logits, target)
-            return loss.detach(), torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
+            gradients = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
+        of_parts = set(map(id, self.state.of_parts()))
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            if id(leaf) in of_parts:
+                shards.add_up(gradient, self.processes)
+        return loss.detach(), gradients
 
     def _divergence(self, ids: torch.Tensor, sparsity: torch.Tensor) -> torch.Tensor:
         """KL(dense || sparse) summed over the tokens of [B, T], in nats; ``sparsity``: a scalar."""
@@ -245,7 +272,7 @@ class _Trainer:
         pieces = self.held_out.to(self.device).split(self.arrangement.rows)
         losses = torch.stack([sum(self.divergence(ids, s).clone() for ids in pieces) for s in self.sparsities])
         losses /= self.held_out.numel()
-        loss = losses.log().mean().item()
+        loss = self.ranks.hear(losses.log().mean().item())[0]  # what is the best is decided once
         if not self.best and not math.isfinite(loss):
             raise RuntimeError(f"the sparse model's divergence is {losses.tolist()} before training: the model's logits are "
                                f"not finite in {self.state.dtype}; bfloat16 or float32 have the range")
@@ -253,9 +280,16 @@ class _Trainer:
         self.validated = "KL " + ", ".join(f"{s:.0%} {kl:.4f}" for s, kl in zip(
             self.options.sparsities, losses.tolist(), strict=True))
         self._show(bar, step)
+        if self.processes is not None:  # ranks that round otherwise than each other must not drift apart
+            self.state.restore(self.ranks.first(self.state.snapshot(), self.device))
         if loss < self.best_loss:
             self.best_loss, self.best = loss, self.state.snapshot()
         if self.checkpoint is not None:
+            with together(self.processes):
+                self._save(step)
+
+    def _save(self, step: int) -> None:
+        if self.first:
             files.save(self.checkpoint, {
                 "fingerprint": self.fingerprint, "step": step, "rows": self.arrangement.rows, "state": self.state.snapshot(),
                 "best": self.best, "best_loss": self.best_loss, "history": self.history,

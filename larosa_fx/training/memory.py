@@ -20,6 +20,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from larosa_fx.ir import shards
 from larosa_fx.training import divergence, rotation_adam
 from larosa_fx.training.options import TrainingOptions
 from larosa_fx.training.state import State
@@ -129,11 +130,12 @@ def _saved(model: torch.nn.Module, state: State, ids: torch.Tensor) -> tuple[int
     """(bytes that the sparse model keeps for a backward pass on ``ids``, [B, T], besides weights and state; its logits)."""
     saved = 0
     seen: dict[int, StorageWeakRef] = {}  # a reference held keeps the address of a storage's record from being used again
-    standing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *state.tensors().values())}
+    held = (*map(shards.local, model.parameters()), *model.buffers(), *state.tensors().values())
+    standing = {t.untyped_storage().data_ptr() for t in held}
 
     def count(t: torch.Tensor) -> None:
         nonlocal saved
-        storage = t.untyped_storage()
+        storage = shards.local(t).untyped_storage()
         reference = StorageWeakRef(storage)
         if reference.cdata not in seen and storage.data_ptr() not in standing:
             seen[reference.cdata] = reference
@@ -151,7 +153,7 @@ def _saved(model: torch.nn.Module, state: State, ids: torch.Tensor) -> tuple[int
 
 def operations(model: torch.nn.Module, state: State, length: int) -> float:
     """Of one row of ``length`` tokens, about: dense and sparse forward, backward to activations, and the rotations' part."""
-    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    weights = sum(shards.local(p).numel() for p in model.parameters() if p.ndim > 1)
     rotations = 2 * sum(site.in_features**2 for site in state.sites if site.basis is not None)
     return length * (6 * weights + 6 * rotations)
 

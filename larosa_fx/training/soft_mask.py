@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from larosa_fx.ir import shards
 from larosa_fx.method.reference import at_least, largest
 from larosa_fx.method.thresholds import quantile
 
@@ -11,6 +12,8 @@ from larosa_fx.method.thresholds import quantile
 class SoftMask(torch.autograd.Function):
     """z, [..., D], with all but the k entries of a row of largest score |z| s set to zero; k None: but a share of all rows'.
 
+    processes: the ranks that have a part of each row, z being this one's, which are selected from together; None where z is
+    whole. The gradient of log_scale is then that of the part here, that of share the same on every rank.
     Scores are ranked in float32 at least. Kept for the backward pass are z and the threshold; scores are made again.
     Backward: the mask is a constant (straight through) plus, with a temperature t, half the derivative of the soft Top-K
     sigmoid((log score - threshold) / t) that keeps its sum, over what is ranked together. Half, because the loss is about
@@ -19,9 +22,11 @@ class SoftMask(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, log_scale, share, k, temperature):
+    def forward(ctx, z, log_scale, share, k, temperature, processes=None):
         score = _score(z, log_scale)
-        threshold = quantile(score, share) if k is None else largest(score, k)[1]
+        every = score if processes is None else shards.gathered(score, processes)
+        threshold = quantile(every, share) if k is None else largest(every, k)[1]
+        ctx.processes = processes
         ctx.temperature, ctx.together = temperature, tuple(range(z.ndim)) if k is None else -1
         ctx.save_for_backward(z, log_scale, threshold)
         return z * at_least(score, threshold)
@@ -32,16 +37,20 @@ class SoftMask(torch.autograd.Function):
         score = _score(z, log_scale)
         mask = at_least(score, threshold)
         if ctx.temperature is None:
-            return grad * mask, None, None, None, None
+            return grad * mask, None, None, None, None, None
         soft = torch.sigmoid((score / threshold).clamp_min(1e-12).log() / ctx.temperature)
         weight = soft * (1 - soft)
         gain = (grad * z).to(score.dtype)
-        mean = (weight * gain).sum(ctx.together, True) / weight.sum(ctx.together, True).clamp_min(1e-12)
+        sums = torch.stack([x.sum(ctx.together, True) for x in (weight * gain, weight)])
+        if ctx.processes is not None:
+            shards.add_up(sums, ctx.processes)
+        mean = sums[0] / sums[1].clamp_min(1e-12)
         boundary = 0.5 / ctx.temperature * weight * (gain - mean)  # derivative in log score
         into_z = (grad * mask + torch.where(weight > 1e-3, boundary / z, 0)).to(z.dtype)
         into_scale = boundary.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        into_share = -0.5 * z.numel() * mean.mean() if ctx.needs_input_grad[2] else None
-        return into_z, into_scale, into_share, None, None
+        whole = z.numel() * (1 if ctx.processes is None else ctx.processes.size())
+        into_share = -0.5 * whole * mean.mean() if ctx.needs_input_grad[2] else None
+        return into_z, into_scale, into_share, None, None, None
 
 
 def _score(z: torch.Tensor, log_scale: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from larosa_fx.method.reference import Affine, Replacement, map_heads, replaced
+from larosa_fx.ir import shards
+from larosa_fx.method.reference import Affine, Replacement, map_heads, part_of, replaced
 from larosa_fx.plan.allocate import MOST, coefficient
 from larosa_fx.plan.plan import Plan, PlanSite
 from larosa_fx.plan.rotations import orthonormal
@@ -34,6 +35,9 @@ class State:
     rotations: basis -> Q, [D, D]; heads: site -> R, [heads, d, d], orthogonal. scales: site -> log s, [K]; at h2 [heads, d].
     shares: log of each site's coefficient, [sites]. They stand on the model's device; rotations that are offloaded stand on
     the host, and the device holds a copy in the model's dtype that takes the gradient.
+
+    Where the model is split over ranks (``processes``) each holds the whole state and computes with its ``parts`` of it, by
+    site: what it has of the channels of o and down.
     """
 
     def __init__(self, model: torch.nn.Module, plan: Plan, options: TrainingOptions) -> None:
@@ -41,6 +45,14 @@ class State:
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.sites = plan.sites
+        self.processes = shards.group(model.parameters())
+        parts = {site.name: part_of(model, site) for site in self.sites}
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        for name, part in self.parts.items():  # which are ranked together, as parts of one length
+            if part.size % part.ranks:
+                raise RuntimeError(f"larosa cannot train on {part.ranks} ranks: the {part.size} channels of {name} are not "
+                                   "divided evenly; train on one, or on as many as divide them. The plan serves any number "
+                                   "of ranks")
         self._blocks = {site.name: torch.tensor(site.blocks, device=self.device) for site in self.sites if site.blocks}
         bases = dict.fromkeys(site.basis for site in self.sites if site.basis is not None)
         self.rotations = {name: plan.rotations[name].to(self.device).clone() for name in bases}
@@ -69,6 +81,10 @@ class State:
         groups = (Group(tensors, leaves, o.lr, True), Group(scales, scales, o.lr_scales, False),
                   Group(shares, shares, o.lr_allocation, False))
         return [group for group in groups if group.tensors]
+
+    def of_parts(self) -> list[torch.Tensor]:
+        """What each rank finds only its own part of the gradient of: maps and scales of channels that ranks share out."""
+        return [group[name] for group in (self.heads, self.scales) for name in self.parts if name in group]
 
     def offload(self) -> None:
         """Move the rotations to the host, pinned where the device is a GPU; the device keeps copies in the model's dtype."""
@@ -142,17 +158,25 @@ class State:
     def _sparse(self, site: PlanSite, share: torch.Tensor, k: int | torch.Tensor | None) -> Replacement:
         turn = None if site.basis is None else self._read(site.basis)
         r, log_scale = self.heads.get(site.name), self.scales.get(site.name)
+        part, processes = self.parts.get(site.name), None
         if site.blocks:
             blocks = self._blocks[site.name]
+            if part is not None:
+                size = site.in_features // len(blocks)
+                blocks = blocks[part.start // size:][:part.length // size]
             r = None if r is None else r[blocks]
             log_scale = None if log_scale is None else log_scale[blocks].flatten()
+        elif part is not None and log_scale is not None:
+            log_scale = log_scale[part.start:][:part.length]
+        if part is not None:
+            processes = self.processes
 
         def sparse(x: torch.Tensor, x_hat: torch.Tensor | None, affine: Affine | None) -> torch.Tensor:
             q = None if turn is None else turn.to(x_hat.dtype)
             maps = None if r is None else r.to(x.dtype)
             z = x if q is None else x_hat @ q
             z = z if maps is None else map_heads(z, maps)
-            z = SoftMask.apply(z, log_scale, share, k, self.options.temperature)
+            z = SoftMask.apply(z, log_scale, share, k, self.options.temperature, processes)
             z = z if maps is None else map_heads(z, maps.mT)
             return z if q is None else affine(z @ q.T)
 
@@ -173,8 +197,10 @@ class State:
             norm = model.get_submodule(site.gain.rpartition(".")[0])
             total = torch.zeros_like(norms)
             for w in map(model.get_parameter, site.weights):
-                gain = norm.forward(torch.ones_like(w[:1]))[0]
-                total += ((w * gain).float() @ self.rotations[site.basis]).square().sum(0)
+                rows = shards.local(w)
+                gain = norm.forward(torch.ones_like(rows[:1]))[0]
+                squares = ((rows * gain).float() @ self.rotations[site.basis]).square().sum(0)
+                total += squares if shards.of(w) is None else shards.add_up(squares, self.processes)
             norms = total.sqrt().clamp_min(1e-3 * total.sqrt().mean())
         log = norms.log()
         if site.blocks:  # one for all query heads that share a head of values

@@ -3,6 +3,7 @@
 The ranks run once for all tests of a number of ranks (tests/support/ranks.py); the tests read what they left.
 """
 
+import copy
 import os
 import re
 import subprocess
@@ -18,7 +19,9 @@ import decode
 import larosa_fx
 import ranks
 from larosa_fx.ir.shards import Shard
+from larosa_fx.plan.allocate import coefficient
 from larosa_fx.serving.pack_files import Index, PackError
+from larosa_fx.training import TrainingOptions
 from tiny import SIZES, batches, compiled, error, ids, llama, tokenizer
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -62,12 +65,16 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):  # 5.17 
 
 PACKED = [*MODELS, "llama int8"]
 
+QUICK = {"steps": 6, "batch": 4, "rows": 2, "validate_every": 3, "lr": 2e-3}
+TRAININGS = {"threshold": QUICK, "topk": {**QUICK, "selection": "topk"},
+             "recomputed, offloaded": {**QUICK, "recompute": True, "offload": True}}
+
 
 class Files:
     """Models in a directory, with plans made on one rank, and what one rank makes of them."""
 
     def __init__(self, directory):
-        self.directory, self.models, self.ids, self.batches = directory, {}, ids(1, 8), batches()
+        self.directory, self.models, self.ids, self.batches, self.held_out = directory, {}, ids(1, 8), batches(), batches()
 
     def add(self, name, model):
         self.models[name] = model
@@ -156,6 +163,9 @@ def two(files):
     tasks["damaged packs"] = ("damaged_packs", {"pack": files.pack("llama"), "another": files.pack("biases"),
                                                  "plan": files.plan("maps")})
     tasks["commands"] = ("commands", {"path": files.model("llama"), "plan": llama_plan, "pack": files.pack("command")})
+    tasks["train"] = ("train", {
+        "path": files.model("llama"), "plan": llama_plan, "batches": files.batches, "validation": files.held_out,
+        "trainings": TRAININGS, "checkpoint": str(files.directory / "checkpoint"), "interrupted": "threshold"})
     tasks["memory"] = ("memory", {})
     tasks["metered"] = ("metered_bytes", {"path": files.model("llama"), "ids": files.ids, "plan": llama_plan})
     tasks["bench"] = ("bench", {"sizes": SIZES, "file": str(files.directory / "bench.json"), "arguments": BENCH})
@@ -408,9 +418,45 @@ def test_calibration_on_two_ranks_is_that_on_one(files, two):
             assert all((found[what][n] - t).abs().max() <= tolerance for n, t in getattr(plan, what).items())
 
 
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_plan_trained_on_two_ranks_is_that_of_one(files, two, name):
+    plan = larosa_fx.Plan.load(files.plan("llama"))
+    alone = larosa_fx.train(copy.deepcopy(files.models["llama"]).double(), plan, files.batches, files.held_out,
+                            TrainingOptions(**TRAININGS[name]), progress=False)
+    alone = ranks.held(alone)
+    kinds = {f"{site.kind}/scale" if site.kind != "h2" else "h2/heads" for site in plan.sites}
+    assert {n.rpartition(".")[2] for n in alone["tensors"]} >= kinds  # parts of all kinds of site are trained
+    for rank in two:
+        found = rank["train"][name]
+        assert found["digest"] == two[0]["train"][name]["digest"]
+        assert found["tensors"].keys() == alone["tensors"].keys()
+        assert all((found["tensors"][n] - t).abs().max() < 1e-5 for n, t in alone["tensors"].items())
+        assert found["coefficients"] == pytest.approx(alone["coefficients"], rel=1e-5)
+        assert max((found["tensors"][n] - q).abs().max() for n, q in plan.rotations.items()) > 1e-3
+        assert all(abs(found["coefficients"][site.name] - coefficient(plan.coefficients, site)) > 1e-3 for site in plan.sites)
+        history = dict(found["training"]["validation_log_kl"])
+        assert history == pytest.approx(dict(alone["training"]["validation_log_kl"]), rel=1e-5) and history[6] < history[0]
+
+
+def test_an_interrupted_training_of_two_ranks_goes_on(two):
+    for rank in two:
+        found = rank["train"]
+        assert found["left"] and not found["left afterwards"]
+        assert found["resumed"]["digest"] == found["threshold"]["digest"]
+        assert found["resumed"]["coefficients"] == found["threshold"]["coefficients"]
+        assert not found["weights took gradients"] and "sequences at once" in found["estimate"]
+
+
+def test_a_rank_that_cannot_train_ends_all(two):
+    first, second = (rank["train"] for rank in two)
+    for found in (first, second):
+        assert re.search("CheckpointError: .* is not the same file for all ranks", found["other checkpoint"])
+        assert "were given different plans, options or batches" in found["batches"]
+    assert "No space left" in first["full"] and "rank 0 of 2 failed, so all stop: OSError" in second["full"]
+
+
 def test_what_does_not_work_is_refused_in_a_sentence(two):
     for rank in two:
-        assert "split over several ranks: train on the model in one process" in rank["refused"]["train"]
         assert "lossless=True does not work on a model that is split over several ranks" in rank["refused"]["lossless"]
         assert "given different batches" in rank["refused"]["batches"]
 

@@ -31,13 +31,15 @@ from transformers import AutoModelForCausalLM
 
 import decode
 import larosa_fx
-from larosa_fx import cli, packing
+from larosa_fx import cli, packing, training
 from larosa_fx.compiler import folds, pipeline
 from larosa_fx.ir import compat, effects, shards
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.recipe import Recipe
 from larosa_fx.method import metering
 from larosa_fx.serving import pack_files
+from larosa_fx.training import checkpoint as checkpoint_files
+from larosa_fx.training import loop
 from tiny import compiled, tokenizer
 
 TIMEOUT = datetime.timedelta(seconds=200)  # that a rank waits for another
@@ -87,12 +89,62 @@ def calibrate(path, batches):
             "samples": plan.samples, "digest": plan.digest}
 
 
+def train(path, plan, batches, validation, trainings, checkpoint, interrupted):
+    """The plans that ``trainings``, options by name, end with, and that of one of them which was ``interrupted``.
+
+    And what each rank ends with where the second has other batches or another checkpoint, and where the first cannot write.
+    """
+    model, plan = load(path, torch.float64), larosa_fx.Plan.load(plan)
+    second = dist.get_rank() == 1
+
+    def trained(options, batches=batches, **settings):
+        return larosa_fx.train(model, plan, batches, validation, training.TrainingOptions(**options), progress=False,
+                               **settings)
+
+    found = {name: held(trained(options)) for name, options in trainings.items()}
+    options, step, save = trainings[interrupted], loop._Trainer._step, checkpoint_files.save
+
+    def stop(self, number):
+        if number == options["validate_every"] + 1:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    loop._Trainer._step = stop
+    try:
+        trained(options, checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        dist.barrier()
+    finally:
+        loop._Trainer._step = step
+    found["left"] = Path(checkpoint).exists()
+    found["other checkpoint"] = message(lambda: trained(options, checkpoint=checkpoint + ".none" if second else checkpoint))
+    found["resumed"] = held(trained(options, checkpoint=checkpoint))
+    dist.barrier()
+    found["left afterwards"] = Path(checkpoint).exists()
+    found["batches"] = message(lambda: trained(options, batches[:1 + second]))
+    checkpoint_files.save = full
+    try:
+        found["full"] = message(lambda: trained(options, checkpoint=checkpoint))
+    finally:
+        checkpoint_files.save = save
+    found["weights took gradients"] = any(p.grad is not None for p in model.parameters())
+    return {**found, "estimate": str(training.estimate(model, plan, batches, validation))}
+
+
+def held(plan):
+    """What a trained plan holds."""
+    return {"digest": plan.digest, "tensors": {**plan.matrices, **{f"{n}/t": t for n, t in plan.thresholds.items()}},
+            "coefficients": plan.coefficients, "training": plan.provenance["training"]}
+
+
 def refused(path, batches, plan):
-    """What train, lossless decoding and different batches end with."""
+    """What lossless decoding and different batches end with."""
     model = load(path)
     kept = larosa_fx.Plan.load(plan)
-    calls = {"train": lambda: larosa_fx.train(model, kept, batches, batches),
-             "lossless": lambda: larosa_fx.enable(model, kept, lossless=True),
+    calls = {"lossless": lambda: larosa_fx.enable(model, kept, lossless=True),
              "batches": lambda: larosa_fx.calibrate(model, batches[:1 + dist.get_rank()], progress=False)}
     return {name: message(call) for name, call in calls.items()}
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import larosa_fx
+from larosa_fx.compiler.agreement import Ranks
 from larosa_fx.method.memory import free_bytes
 from larosa_fx.training import TrainingOptions, estimate, loop, memory
 from larosa_fx.training.memory import LAUNCHED, USED, Needs, arrange, decoder_layers, needs, recomputed, requiring_grad
@@ -136,7 +137,7 @@ def test_memory_decides_how_a_training_runs(start, monkeypatch):
 
     def arrangement(free):
         monkeypatch.setattr(loop, "free_bytes", lambda device: free)
-        with loop._Trainer(model, state.start, tokens, tokens, OPTIONS, None) as trainer:
+        with loop._Trainer(model, state.start, tokens, tokens, OPTIONS, None, Ranks(None)) as trainer:
             return trainer.arrangement, trainer.layers
 
     plenty, layers = arrangement(10 * needed.peak(8, False, False))
