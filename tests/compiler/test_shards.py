@@ -357,7 +357,7 @@ def test_a_pack_of_two_ranks_holds_the_parts_of_both(files, two):
     assert str(half) in adapter
     norms = 5 * SIZES["hidden_size"] * 4
     for index, rank in zip(indices, two, strict=True):
-        assert rank["pack llama"]["held"] == norms
+        assert norms <= rank["pack llama"]["held"] <= norms + 4  # of a table that is not split a single NaN
         sizes = sum(shard["bytes"] for shard in index.shards.values())
         assert sizes < 0.75 * sum(p.nbytes for p in files.models["llama"].parameters())
 
@@ -377,6 +377,7 @@ def test_a_rank_that_cannot_pack_ends_all(files, two):
     first, second = (rank["packing fails"] for rank in two)
     assert "were given different plans" in first["another plan"] and "were given different plans" in second["another plan"]
     assert "there is no plan at" in second["no plan"]
+    assert all('lm_head.weight is not split as tp_plan="auto"' in rank["packing fails"]["split otherwise"] for rank in two)
     assert "PackError" in first["there"] and "there is something already" in first["there"]
     assert "PackError" in second["full"] and "cannot write the pack to" in second["full"]
     for said, rank, why in ((first["no plan"], 1, "there is no plan at"), (second["there"], 0, "there is something already"),
@@ -433,7 +434,8 @@ def test_a_plan_trained_on_two_ranks_is_that_of_one(files, two, name):
         assert all((found["tensors"][n] - t).abs().max() < 1e-5 for n, t in alone["tensors"].items())
         assert found["coefficients"] == pytest.approx(alone["coefficients"], rel=1e-5)
         assert max((found["tensors"][n] - q).abs().max() for n, q in plan.rotations.items()) > 1e-3
-        assert all(abs(found["coefficients"][site.name] - coefficient(plan.coefficients, site)) > 1e-3 for site in plan.sites)
+        shares = found["coefficients"]
+        assert all(abs(shares[site.name] - coefficient(plan.coefficients, site)) > 1e-3 for site in plan.sites)
         history = dict(found["training"]["validation_log_kl"])
         assert history == pytest.approx(dict(alone["training"]["validation_log_kl"]), rel=1e-5) and history[6] < history[0]
 
