@@ -16,8 +16,11 @@ _FITS = 6
 _CHUNK = 1 << 20  # weights quantised at a time: bounds what is computed on the way
 
 
-def quantize(weight: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, bits: int, group: int, dtype: torch.dtype, pairs: int = 0) -> tuple[Tensor, Tensor]:
     """(quantised weight, scales) of ``weight``, [K, N], any floating dtype, on its device; scales in ``dtype``.
+
+    pairs: that many first rows and as many last ones are multiplied by equal numbers, the first by the last's, the second by
+    the last but one's. Only their sums count then: the first rows hold them, the last ones what rounding leaves over.
 
     int4 looks for the steps with the least squared error in each group: from ranges a little smaller than the whole, by
     turns the nearest numbers for the steps, and the steps that fit these numbers best (Lloyd's iteration).
@@ -28,7 +31,13 @@ def quantize(weight: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple
         raise ValueError(f"groups of {group} do not divide the {columns} columns of a weight; choose another group")
     step = max(1, _CHUNK // columns)
     parts = [_int8(w, group, dtype) if bits == 8 else _int4(w, group, dtype) for w in weight.split(step)]
-    return torch.cat([q for q, _ in parts]), torch.cat([s for _, s in parts])
+    q, scales = torch.cat([q for q, _ in parts]), torch.cat([s for _, s in parts])
+    if pairs:
+        sums = weight[:pairs] + weight[-pairs:].flip(0)
+        q[:pairs], scales[:pairs] = quantize(sums, bits, group, dtype)
+        fine, fine_scales = quantize(sums - dequantize(q[:pairs], scales[:pairs]), bits, group, dtype)
+        q[-pairs:], scales[-pairs:] = fine.flip(0), fine_scales.flip(0)
+    return q, scales
 
 
 def dequantize(weight: Tensor, scales: Tensor) -> Tensor:

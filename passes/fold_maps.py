@@ -39,7 +39,7 @@ def run(ctx: Context) -> PassResult:
             site.rotation = _map_heads(gm, site, f"{site.name}/heads", matrices, ctx.rotate_cache, result)
             result.count(site.rotation)
         if f"{site.name}/scale" in matrices:
-            _scale(gm, site, f"{site.name}/scale", matrices)
+            _scale(gm, site, f"{site.name}/scale", matrices, ctx.pairs if site.inner else 0)
             result.count("scales")
     return result
 
@@ -92,8 +92,11 @@ def _heads_here(site: Site, heads: int, size: int) -> list[int]:
     return list(range(first, last + 1))
 
 
-def _scale(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, torch.Tensor]) -> None:
+def _scale(gm: fx.GraphModule, site: Site, name: str, matrices: Mapping[str, torch.Tensor], pairs: int) -> None:
     scale = ex.rotation(gm, name, matrices[name])
+    if pairs:
+        with gm.graph.inserting_after(scale):
+            scale = ex.weight_call(gm.graph, ex.alike, scale, pairs)
     if site.shard is not None:
         with gm.graph.inserting_after(scale):
             scale = ex.weight_call(gm.graph, ex.rows, scale, site.shard.start, site.in_features)

@@ -27,7 +27,7 @@ def run(ctx: Context) -> PassResult:
     assign_bases(structure, ctx.plan.rotation)
     for site in structure.inner_sites():
         site.rotation = f"fold {BASES[ctx.plan.rotation](site)}"
-    rotate = _Rotator(ctx.gm, ctx.plan.matrices)
+    rotate = _Rotator(ctx.gm, ctx.plan.matrices, ctx.pairs)
     for i, value in enumerate(structure.stream):
         following = structure.stream[i + 1].node if i + 1 < len(structure.stream) else None
         kept = {following, *value.norms}
@@ -100,11 +100,16 @@ def _return(rotate: _Rotator, value: StreamNode, kept: set, result: PassResult) 
 class _Rotator:
     """W Q, Q^T W, b Q, E Q and s Q as nodes of the graph."""
 
-    def __init__(self, gm: fx.GraphModule, rotations: Mapping[str, torch.Tensor]) -> None:
-        self.gm, self.graph, self.rotations = gm, gm.graph, rotations
+    def __init__(self, gm: fx.GraphModule, rotations: Mapping[str, torch.Tensor], pairs: int) -> None:
+        self.gm, self.graph, self.rotations, self.pairs = gm, gm.graph, rotations, pairs
+        self.doubled: dict[str, fx.Node] = {}
 
     def _q(self, basis: str) -> fx.Node:
-        return ex.rotation(self.gm, basis, self.rotations[basis])
+        q = ex.rotation(self.gm, basis, self.rotations[basis])
+        if self.pairs and basis not in self.doubled:
+            with self.graph.inserting_after(q):
+                self.doubled[basis] = ex.weight_call(self.graph, ex.doubled, q, self.pairs)
+        return self.doubled.get(basis, q)
 
     def reader(self, linear: fx.Node, basis: str) -> None:
         q = self._q(basis)

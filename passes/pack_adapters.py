@@ -5,10 +5,15 @@ Graphs read their part of the packed tensor as a view, or all of it at once (``f
 Where weights are quantised an adapter has tensors of its own, twice 8 bits: r A = [r, r] . [A_8; A - A_8]. The stream goes
 through all adapters, and its few large channels would make the rounding of 8 bits noise beside all others; the noise of
 a weight enters a branch alone.
+
+Where weights have 4 bits, the same product takes in what rounding leaves over in a few rows of h4: [r, r, x S] . [A_8;
+A - A_8; S^T (W - W_4)], S one-hot. A model makes its massive activations there, one channel of thousands, and the rounding
+of that channel's row is noise in all that attends to the token (``ir.expressions.strongest`` finds it without data).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +25,9 @@ from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Context
 from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.site import Adapter, SparseSite
+from larosa_fx.ir.structure import Site
+
+STRONGEST = 8  # rows of h4; a vector's length stays a multiple of 16 bytes
 
 
 def run(ctx: Context) -> PassResult:
@@ -36,14 +44,25 @@ def run(ctx: Context) -> PassResult:
         residual, adapter = adapted.args
         width = g.sizes(residual)[-1]
         if not sparse.weight.packs:
-            quantised = sparse.weight.adapter()
-            with graph.inserting_before(adapted):
-                halves = ex.weight_call(graph, ex.in_two, adapter, quantised.group, quantised.dtype)
-                stored, matrix = quantised.emit(graph, halves)
-                twice = graph.call_function(torch.cat, ([residual, residual], -1))
-            adapted.update_arg(0, twice)
-            adapted.update_arg(1, matrix)
-            site.sparse = replace(sparse, beside=Adapter(stored, adapted, twice, 2 * width))
+            add, quantised = g.only_user(sparse.output), sparse.weight.adapter()
+            made = _made_by(site, sites)
+            with graph.inserting_before(add):  # behind x, which the product may read
+                rows = ex.weight_call(graph, ex.in_two, adapter, quantised.group, quantised.dtype)
+                read = [residual, residual]
+                if made is not None:
+                    exact, weight = _exact(sparse), sparse.weight
+                    chosen = ex.weight_call(graph, ex.strongest, made, exact, STRONGEST)
+                    more = ex.weight_call(graph, ex.left_over, exact, chosen, weight.bits, weight.group, weight.dtype)
+                    rows = graph.call_function(torch.cat, ([rows, more], 0))
+                    read.append(graph.call_function(torch.matmul, (sparse.x, chosen)))
+                    result.count("rows left over", STRONGEST)
+                stored, matrix = quantised.emit(graph, rows)
+                read = graph.call_function(torch.cat, (read, -1))
+                product = graph.call_function(torch.matmul, (read, matrix))
+            product.meta = dict(adapted.meta)
+            adapted.replace_all_uses_with(product)
+            length = 2 * width + (STRONGEST if made is not None else 0)
+            site.sparse = replace(sparse, beside=Adapter(stored, product, read, length))
             result.count("adapters")
             continue
         with graph.inserting_after(leaves[-1]):
@@ -57,6 +76,21 @@ def run(ctx: Context) -> PassResult:
         result.count("adapters")
     effects.remove_dead_code(graph)
     return result
+
+
+def _exact(sparse: SparseSite) -> fx.Node:
+    """The expression, [K, N], that a quantised site's tensors stand for."""
+    return sparse.stored[0].args[0]
+
+
+def _made_by(site: Site, sites: Sequence[Site]) -> fx.Node | None:
+    """The expression, [D, 2 K], of the gate and what it multiplies, which make a site's channels; None where the site has
+    8 bits, or nothing shows what makes them. Which half is which does not matter."""
+    if site.kind != "h4" or site.source is None or site.sparse.weight.name != "int4":
+        return None
+    inner = next((s.sparse for s in sites if (s.layer, s.kind) == (site.layer, "h3")), None)
+    known = inner is not None and inner.weight.name == "int4" and inner.columns == 2 * site.sparse.channels
+    return _exact(inner) if known else None
 
 
 def _beside(sparse: SparseSite, products: set[fx.Node]) -> fx.Node | None:

@@ -15,6 +15,8 @@ from larosa_fx.ir.structure import Structure
 from larosa_fx.kernels import ops
 from larosa_fx.kernels.pick import Choice, pick
 
+PAIRS = 1  # components
+
 
 @dataclass(frozen=True)
 class PlanView:
@@ -60,6 +62,11 @@ class Context:
     report: Report = field(default_factory=Report)
     observe: Callable[[str, object], None] | None = None
     inputs: list[int | Recipe] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> int:
+        """Components of the stream that two channels carry each: 4 bits are too few for the weights of the largest."""
+        return PAIRS if self.quantize == "int4" and self.treatment == "fold" else 0
 
     @property
     def graph(self) -> fx.Graph:

@@ -46,9 +46,41 @@ def centred(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x - x.mean(dim, keepdim=True)
 
 
-def stored(w: torch.Tensor, bits: int, group: int, dtype: torch.dtype, part: int) -> torch.Tensor:
-    """Part 0 or 1 of w, [K, N], in 8 or 4 bits: what is stored, or its scales in ``dtype``."""
-    return quantize(w, bits, group, dtype)[part]
+def stored(w: torch.Tensor, bits: int, group: int, dtype: torch.dtype, part: int, pairs: int = 0) -> torch.Tensor:
+    """Part 0 or 1 of w, [K, N], in 8 or 4 bits: what is stored, or its scales in ``dtype``. pairs: of its rows."""
+    return quantize(w, bits, group, dtype, pairs)[part]
+
+
+def doubled(q: torch.Tensor, pairs: int) -> torch.Tensor:
+    """The rotation q, [D, D], with each of the first components in two channels.
+
+    (q_0 + q_n) / sqrt(2) takes the place of q_0, (q_0 - q_n) / sqrt(2) that of the last, q_n. Principal components end with
+    those that next to nothing lies in, so that both channels hold what lies along q_0.
+    """
+    first, last = q[:, :pairs], q[:, -pairs:].flip(1)
+    return torch.cat([(first + last) / 2**0.5, q[:, pairs:-pairs], ((first - last) / 2**0.5).flip(1)], 1)
+
+
+def alike(scale: torch.Tensor, pairs: int) -> torch.Tensor:
+    """A site's scales, [K], where ``doubled`` channels have equal ones."""
+    return torch.cat([scale[:-pairs], scale[:pairs].flip(0)])
+
+
+def strongest(gated: torch.Tensor, down: torch.Tensor, count: int) -> torch.Tensor:
+    """[K, count], one-hot columns: the channels of ``down``, [K, N], that can write the most.
+
+    ``gated``, [D, 2 K]: the weights of the gate and of what it multiplies, which make the channels. The norms of a channel's
+    two columns and of its row, multiplied, decide.
+    """
+    norms = gated.norm(dim=0).chunk(2)
+    channels = (norms[0] * norms[1] * down.norm(dim=1)).topk(count).indices
+    return torch.zeros(len(down), count, dtype=down.dtype, device=down.device).scatter_(0, channels[None], 1)
+
+
+def left_over(w: torch.Tensor, chosen: torch.Tensor, bits: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """What rounding leaves over of the rows of w, [K, N], that the one-hot columns of ``chosen`` name."""
+    w = chosen.mT @ w
+    return w - dequantize(*quantize(w, bits, group, dtype))
 
 
 def in_two(w: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
@@ -80,6 +112,10 @@ WEIGHT_FUNCTIONS: dict[object, Callable] = {
     pick_blocks: pick_blocks,
     scale_channels: scale_channels,
     stored: stored,
+    doubled: doubled,
+    alike: alike,
+    strongest: strongest,
+    left_over: left_over,
     in_two: in_two,
     rows: rows,
     "float": lambda x, *_: x,  # casts that lose nothing (see is_weight) are the identity in fp64

@@ -138,7 +138,8 @@ def _axis(e: object, i: int, dim: int) -> int | None:
         return axis if operands[1][0] == "input" else None
     if name is centred:
         return axis if operands[1][1] % 2 != axis else None
-    return axis if name is stored else None  # a row for itself; groups of columns, of which _ROWS is a multiple
+    # A row for itself, unless rows are paired; groups of columns, of which _ROWS is a multiple.
+    return axis if name is stored and (axis == 1 or len(operands) < 6) else None
 
 
 def _mentions(e: object, i: int) -> bool:

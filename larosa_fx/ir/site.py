@@ -80,12 +80,13 @@ class DenseFormat:
 class QuantizedFormat:
     """8 or 4 bits with scales of each row's groups of columns (``kernels.quantization``); adapters take twice 8.
 
-    See ``passes.pack_adapters``.
+    See ``passes.pack_adapters``. pairs: of rows, as ``quantize`` has them.
     """
 
     bits: int
     group: int
     dtype: torch.dtype  # of the scales, and of what is computed
+    pairs: int = 0
     alignment: int = 16
     packs: bool = False
 
@@ -94,10 +95,11 @@ class QuantizedFormat:
         return f"int{self.bits}"
 
     def fold(self, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return quantize(exact, self.bits, self.group, self.dtype)
+        return quantize(exact, self.bits, self.group, self.dtype, self.pairs)
 
     def emit(self, graph: fx.Graph, exact: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node]:
-        parts = tuple(ex.weight_call(graph, ex.stored, exact, self.bits, self.group, self.dtype, i) for i in (0, 1))
+        pairs = (self.pairs,) if self.pairs else ()
+        parts = tuple(ex.weight_call(graph, ex.stored, exact, self.bits, self.group, self.dtype, i, *pairs) for i in (0, 1))
         return parts, graph.call_function(torch.ops.larosa.dequantized.default, parts)
 
     def adapter(self) -> WeightFormat:
@@ -116,10 +118,12 @@ class QuantizedFormat:
 GROUPS = (128, 64, 32)  # columns that may share a scale
 
 
-def format_of(quantize: str, dtype: torch.dtype, columns: int) -> WeightFormat:
+def format_of(quantize: str, dtype: torch.dtype, columns: int, pairs: int = 0) -> WeightFormat:
     """The format that option ``quantize`` asks for a weight of N columns; its own dtype where no group divides them."""
     group = next((size for size in GROUPS if columns % size == 0), None)
-    return DenseFormat(dtype) if quantize == "none" or group is None else QuantizedFormat(BITS[quantize], group, dtype)
+    if quantize == "none" or group is None:
+        return DenseFormat(dtype)
+    return QuantizedFormat(BITS[quantize], group, dtype, pairs=pairs)
 
 
 @dataclass(frozen=True)
