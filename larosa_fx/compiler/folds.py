@@ -263,7 +263,7 @@ class FoldStore:
         done = [p for p in parameters if id(p) in hosts]
         for p in done:
             if isinstance(p, torch.nn.Parameter):
-                p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
+                p.data = _in_memory_of(hosts[id(p)], p)
             else:
                 p.data = without_memory(p)
         self._give_up(done)
@@ -292,6 +292,14 @@ class FoldStore:
 
     def _forget(self, key: int, _: weakref.ref) -> None:
         self._replaced.pop(key, None)
+
+
+def _in_memory_of(host: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A tensor that looks like ``p`` and lies in memory of ``host``, under a storage of its own.
+
+    Dynamo takes tensors of one storage for views of each other, and keeps such out of a region that it traces once.
+    """
+    return torch.from_dlpack(host.view(-1)[:p.numel()].as_strided(p.size(), p.stride()))
 
 
 def without_memory(p: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:

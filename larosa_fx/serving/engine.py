@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import logging
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,9 @@ from larosa_fx.plan.plan import ATTACHED, Plan
 from larosa_fx.serving import cache as caches
 from larosa_fx.serving import drafting, loop
 from larosa_fx.serving.pace import MOST, Pace
+from larosa_fx.serving.repeated import Repeated
+
+log = logging.getLogger("larosa_fx")
 
 #: Inductor's mode where none is named. A GPU waits for its launches unless CUDA graphs replay them.
 MODES = {"cuda": "reduce-overhead"}
@@ -97,7 +101,14 @@ class Kept:
     steps: dict[tuple[Options, int], Callable] = field(default_factory=dict)
     rehearsed: dict[str, bool] = field(default_factory=dict)
     unfit: str | None = None
+    _layers: Repeated | None = None
     _made: int = -1  # STORE.made when it was looked through
+
+    def layers_of(self, model: torch.nn.Module) -> Repeated:
+        """The model's layers, which one compilation after another repeats."""
+        if self._layers is None:
+            self._layers = Repeated(model)
+        return self._layers
 
     def hold(self, parameters: Sequence[torch.Tensor]) -> None:
         if self._made != STORE.made:
@@ -174,9 +185,21 @@ class Engine:
         for_logits = cache is not None and not args and not compat.asks_for_more(self.model, kwargs)
         with torch.no_grad(), compat.sizes_stay_apart(), compat.causal_prompts():
             if not for_logits:
-                return self._prompt_of(_outputs)(self.model, *args, **kwargs)
+                return self._traced(self._prompt_of(_outputs), *args, **kwargs)
             kwargs.pop("return_dict", None)
-            return compat.logits_with(cache, self._prompt_of(_logits)(self.model, **kwargs))
+            return compat.logits_with(cache, self._traced(self._prompt_of(_logits), **kwargs))
+
+    def _traced(self, compiled: Callable, *args: object, **kwargs: object):
+        """Call what is compiled, or to be compiled, for the model: one layer is traced for all that are like it."""
+        repeated = self._kept.layers_of(self.model)
+        try:
+            with repeated.traced_once():
+                return compiled(self.model, *args, **kwargs)
+        except RuntimeError as error:
+            if not compat.is_trace_failure(error) or not repeated.give_up():
+                raise
+            log.info("larosa: each layer of this model is traced for itself: %s", _brief(error))
+        return compiled(self.model, *args, **kwargs)
 
     def _prompt_of(self, function: Callable) -> Callable:
         """``function`` compiled for any number of tokens."""
@@ -447,12 +470,12 @@ class Engine:
         def step(**inputs: object) -> torch.Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             try:
-                return steps[key](self.model, **inputs)
+                return self._traced(steps[key], **inputs)
             except RuntimeError as error:
                 if not compat.is_trace_failure(error):
                     raise
                 steps[key] = self._other_step(options, caches.of(inputs), _brief(error))
-            return steps[key](self.model, **inputs)
+            return self._traced(steps[key], **inputs)
 
         return step
 
