@@ -98,15 +98,18 @@ def is_higher_order(target: object) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
-def region(function: Callable) -> Callable | None:
-    """``function``, traced once however often a model that is being compiled calls it: a call with other tensors, numbers or
-    modules repeats what was traced if all that it depended on is the same, and is traced anew otherwise. None where torch
-    traces it each time (up to 2.11).
+def repeats_regions() -> bool:
+    """Whether torch traces a ``region`` once; 2.11 traces each of its calls."""
+    return "max_reuse_entries" in inspect.signature(torch.compiler.nested_compile_region).parameters
 
-    A function writes to no object from outside, and returns tensors that are no views of what it was given.
+
+def region(function: Callable) -> Callable:
+    """``function``, traced once however often a model that is being compiled calls it, where torch ``repeats_regions``: a
+    call with other tensors, numbers or modules repeats what was traced if all that this depended on is the same, and is
+    traced anew otherwise.
+
+    It may write to tensors, to no other object from outside, and return tensors that are no views of what it was given.
     """
-    if "max_reuse_entries" not in inspect.signature(torch.compiler.nested_compile_region).parameters:
-        return None
     return torch.compiler.nested_compile_region(function, max_reuse_entries=1 << 30)
 
 

@@ -40,7 +40,7 @@ class _Body:
 
 
 class _Copy:
-    """A copy of a module's graph without regions. ``nodes``: its nodes by those they were copied from, outside of regions."""
+    """A copy of a module's graph without regions. ``nodes``: its nodes by those outside of regions that they stand for."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.graph = fx.Graph()
@@ -71,7 +71,8 @@ class _Copy:
         inner: dict[fx.Node, fx.Node] = {}
         for node, operand in zip(body.inputs, compat.region_operands(call), strict=True):
             inner[node] = self.nodes[operand]
-        memory = {storage: effects.memory(inner[node]) for node in body.inputs for storage in effects.storages(g.value(node))}
+        memory = {storage: effects.memory(inner[node])
+                  for node in body.inputs for storage in effects.storages(g.value(node))}
         for node in body.nodes:
             inner[node] = copied = self.graph.node_copy(node, inner.__getitem__)
             if node.op == "get_attr":

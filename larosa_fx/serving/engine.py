@@ -92,13 +92,13 @@ class Kept:
 
     rehearsed: by a plan's digest, whether a step's graph holds what the plan is for, where that was looked at.
     unfit: why the model cannot run over a static cache, once that was seen.
-    steps: by options and tokens of a sequence. The graphs that read folded tensors keep them too, but graphs come and go
-    (``torch.compiler.reset``).
+    steps: by options, tokens of a sequence and version of the layers.
+    folded: the graphs that read folded tensors keep them too, but graphs come and go (``torch.compiler.reset``).
     """
 
     pool: caches.CachePool = field(default_factory=caches.CachePool)
     folded: list[Folded] = field(default_factory=list)
-    steps: dict[tuple[Options, int], Callable] = field(default_factory=dict)
+    steps: dict[tuple[Options, int, int], Callable] = field(default_factory=dict)
     rehearsed: dict[str, bool] = field(default_factory=dict)
     unfit: str | None = None
     _layers: Repeated | None = None
@@ -109,6 +109,12 @@ class Kept:
         if self._layers is None:
             self._layers = Repeated(model)
         return self._layers
+
+    def look(self, model: torch.nn.Module) -> None:
+        """Let go of what was compiled for other layers than the model has by now."""
+        layers = self.layers_of(model)
+        layers.look()
+        self.steps = {key: step for key, step in self.steps.items() if key[2] == layers.version}
 
     def hold(self, parameters: Sequence[torch.Tensor]) -> None:
         if self._made != STORE.made:
@@ -128,7 +134,7 @@ class Engine:
         self.model, self.plan, self.settings = model, plan, settings
         self._kept, self._pool = kept, kept.pool
         self._pace: Pace | None = None
-        self._prompts: dict[Callable, Callable] = {}
+        self._prompts: dict[tuple[Callable, int], Callable] = {}  # by the function and the version of the layers
         self._said: set[str] = set()
 
     @property
@@ -146,6 +152,7 @@ class Engine:
         parameters = list(self.model.parameters())
         self._heed_rehearsals()
         attach(self.plan, self.model, parameters)
+        self._kept.look(self.model)
         folds.check(parameters)  # the weights may have been written to in a way that no call can afford to look for
         config = compat.merged_generation_config(self.model, generation_config, _settings(kwargs))
         reason = self._unserved(config, kwargs)
@@ -176,6 +183,7 @@ class Engine:
         self._heed_rehearsals()
         if not self.settings.owns:  # nothing was given up, nor will be
             return type(self.model).forward(self.model, *args, **kwargs)
+        self._kept.look(self.model)
         if isinstance(cache := caches.of(kwargs), StaticCache):
             self._check_values(cache)
         mask = kwargs.get("attention_mask")
@@ -203,13 +211,15 @@ class Engine:
 
     def _prompt_of(self, function: Callable) -> Callable:
         """``function`` compiled for any number of tokens."""
-        if function not in self._prompts:
+        key = function, self._kept.layers_of(self.model).version
+        if key not in self._prompts:
             # Op by op: the products of a prompt keep a device busy, and a graph for all lengths is there in a moment.
             options = replace(self.settings.options, compiler="eager", mode=None)
             if options.sparsify != "all":
                 options = replace(options, sparsity=0.0)
-            self._prompts[function] = _compiled(function, options, dynamic=True)
-        return self._prompts[function]
+            self._prompts = {key: _compiled(function, options, dynamic=True),
+                             **{known: prompt for known, prompt in self._prompts.items() if known[1] == key[1]}}
+        return self._prompts[key]
 
     def _generate(self, *args: object, **kwargs: object):
         return type(self.model).generate(self.model, *args, **kwargs)
@@ -463,7 +473,7 @@ class Engine:
         """The compiled forward pass of so many tokens of a sequence. Each has code of its own, so that its graph fits it
         alone. All engines of a model share them."""
         options = replace(self.settings.options, sparsity=sparsity)
-        steps, key = self._kept.steps, (options, tokens)
+        steps, key = self._kept.steps, (options, tokens, self._kept.layers_of(self.model).version)
         if key not in steps:
             steps[key] = _compiled(_logits, options)
 

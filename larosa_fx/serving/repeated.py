@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -25,20 +27,42 @@ _PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
 class Repeated:
-    """The decoder layers of a model."""
+    """The decoder layers of a model.
+
+    Dynamo guards what it traced, and of a layer that it did not trace the tensors alone. So ``version`` is another one once
+    a layer is no longer what it was, and what was compiled for the last one is not to be used any more.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
+        self.version = 0
         self._kinds: set[type] = set()
-        if any(map(compat.is_dtensor, model.parameters())):
+        self._layers: list[torch.nn.Module] = []
+        self._held: list[object] = []
+        if not compat.repeats_regions() or any(map(compat.is_dtensor, model.parameters())):
             return
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer) and (number := _number(layer)) is not None:
                 setattr(layer, _NUMBER, number)
                 self._kinds.add(type(layer))
+                self._layers.append(layer)
+        self._held = self._found()
+
+    def look(self) -> None:
+        """See whether a layer is another one than it was, or holds something else than it did."""
+        found = self._found()
+        if len(found) != len(self._held) or not all(map(operator.is_, found, self._held)):
+            self._held, self.version = found, self.version + 1
+
+    def _found(self) -> list[object]:
+        """All that layers hold besides tensors. It is compared by identity, which takes no time that counts."""
+        found: list[object] = []
+        for module in itertools.chain.from_iterable(layer.modules() for layer in self._layers):
+            found += (module, type(module), *module.__dict__.values())
+        return found
 
     def give_up(self) -> bool:
         """Have each layer traced for itself from now on. Returns whether that is news."""
-        news, self._kinds = bool(self._kinds), set()
+        news, self._kinds, self._layers, self._held = bool(self._kinds), set(), [], []
         return news
 
     @contextlib.contextmanager
@@ -62,7 +86,7 @@ def _number(layer: torch.nn.Module) -> int | None:
 
 @functools.lru_cache
 def _repeating(forward: Callable) -> Callable | None:
-    """What takes the place of a layer's ``forward``; None where it takes no cache, or torch traces each layer anyway."""
+    """What takes the place of a layer's ``forward``; None where it takes no cache, or is one already."""
     names = tuple(inspect.signature(forward).parameters)[1:]
     cache_name = compat.cache_name(names)
     if cache_name is None or hasattr(forward, "larosa_repeats"):
@@ -77,8 +101,6 @@ def _repeating(forward: Callable) -> Callable | None:
         return hidden
 
     once = compat.region(alone)
-    if once is None:
-        return None
 
     def repeating(self, *args: object, **kwargs: object):
         given = dict(zip(names, args))  # noqa: B905  fewer arguments than names
