@@ -193,8 +193,9 @@ class Memory:
                       key=self.order.__getitem__)
 
     def readers(self, *nodes: fx.Node) -> list[fx.Node]:
-        """All nodes that take one that may share memory with a given one as an argument, in the graph's order."""
-        found = {user for node in self.sharing(*nodes) for user in node.users}
+        """All nodes that take one that may share memory with a given one as an argument, in the graph's order, but for those
+        that ask for its sizes."""
+        found = {user for node in self.sharing(*nodes) for user in g.value_readers(node)}
         return sorted(found, key=self.order.__getitem__)
 
     def escapes(self, *nodes: fx.Node) -> bool:

@@ -223,11 +223,11 @@ def place(cache: Cache | None, number: int) -> tuple | None:
     if not isinstance(cache, (StaticCache, Prompt)) or cache.offloading:
         return None
     layer = cache.layers[number]
+    if type(layer) not in (_PromptLayer, StaticLayer) or not layer.is_initialized:
+        return None
     if type(layer) is _PromptLayer:
         return "prompt", layer.keys, layer.values, layer.count
-    if type(layer) is StaticLayer and layer.is_initialized:
-        return "static", layer.keys, layer.values, layer.cumulative_length
-    return None
+    return "static", layer.keys, layer.values, layer.cumulative_length
 
 
 def filled_by(cache: Cache | None, number: int, tokens: int) -> None:

@@ -103,12 +103,14 @@ def _repeating(forward: Callable) -> Callable | None:
     once = compat.region(alone)
 
     def repeating(self, *args: object, **kwargs: object):
+        if not torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
         given = dict(zip(names, args))  # noqa: B905  fewer arguments than names
         given.update(kwargs)
         number, cache = getattr(self, _NUMBER, None), given.pop(cache_name, None)
         form, leaves = _leaves(given)
-        place = caches.place(cache, number)
-        if number is None or form is None or place is None or not torch.compiler.is_compiling():
+        place = None if number is None else caches.place(cache, number)
+        if form is None or place is None:
             return forward(self, *args, **kwargs)
         hidden = once(self, form, *place, *leaves)
         caches.filled_by(cache, number, hidden.shape[1])
