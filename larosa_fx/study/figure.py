@@ -38,7 +38,8 @@ def html(report: Report, layer: int = 0) -> str:
         ("Sites", [[label(s.site), s.channels, s.outputs, s.linears, s.rotation, s.k, s.bytes_read, s.form,
                     s.how, s.weight]
                    for s in report.sites],
-         ["site", "channels", "outputs", "linears", "rotation", "k", "bytes read", "form", "kernel, or why dense", "weight"]),
+         ["site", "channels", "outputs", "linears", "rotation", "k", "bytes read", "form", "kernel, or why dense",
+          "weight"]),
         ("Passes", [[p.name, f"{p.seconds:.3f}", str(p).partition(": ")[2]] for p in report.passes],
          ["pass", "seconds", "result"]),
         ("Left alone", [list(entry) for entry in report.skipped], ["what", "why"])))
