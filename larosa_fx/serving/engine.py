@@ -113,7 +113,7 @@ class Kept:
     def look(self, model: torch.nn.Module) -> None:
         """Let go of what was compiled for other layers than the model has by now."""
         layers = self.layers_of(model)
-        layers.look()
+        layers.look(model)
         self.steps = {key: step for key, step in self.steps.items() if key[2] == layers.version}
 
     def hold(self, parameters: Sequence[torch.Tensor]) -> None:

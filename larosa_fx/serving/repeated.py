@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 
@@ -23,6 +22,7 @@ from larosa_fx.ir import compat
 from larosa_fx.serving import cache as caches
 
 _NUMBER = "_larosa_number"  # the attribute of a decoder layer that holds its number in a cache
+_HOOKS = operator.attrgetter("_forward_hooks", "_forward_pre_hooks")
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
@@ -36,33 +36,36 @@ class Repeated:
     def __init__(self, model: torch.nn.Module) -> None:
         self.version = 0
         self._kinds: set[type] = set()
-        self._layers: list[torch.nn.Module] = []
-        self._held: list[object] = []
-        if not compat.repeats_regions() or any(map(compat.is_dtensor, model.parameters())):
-            return
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer) and (number := _number(layer)) is not None:
-                setattr(layer, _NUMBER, number)
-                self._kinds.add(type(layer))
-                self._layers.append(layer)
-        self._held = self._found()
+        self._repeats = compat.repeats_regions() and not any(map(compat.is_dtensor, model.parameters()))
+        self._held = self._found(model)
 
-    def look(self) -> None:
-        """See whether a layer is another one than it was, or holds something else than it did."""
-        found = self._found()
+    def look(self, model: torch.nn.Module) -> None:
+        """See whether a layer is another one than it was, has another number, or holds something else than it did."""
+        found = self._found(model)
         if len(found) != len(self._held) or not all(map(operator.is_, found, self._held)):
             self._held, self.version = found, self.version + 1
 
-    def _found(self) -> list[object]:
+    def _found(self, model: torch.nn.Module) -> list[object]:
         """All that layers hold besides tensors. It is compared by identity, which takes no time that counts."""
         found: list[object] = []
-        for module in itertools.chain.from_iterable(layer.modules() for layer in self._layers):
-            found += (module, type(module), *module.__dict__.values())
+        self._kinds = set()
+        for layer in filter(_is_layer, model.modules() if self._repeats else ()):
+            if (number := _number(layer)) is not None:
+                self._kinds.add(type(layer))
+            setattr(layer, _NUMBER, number)  # a layer that was copied or moved has that of another place
+            for module in layer.modules():
+                found += (module, type(module), *module.__dict__.values(), *_HOOKS(module)[0].values(),
+                          *_HOOKS(module)[1].values())
+                if module is not layer:
+                    found.append(type(module).forward)
+                for name, value in module.__dict__.items():
+                    if type(value) is dict and not name.startswith("_"):  # an adapter's scales
+                        found += value.values()
         return found
 
     def give_up(self) -> bool:
         """Have each layer traced for itself from now on. Returns whether that is news."""
-        news, self._kinds, self._layers, self._held = bool(self._kinds), set(), [], []
+        news, self._kinds, self._repeats, self._held = bool(self._kinds), set(), False, []
         return news
 
     @contextlib.contextmanager
@@ -78,8 +81,19 @@ class Repeated:
                 kind.forward = forward
 
 
+def _is_layer(module: torch.nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
+
+
 def _number(layer: torch.nn.Module) -> int | None:
-    """The number by which a layer asks a cache; None where it has none, or several."""
+    """The number by which a layer asks a cache; None where it has none, or several, or must be traced for itself.
+
+    Dynamo guards neither hooks nor a ``forward`` that a module has instead of its class's, so they do not tell one layer
+    from another when it repeats what it traced.
+    """
+    for module in layer.modules():
+        if any(_HOOKS(module)) or "forward" in module.__dict__:
+            return None
     numbers = {module.__dict__["layer_idx"] for module in layer.modules() if "layer_idx" in module.__dict__}
     return numbers.pop() if len(numbers) == 1 else None
 

@@ -59,6 +59,22 @@ def _activation(model):
     model.model.layers[2].mlp.act_fn = torch.nn.GELU()
 
 
+def _hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * -2)
+
+
+def _forward(model):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x) * -2
+
+
+def _swap(model):
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    for i, layer in enumerate(layers):
+        layer.self_attn.layer_idx = i
+
+
 class _Asking(transformers.models.llama.modeling_llama.LlamaDecoderLayer):
     """Asks the cache for more than its place in it."""
 
@@ -72,8 +88,8 @@ def _asking(model):
         layer.__class__ = _Asking
 
 
-@pytest.mark.parametrize("change", [lambda model: None, _eps, _activation, _asking],
-                         ids=["alike", "one norm", "one activation", "more is asked of the cache"])
+@pytest.mark.parametrize("change", [lambda model: None, _eps, _activation, _hook, _asking],
+                         ids=["alike", "one norm", "one activation", "a hook", "more is asked of the cache"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_tokens_are_those_of_the_dense_model(change, rows):
     model, dense = enabled(3, change)
@@ -111,6 +127,16 @@ def test_a_layer_that_changes_later_is_seen(change):
     compiled = counters["stats"]["unique_graphs"]
     model.generate(prompt, **SETTINGS)
     assert counters["stats"]["unique_graphs"] == compiled
+
+
+@needs_regions
+@pytest.mark.parametrize("change", [_hook, _forward, _swap])
+def test_a_layer_that_dynamo_does_not_guard_is_seen(change):
+    model, dense = enabled(3, weights="copy")
+    prompt = ids(1, 9)
+    assert torch.equal(model.generate(prompt, **SETTINGS), dense.generate(prompt, **SETTINGS))
+    change(model), change(dense)
+    assert torch.equal(model.generate(prompt, **SETTINGS), dense.generate(prompt, **SETTINGS))
 
 
 @needs_regions
