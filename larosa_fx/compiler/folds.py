@@ -396,6 +396,7 @@ def forbid_use(parameters: Sequence[torch.Tensor]) -> None:
         if not (torch.compiler.is_compiling() or _asked.shapes) and _owns(module, gone):
             raise RuntimeError(_GONE)
 
+    refuse.larosa_refuses = True  # see serving.repeated
     for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
         if _owns(module, gone):
             module.register_forward_pre_hook(refuse)

@@ -22,7 +22,6 @@ from larosa_fx.ir import compat
 from larosa_fx.serving import cache as caches
 
 _NUMBER = "_larosa_number"  # the attribute of a decoder layer that holds its number in a cache
-_HOOKS = operator.attrgetter("_forward_hooks", "_forward_pre_hooks")
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
@@ -54,8 +53,7 @@ class Repeated:
                 self._kinds.add(type(layer))
             setattr(layer, _NUMBER, number)  # a layer that was copied or moved has that of another place
             for module in layer.modules():
-                found += (module, type(module), *module.__dict__.values(), *_HOOKS(module)[0].values(),
-                          *_HOOKS(module)[1].values())
+                found += (module, type(module), *module.__dict__.values(), *_hooks(module))
                 if module is not layer:
                     found.append(type(module).forward)
                 for name, value in module.__dict__.items():
@@ -85,6 +83,12 @@ def _is_layer(module: torch.nn.Module) -> bool:
     return isinstance(module, GradientCheckpointingLayer)
 
 
+def _hooks(module: torch.nn.Module) -> list[Callable]:
+    """What others have registered: the hook that refuses weights that were given up does nothing while Dynamo traces."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return [hook for hook in hooks if not hasattr(hook, "larosa_refuses")]
+
+
 def _number(layer: torch.nn.Module) -> int | None:
     """The number by which a layer asks a cache; None where it has none, or several, or must be traced for itself.
 
@@ -92,7 +96,7 @@ def _number(layer: torch.nn.Module) -> int | None:
     from another when it repeats what it traced.
     """
     for module in layer.modules():
-        if any(_HOOKS(module)) or "forward" in module.__dict__:
+        if _hooks(module) or "forward" in module.__dict__:
             return None
     numbers = {module.__dict__["layer_idx"] for module in layer.modules() if "layer_idx" in module.__dict__}
     return numbers.pop() if len(numbers) == 1 else None
