@@ -153,7 +153,7 @@ class _Labels:
 def _trace(graph: fx.Graph, site: Site, linear: fx.Node) -> Source | None:
     labels = _Labels(linear)
     for node in graph.nodes:
-        if (node in site.linears and node.args[0] is site.input) or g.calls(node, "size"):
+        if node in site.linears and node.args[0] is site.input:
             continue
         if node.op == "output" and site.input not in node.all_input_nodes:
             # What is returned is a cache: the site's channels in it are met again by whoever reads it.

@@ -22,7 +22,7 @@ from larosa_fx.compiler.folds import STORE, Binding, Fingerprint, Folded, stamp
 from larosa_fx.compiler.options import Options
 from larosa_fx.compiler.pipeline import PassError, Runner, disabled, transform
 from larosa_fx.compiler.policy import LarosaError
-from larosa_fx.ir import compat, regions, shards
+from larosa_fx.ir import compat, shards
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.context import Device, PlanView
 from larosa_fx.ir.report import Report
@@ -139,7 +139,7 @@ class CompiledGraph:
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[object], options: Options, ranks: Ranks) -> None:
         self.options = options
         self.number = next(_numbers)
-        self._gm = regions.written_out(gm)
+        self._gm = gm
         self._mask = g.parameter_mask(example_inputs)
         self._path = None if options.plan is None else os.path.abspath(options.plan)  # whatever directory is entered later
         self._parameters = [i for i, is_parameter in enumerate(self._mask) if is_parameter]

@@ -263,7 +263,7 @@ class FoldStore:
         done = [p for p in parameters if id(p) in hosts]
         for p in done:
             if isinstance(p, torch.nn.Parameter):
-                p.data = _in_memory_of(hosts[id(p)], p)
+                p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
             else:
                 p.data = without_memory(p)
         self._give_up(done)
@@ -292,14 +292,6 @@ class FoldStore:
 
     def _forget(self, key: int, _: weakref.ref) -> None:
         self._replaced.pop(key, None)
-
-
-def _in_memory_of(host: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """A tensor that looks like ``p`` and lies in memory of ``host``, under a storage of its own.
-
-    Dynamo takes tensors of one storage for views of each other, and keeps such out of a region that it traces once.
-    """
-    return torch.from_dlpack(host.view(-1)[:p.numel()].as_strided(p.size(), p.stride()))
 
 
 def without_memory(p: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
@@ -396,7 +388,6 @@ def forbid_use(parameters: Sequence[torch.Tensor]) -> None:
         if not (torch.compiler.is_compiling() or _asked.shapes) and _owns(module, gone):
             raise RuntimeError(_GONE)
 
-    refuse.larosa_refuses = True  # see serving.repeated
     for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
         if _owns(module, gone):
             module.register_forward_pre_hook(refuse)

@@ -98,31 +98,6 @@ def is_higher_order(target: object) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
-def repeats_regions() -> bool:
-    """Whether torch traces a ``region`` once; 2.11 traces each of its calls."""
-    return "max_reuse_entries" in inspect.signature(torch.compiler.nested_compile_region).parameters
-
-
-def region(function: Callable) -> Callable:
-    """``function``, traced once however often a model that is being compiled calls it, where torch ``repeats_regions``: a
-    call with other tensors, numbers or modules repeats what was traced if all that this depended on is the same, and is
-    traced anew otherwise.
-
-    It may write to tensors, to no other object from outside, and return tensors that are no views of what it was given.
-    """
-    return torch.compiler.nested_compile_region(function, max_reuse_entries=1 << 30)
-
-
-def is_region_call(node: fx.Node) -> bool:
-    """Whether node calls a ``region`` (2.11 to 2.13)."""
-    return node.op == "call_function" and node.target is torch.ops.higher_order.invoke_subgraph
-
-
-def region_operands(call: fx.Node) -> Sequence[fx.Node]:
-    """What a call of a region passes to its body, whose name stands before it (2.11 to 2.13)."""
-    return call.args[2:]
-
-
 def written_by_schema(target: object) -> list[tuple[int | None, str]]:
     """(position, name) of the arguments that an operator's schema says it writes to; the position is None where the
     argument goes by name alone (2.11 to 2.13).
@@ -490,12 +465,6 @@ def mark_growing(tensor: torch.Tensor, dims: Sequence[int]) -> None:
     """Ask Dynamo for one graph whatever the sizes of ``dims``, which it may still fix where it must (2.11 to 2.13)."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
-
-
-def mark_fixed(tensor: torch.Tensor, dims: Sequence[int]) -> None:
-    """Tell Dynamo that the sizes of ``dims`` never change, for which it need make no symbols (2.11 to 2.13)."""
-    for dim in dims:
-        torch._dynamo.mark_static(tensor, dim)
 
 
 @contextlib.contextmanager

@@ -136,21 +136,6 @@ def _is_known(function: object) -> bool:
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 
-#: Meta key of nodes whose example value other nodes have as well, which lie elsewhere: what names their memory instead.
-MEMORY = "larosa_memory"
-
-
-def storages(value: object) -> frozenset[int]:
-    """What tells the storages of an example value from others. NotImplementedError inside of vmap, where there are none."""
-    tensors = [compat.local_tensor(x) if compat.is_dtensor(x) else x for x in _leaves(value, torch.Tensor)]
-    return frozenset(id(tensor.untyped_storage()) for tensor in tensors)
-
-
-def memory(node: fx.Node) -> frozenset[object]:
-    """What names the memory of a node that has an example value."""
-    named = node.meta.get(MEMORY)
-    return storages(g.value(node)) if named is None else named
-
 
 class Memory:
     """Which nodes of a graph share memory, and what writes to it. Holds for the graph as it is when this is made.
@@ -161,23 +146,25 @@ class Memory:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self._of: dict[fx.Node, frozenset[object]] = {}
-        self._sharing: dict[object, list[fx.Node]] = {}
-        self._writers: dict[object, list[fx.Node]] = {}
+        self._of: dict[fx.Node, frozenset[int]] = {}
+        self._sharing: dict[int, list[fx.Node]] = {}
+        self._writers: dict[int, list[fx.Node]] = {}
         (self._output,) = graph.find_nodes(op="output")
         for node in graph.nodes:
             if node.op != "output":
-                self._of[node] = found = self._find(node)
-                for part in found:
+                self._of[node] = memory = self._find(node)
+                for part in memory:
                     self._sharing.setdefault(part, []).append(node)
             for argument in written_arguments(node):
                 for part in self._of[argument]:
                     self._writers.setdefault(part, []).append(node)
 
-    def _find(self, node: fx.Node) -> frozenset[object]:
+    def _find(self, node: fx.Node) -> frozenset[int]:
+        value = g.value(node)
         try:
-            if g.value(node) is not None:
-                return memory(node)
+            if value is not None:
+                tensors = [compat.local_tensor(x) if compat.is_dtensor(x) else x for x in _leaves(value, torch.Tensor)]
+                return frozenset(id(tensor.untyped_storage()) for tensor in tensors)
         except NotImplementedError:
             pass  # inside of vmap
         return frozenset().union(*(self._of[argument] for argument in node.all_input_nodes))
@@ -193,9 +180,8 @@ class Memory:
                       key=self.order.__getitem__)
 
     def readers(self, *nodes: fx.Node) -> list[fx.Node]:
-        """All nodes that take one that may share memory with a given one as an argument, in the graph's order, but for those
-        that ask for its sizes."""
-        found = {user for node in self.sharing(*nodes) for user in g.value_readers(node)}
+        """All nodes that take one that may share memory with a given one as an argument, in the graph's order."""
+        found = {user for node in self.sharing(*nodes) for user in node.users}
         return sorted(found, key=self.order.__getitem__)
 
     def escapes(self, *nodes: fx.Node) -> bool:
@@ -206,7 +192,7 @@ class Memory:
         """Whether what the nodes hold when ``first`` runs is what they hold when ``last`` does: nothing writes between."""
         return not any(self.order[first] <= self.order[writer] < self.order[last] for writer in self.writers(*nodes))
 
-    def _parts(self, nodes: Iterable[fx.Node]) -> set[object]:
+    def _parts(self, nodes: Iterable[fx.Node]) -> set[int]:
         return {part for node in nodes for part in self._of.get(node, ())}
 
 

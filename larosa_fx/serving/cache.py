@@ -94,9 +94,7 @@ def prepare(cache: StaticCache, model: torch.nn.Module, shapes: Sequence[tuple |
                                             for heads, size in shape))
     for layer in (layer for layer in _positional(cache) if layer.is_initialized):
         for tensor in (layer.keys, layer.values):
-            growing = growing_dims(tensor, 2)
-            compat.mark_growing(tensor, growing)
-            compat.mark_fixed(tensor, [dim for dim in range(tensor.ndim) if dim not in growing])
+            compat.mark_growing(tensor, growing_dims(tensor, 2))
     return True
 
 
@@ -180,7 +178,8 @@ class _PromptLayer(CacheLayerMixin):
         super().__init__()
         self.keys, self.values = layer.keys, layer.values
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
-        self.count = _count(self.keys, past) if past else None
+        # The number of positions filled is a size, not an integer, because graphs serve all sizes.
+        self._filled = self.keys[:, :, :past] if past else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing: the layer beneath was initialized."""
@@ -191,77 +190,18 @@ class _PromptLayer(CacheLayerMixin):
         positions = torch.arange(tokens, device=self.device) + past
         self.keys.index_copy_(2, positions, key_states)  # as a static cache writes, whose writes the passes know
         self.values.index_copy_(2, positions, value_states)
-        self.count = _count(self.keys, past + tokens)
+        self._filled = self.keys[:, :, :past + tokens]
         if not past:
             return key_states, value_states
-        return self.keys[:, :, :past + tokens], self.values[:, :, :past + tokens]
+        return self._filled, self.values[:, :, :past + tokens]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.count is None else self.count.shape[0]
+        return 0 if self._filled is None else self._filled.shape[2]
 
     def get_max_length(self) -> int:
         return self.keys.shape[2]
 
     get_max_cache_shape = get_max_length
-
-
-def _count(like: torch.Tensor, positions: int) -> torch.Tensor:
-    """A tensor without memory that is as long as positions are filled: a size, because graphs serve all sizes."""
-    return like.new_empty((positions, 0))
-
-
-# ---- one place of a cache ------------------------------------------------------------------------------------------
-
-
-def place(cache: Cache | None, number: int) -> tuple | None:
-    """What a layer needs of the cache of all layers, as tensors: what ``Alone`` is made of; None where that is not all."""
-    if cache is None:
-        return "", None, None, None
-    if not isinstance(cache, (StaticCache, Prompt)) or cache.offloading:
-        return None
-    layer = cache.layers[number]
-    if type(layer) not in (_PromptLayer, StaticLayer) or not layer.is_initialized:
-        return None
-    if type(layer) is _PromptLayer:
-        return "prompt", layer.keys, layer.values, layer.count
-    return "static", layer.keys, layer.values, layer.cumulative_length
-
-
-def filled_by(cache: Cache | None, number: int, tokens: int) -> None:
-    """Count what a layer wrote into its place, where no tensor counts it."""
-    if isinstance(cache, Prompt):
-        layer = cache.layers[number]
-        layer.count = _count(layer.keys, layer.get_seq_length() + tokens)
-
-
-class Alone:
-    """A cache as one layer sees it, which only fills its own place in it."""
-
-    def __init__(self, kind: str, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor | None) -> None:
-        """As ``place`` says."""
-        self._place = (_StaticPlace if kind == "static" else _PromptPlace)(keys, values, count)
-        self.written = 0
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
-               ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``Cache.update``, whichever layer asks: its number is not looked at, so that nothing depends on it."""
-        self.written += 1
-        return self._place.update(key_states, value_states)
-
-
-class _StaticPlace:
-    is_initialized = True
-    update = StaticLayer.update
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, cumulative_length: torch.Tensor) -> None:
-        self.keys, self.values, self.cumulative_length, self.device = keys, values, cumulative_length, keys.device
-
-
-class _PromptPlace:
-    get_seq_length, update = _PromptLayer.get_seq_length, _PromptLayer.update
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor | None) -> None:
-        self.keys, self.values, self.count, self.device = keys, values, count, keys.device

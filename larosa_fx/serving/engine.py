@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import logging
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,9 +28,6 @@ from larosa_fx.plan.plan import ATTACHED, Plan
 from larosa_fx.serving import cache as caches
 from larosa_fx.serving import drafting, loop
 from larosa_fx.serving.pace import MOST, Pace
-from larosa_fx.serving.repeated import Repeated
-
-log = logging.getLogger("larosa_fx")
 
 #: Inductor's mode where none is named. A GPU waits for its launches unless CUDA graphs replay them.
 MODES = {"cuda": "reduce-overhead"}
@@ -92,29 +88,16 @@ class Kept:
 
     rehearsed: by a plan's digest, whether a step's graph holds what the plan is for, where that was looked at.
     unfit: why the model cannot run over a static cache, once that was seen.
-    steps: by options, tokens of a sequence and version of the layers.
-    folded: the graphs that read folded tensors keep them too, but graphs come and go (``torch.compiler.reset``).
+    steps: by options and tokens of a sequence. The graphs that read folded tensors keep them too, but graphs come and go
+    (``torch.compiler.reset``).
     """
 
     pool: caches.CachePool = field(default_factory=caches.CachePool)
     folded: list[Folded] = field(default_factory=list)
-    steps: dict[tuple[Options, int, int], Callable] = field(default_factory=dict)
+    steps: dict[tuple[Options, int], Callable] = field(default_factory=dict)
     rehearsed: dict[str, bool] = field(default_factory=dict)
     unfit: str | None = None
-    _layers: Repeated | None = None
     _made: int = -1  # STORE.made when it was looked through
-
-    def layers_of(self, model: torch.nn.Module) -> Repeated:
-        """The model's layers, which one compilation after another repeats."""
-        if self._layers is None:
-            self._layers = Repeated(model)
-        return self._layers
-
-    def look(self, model: torch.nn.Module) -> None:
-        """Let go of what was compiled for other layers than the model has by now."""
-        layers = self.layers_of(model)
-        layers.look(model)
-        self.steps = {key: step for key, step in self.steps.items() if key[2] == layers.version}
 
     def hold(self, parameters: Sequence[torch.Tensor]) -> None:
         if self._made != STORE.made:
@@ -134,7 +117,7 @@ class Engine:
         self.model, self.plan, self.settings = model, plan, settings
         self._kept, self._pool = kept, kept.pool
         self._pace: Pace | None = None
-        self._prompts: dict[tuple[Callable, int], Callable] = {}  # by the function and the version of the layers
+        self._prompts: dict[Callable, Callable] = {}
         self._said: set[str] = set()
 
     @property
@@ -152,7 +135,6 @@ class Engine:
         parameters = list(self.model.parameters())
         self._heed_rehearsals()
         attach(self.plan, self.model, parameters)
-        self._kept.look(self.model)
         folds.check(parameters)  # the weights may have been written to in a way that no call can afford to look for
         config = compat.merged_generation_config(self.model, generation_config, _settings(kwargs))
         reason = self._unserved(config, kwargs)
@@ -183,7 +165,6 @@ class Engine:
         self._heed_rehearsals()
         if not self.settings.owns:  # nothing was given up, nor will be
             return type(self.model).forward(self.model, *args, **kwargs)
-        self._kept.look(self.model)
         if isinstance(cache := caches.of(kwargs), StaticCache):
             self._check_values(cache)
         mask = kwargs.get("attention_mask")
@@ -193,33 +174,19 @@ class Engine:
         for_logits = cache is not None and not args and not compat.asks_for_more(self.model, kwargs)
         with torch.no_grad(), compat.sizes_stay_apart(), compat.causal_prompts():
             if not for_logits:
-                return self._traced(self._prompt_of(_outputs), *args, **kwargs)
+                return self._prompt_of(_outputs)(self.model, *args, **kwargs)
             kwargs.pop("return_dict", None)
-            return compat.logits_with(cache, self._traced(self._prompt_of(_logits), **kwargs))
-
-    def _traced(self, compiled: Callable, *args: object, **kwargs: object):
-        """Call what is compiled, or to be compiled, for the model: one layer is traced for all that are like it."""
-        repeated = self._kept.layers_of(self.model)
-        try:
-            with repeated.traced_once():
-                return compiled(self.model, *args, **kwargs)
-        except RuntimeError as error:
-            if not compat.is_trace_failure(error) or not repeated.give_up():
-                raise
-            log.info("larosa: each layer of this model is traced for itself: %s", _brief(error))
-        return compiled(self.model, *args, **kwargs)
+            return compat.logits_with(cache, self._prompt_of(_logits)(self.model, **kwargs))
 
     def _prompt_of(self, function: Callable) -> Callable:
         """``function`` compiled for any number of tokens."""
-        key = function, self._kept.layers_of(self.model).version
-        if key not in self._prompts:
+        if function not in self._prompts:
             # Op by op: the products of a prompt keep a device busy, and a graph for all lengths is there in a moment.
             options = replace(self.settings.options, compiler="eager", mode=None)
             if options.sparsify != "all":
                 options = replace(options, sparsity=0.0)
-            self._prompts = {key: _compiled(function, options, dynamic=True),
-                             **{known: prompt for known, prompt in self._prompts.items() if known[1] == key[1]}}
-        return self._prompts[key]
+            self._prompts[function] = _compiled(function, options, dynamic=True)
+        return self._prompts[function]
 
     def _generate(self, *args: object, **kwargs: object):
         return type(self.model).generate(self.model, *args, **kwargs)
@@ -473,19 +440,19 @@ class Engine:
         """The compiled forward pass of so many tokens of a sequence. Each has code of its own, so that its graph fits it
         alone. All engines of a model share them."""
         options = replace(self.settings.options, sparsity=sparsity)
-        steps, key = self._kept.steps, (options, tokens, self._kept.layers_of(self.model).version)
+        steps, key = self._kept.steps, (options, tokens)
         if key not in steps:
             steps[key] = _compiled(_logits, options)
 
         def step(**inputs: object) -> torch.Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             try:
-                return self._traced(steps[key], **inputs)
+                return steps[key](self.model, **inputs)
             except RuntimeError as error:
                 if not compat.is_trace_failure(error):
                     raise
                 steps[key] = self._other_step(options, caches.of(inputs), _brief(error))
-            return self._traced(steps[key], **inputs)
+            return steps[key](self.model, **inputs)
 
         return step
 
