@@ -24,12 +24,14 @@ class PlanView:
 
     rotation: its granularity. matrices: rotations [D, D] by basis, maps of heads and scales by site, where it has them.
     k: channels kept at each site. thresholds: in place of Top-K, with which each site keeps k channels on average.
+    basis: how the rotations were made.
     """
 
     rotation: str = "none"
     matrices: Mapping[str, torch.Tensor] = field(default_factory=dict)
     k: Mapping[str, int] = field(default_factory=dict)
     thresholds: Mapping[str, float] | None = None
+    basis: str = "pca"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Context:
     @property
     def pairs(self) -> int:
         """Components of the stream that two channels carry each: 4 bits are too few for the weights of the largest."""
-        return PAIRS if self.quantize == "int4" and self.treatment == "fold" else 0
+        principal = self.treatment == "fold" and self.plan.basis in ("pca", "trained")
+        return PAIRS if self.quantize == "int4" and principal else 0
 
     @property
     def graph(self) -> fx.Graph:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import larosa_fx
-from larosa_fx.ir.expressions import in_two
+from larosa_fx.ir import context
+from larosa_fx.ir.expressions import alike, doubled, in_two, left_over, strongest
 from larosa_fx.kernels import cpu
 from larosa_fx.kernels.quantization import BITS, dequantize, quantize
+from larosa_fx.passes import pack_adapters
 from tiny import batches, error, ids, llama
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -58,6 +60,63 @@ def test_an_adapter_in_two_halves_is_what_it_was():
     halves = dequantize(*quantize(in_two(adapter, 64, torch.bfloat16), 8, 64, torch.bfloat16)).double()
     assert (halves[:128] + halves[128:] - adapter).abs().max() < 4e-5
     assert (halves[:128] - adapter).abs().max() > 2e-3
+
+
+def test_a_doubled_component_lies_in_two_channels():
+    q = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    twice = doubled(q, 2)
+    assert (twice.T @ twice - torch.eye(16)).abs().max() < 1e-12
+    for first, last in ((0, 15), (1, 14)):
+        assert torch.allclose((q[:, first] @ twice)[[first, last]], torch.tensor(0.5, dtype=q.dtype).sqrt())
+    assert torch.equal(twice[:, 2:-2], q[:, 2:-2])
+    assert alike(torch.arange(1.0, 17), 2).tolist() == [*range(1, 15), 2, 1]
+
+
+def test_rows_left_over_are_those_that_can_write_the_most():
+    g = torch.Generator().manual_seed(1)
+    gated, down = (torch.randn(rows, columns, generator=g, dtype=torch.float64) for rows, columns in ((32, 128), (64, 64)))
+    gated[:, 7] *= 5
+    gated[:, 64 + 40] *= 9
+    chosen = strongest(gated, down, 2)
+    assert chosen.nonzero()[:, 0].tolist() == [7, 40] and chosen.sum(0).tolist() == [1, 1]
+    rest = left_over(down, chosen, 4, 64, torch.float32)
+    whole = dequantize(*quantize(down, 4, 64, torch.float32)).double() + chosen @ rest
+    assert torch.allclose(whole[[7, 40]], down[[7, 40]]) and not torch.allclose(whole[8], down[8], atol=1e-3)
+
+
+def like_a_trained_one(model):
+    """``model`` with what random ones lack: a direction that most of the stream lies along, components that next to nothing
+    lies in, and a channel of h4 that writes far more than all others."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 0.02
+            layer.mlp.down_proj.weight *= 0.02
+            layer.mlp.down_proj.weight[:, 5] *= 300
+            layer.mlp.gate_proj.weight[5] *= 4
+    return model
+
+
+@pytest.mark.parametrize("without", ["pairs", "rows left over"])
+def test_four_bits_spare_the_first_component_and_massive_activations(without, fresh_dynamo, monkeypatch):
+    model, x = like_a_trained_one(llama(**WIDE)), ids(2, 12)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
+    exact = model(x).logits
+    ours = (compiled(model, quantize="int4", sparsity=0.0)(x).logits - exact).norm()
+    # Two layers have one adapter.
+    assert larosa_fx.last_report().count("pack_adapters", "rows left over") == pack_adapters.STRONGEST
+    if without == "pairs":
+        monkeypatch.setattr(context, "PAIRS", 0)
+    else:
+        monkeypatch.setattr(pack_adapters, "_made_by", lambda *_: None)
+    assert ours < 0.9 * (compiled(model, quantize="int4", sparsity=0.0)(x).logits - exact).norm()
+
+
+def test_eight_bits_take_no_rows_more(fresh_dynamo):
+    model, x = llama(**WIDE), ids(1, 6)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
+    compiled(model, quantize="int8", sparsity=0.5)(x)
+    assert larosa_fx.last_report().count("pack_adapters", "rows left over") == 0
 
 
 def test_weights_that_are_given_up_take_no_memory(fresh_dynamo):

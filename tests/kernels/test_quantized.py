@@ -48,6 +48,31 @@ def test_the_steps_of_four_bits_fit_their_numbers(group):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [64, 128])
+def test_what_is_stored_comes_back_the_same_every_time(bits, group):
+    """Weights that are multiples of a step come back exactly; equal weights give equal bits, whatever lies around them."""
+    g = torch.Generator().manual_seed(3)
+    numbers = torch.randint(0, 16, (32, 256), generator=g) if bits == 4 else torch.randint(-127, 128, (32, 256), generator=g)
+    numbers.view(32, -1, group)[..., :2] = torch.tensor([0, 15] if bits == 4 else [-127, 127])
+    weight = numbers * 0.25 - (2 if bits == 4 else 0)
+    first = quantize(weight, bits, group, torch.float32)
+    assert torch.equal(dequantize(*first), weight)
+    again = quantize(torch.cat([weight * 3, weight]), bits, group, torch.float32)
+    assert all(torch.equal(a[32:], b) for a, b in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_a_pair_of_rows_holds_its_sum_to_twice_the_bits(bits, pairs):
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    plain, paired = (dequantize(*quantize(weight, bits, 64, torch.float32, p)).double() for p in (0, pairs))
+    assert torch.equal(plain[pairs:-pairs], paired[pairs:-pairs])
+    sums, found = weight[:pairs] + weight[-pairs:].flip(0), paired[:pairs] + paired[-pairs:].flip(0)
+    rounded = plain[:pairs] + plain[-pairs:].flip(0)
+    assert (found - sums).norm() < (rounded - sums).norm() / 8
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("weight", [torch.zeros(4, 128), torch.full((4, 128), -3.0), torch.eye(128)[:4] * 1e-3])
 def test_odd_weights_come_back(bits, weight):
     found = dequantize(*quantize(weight, bits, 64, torch.bfloat16))
