@@ -6,8 +6,8 @@ Where weights are quantised an adapter has tensors of its own, twice 8 bits: r A
 through all adapters, and its few large channels would make the rounding of 8 bits noise beside all others; the noise of
 a weight enters a branch alone.
 
-Where weights have 4 bits, the same product takes in what rounding leaves over in a few rows of h4: [r, r, x S] . [A_8;
-A - A_8; S^T (W - W_4)], S one-hot. A model makes its massive activations there, one channel of thousands, and the rounding
+Where weights have 4 bits, the same product takes in what rounding leaves over in a few rows of h4, S: [r, r, x_S] . [A_8;
+A - A_8; (W - W_4)_S]. A model makes its massive activations there, one channel of thousands, and the rounding
 of that channel's row is noise in all that attends to the token (``ir.expressions.strongest`` finds it without data).
 """
 
@@ -54,7 +54,7 @@ def run(ctx: Context) -> PassResult:
                     chosen = ex.weight_call(graph, ex.strongest, made, exact, STRONGEST)
                     more = ex.weight_call(graph, ex.left_over, exact, chosen, weight.bits, weight.group, weight.dtype)
                     rows = graph.call_function(torch.cat, ([rows, more], 0))
-                    read.append(graph.call_function(torch.matmul, (sparse.x, chosen)))
+                    read.append(graph.call_function(torch.index_select, (sparse.x, -1, chosen)))
                     result.count("rows left over", STRONGEST)
                 stored, matrix = quantised.emit(graph, rows)
                 read = graph.call_function(torch.cat, (read, -1))

@@ -67,20 +67,19 @@ def alike(scale: torch.Tensor, pairs: int) -> torch.Tensor:
 
 
 def strongest(gated: torch.Tensor, down: torch.Tensor, count: int) -> torch.Tensor:
-    """[K, count], one-hot columns: the channels of ``down``, [K, N], that can write the most.
+    """The channels of ``down``, [K, N], that can write the most, [count] int64.
 
     ``gated``, [D, 2 K]: the weights of the gate and of what it multiplies, which make the channels. The norms of a channel's
     two columns and of its row, multiplied, decide.
     """
     norms = gated.norm(dim=0).chunk(2)
-    channels = (norms[0] * norms[1] * down.norm(dim=1)).topk(count).indices
-    return torch.zeros(len(down), count, dtype=down.dtype, device=down.device).scatter_(0, channels[None], 1)
+    return (norms[0] * norms[1] * down.norm(dim=1)).topk(count).indices
 
 
 def left_over(w: torch.Tensor, chosen: torch.Tensor, bits: int, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """What rounding leaves over of the rows of w, [K, N], that the one-hot columns of ``chosen`` name."""
-    w = chosen.mT @ w
-    return w - dequantize(*quantize(w, bits, group, dtype))
+    """What rounding leaves over of the chosen rows of w, [K, N]."""
+    rows = w[chosen]
+    return rows - dequantize(*quantize(rows, bits, group, dtype))
 
 
 def in_two(w: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:

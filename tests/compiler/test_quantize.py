@@ -78,9 +78,9 @@ def test_rows_left_over_are_those_that_can_write_the_most():
     gated[:, 7] *= 5
     gated[:, 64 + 40] *= 9
     chosen = strongest(gated, down, 2)
-    assert chosen.nonzero()[:, 0].tolist() == [7, 40] and chosen.sum(0).tolist() == [1, 1]
+    assert sorted(chosen.tolist()) == [7, 40]
     rest = left_over(down, chosen, 4, 64, torch.float32)
-    whole = dequantize(*quantize(down, 4, 64, torch.float32)).double() + chosen @ rest
+    whole = dequantize(*quantize(down, 4, 64, torch.float32)).double().index_add(0, chosen, rest)
     assert torch.allclose(whole[[7, 40]], down[[7, 40]]) and not torch.allclose(whole[8], down[8], atol=1e-3)
 
 
