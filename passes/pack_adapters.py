@@ -51,7 +51,7 @@ def run(ctx: Context) -> PassResult:
                 read = [residual, residual]
                 if made is not None:
                     exact, weight = _exact(sparse), sparse.weight
-                    chosen = ex.weight_call(graph, ex.strongest, made, exact, STRONGEST)
+                    chosen = ex.weight_call(graph, ex.strongest, *(ex.unrotated(graph, w) for w in (made, exact)), STRONGEST)
                     more = ex.weight_call(graph, ex.left_over, exact, chosen, weight.bits, weight.group, weight.dtype)
                     rows = graph.call_function(torch.cat, ([rows, more], 0))
                     read.append(graph.call_function(torch.index_select, (sparse.x, -1, chosen)))

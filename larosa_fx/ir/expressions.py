@@ -207,6 +207,29 @@ def weight_call(graph: fx.Graph, function: Callable, *args: object) -> fx.Node:
     return graph.call_function(function, args)
 
 
+def unrotated(graph: fx.Graph, weight: fx.Node) -> fx.Node:
+    """``weight`` without the rotations that it is multiplied by, where they are its outermost factors.
+
+    A rotation changes no norm of what it turns, so norms need not wait for the products, which are most of a fold's work.
+    """
+    if g.calls(weight, torch.matmul):
+        for factor, rest in (weight.args, weight.args[::-1]):
+            if _is_rotation(factor):
+                return unrotated(graph, rest)
+    if g.calls(weight, torch.t):
+        return weight_call(graph, torch.t, unrotated(graph, weight.args[0]))
+    if g.calls(weight, torch.cat):
+        parts, *dim = weight.args
+        return weight_call(graph, torch.cat, [unrotated(graph, part) for part in parts], *dim)
+    return weight
+
+
+def _is_rotation(node: fx.Node) -> bool:
+    if g.calls(node, torch.t, doubled):
+        return _is_rotation(node.args[0])
+    return node.op == "get_attr" and ROTATION in node.meta
+
+
 def hoist_weights(graph: fx.Graph, node: fx.Node) -> None:
     """Move the weight expressions that ``node`` depends on in front of it: they depend on placeholders alone."""
     needed = [n for n in g.upstream(node, lambda n: False) if n.op not in ("placeholder", "get_attr") and n is not node]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import larosa_fx
-from larosa_fx.ir import context
+from larosa_fx.ir import context, expressions
 from larosa_fx.ir.expressions import alike, doubled, in_two, left_over, strongest
 from larosa_fx.kernels import cpu
 from larosa_fx.kernels.quantization import BITS, dequantize, quantize
@@ -110,6 +110,26 @@ def test_four_bits_spare_the_first_component_and_massive_activations(without, fr
     else:
         monkeypatch.setattr(pack_adapters, "_made_by", lambda *_: None)
     assert ours < 0.9 * (compiled(model, quantize="int4", sparsity=0.0)(x).logits - exact).norm()
+
+
+def test_the_choice_of_rows_waits_for_no_rotation(fresh_dynamo, monkeypatch):
+    """Norms are the same with and without, so the products with rotations need not be there."""
+    asked = []
+
+    def spy(gated, down, count):
+        asked.append((gated, down))
+        return strongest(gated, down, count)
+
+    monkeypatch.setitem(expressions.WEIGHT_FUNCTIONS, strongest, spy)
+    model = llama(**WIDE)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
+    compiled(model, quantize="int4", sparsity=0.0)(ids(1, 1))
+    mlp, norm = model.model.layers[0].mlp, model.model.layers[0].post_attention_layernorm
+    gated, down = asked[-1]
+    exact = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).double() * norm.weight.double()
+    assert torch.equal(gated, exact.T) and torch.equal(down, mlp.down_proj.weight.double().T)
+    q = torch.linalg.qr(torch.randn(128, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))[0]
+    assert torch.equal(strongest(q @ gated, down @ q, 8), strongest(gated, down, 8))
 
 
 def test_eight_bits_take_no_rows_more(fresh_dynamo):
