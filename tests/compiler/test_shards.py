@@ -63,7 +63,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):  # 5.17 
     MODELS["qwen3-moe"] = qwen3_moe
 
 
-PACKED = [*MODELS, "llama int8"]
+PACKED = ["llama", "biases", "mixtral", "llama int8"]
 
 QUICK = {"steps": 6, "batch": 4, "rows": 2, "validate_every": 3, "lr": 2e-3}
 TRAININGS = {"threshold": QUICK, "topk": {**QUICK, "selection": "topk"},
