@@ -11,13 +11,15 @@ in dense models, the head stay.
 
 Rows: method, quantize ("none", "int8", "int4"), group (of 4-bit weights; the columns' or the inputs' largest divisor among
 those asked for), sparsity (of bytes), text, windows, ppl, delta_nll and delta_se (over the unquantised dense model, paired
-by window), kl and kl_se (nats a token).
+by window), kl and kl_se (nats a token), commit, command.
+Rows are written after each case and replace those of an earlier run of it; ``--methods`` and ``--formats`` renew some.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,15 +76,18 @@ def rounded(model: nn.Module, rounding: Callable[[Tensor, int], Tensor], group: 
     return model
 
 
-def models(model: nn.Module, sparsities: list[float], groups: list[int]) -> Iterator[tuple[dict, Callable]]:
+def models(model: nn.Module, methods: list[str], formats: list[str], sparsities: list[float], groups: list[int]
+           ) -> Iterator[tuple[dict, Callable]]:
     """(what a row says of it, the model to call), one at a time; ``model`` is calibrated."""
     for group in groups:
         for (method, quantize), rounding in DENSE.items():
-            if quantize == "int8" and group != groups[0]:
+            if method not in methods or quantize not in formats or (quantize == "int8" and group != groups[0]):
                 continue
             yield {"method": method, "quantize": quantize, "group": group if quantize == "int4" else None,
                    "sparsity": 0.0}, rounded(model, rounding, group)
     for quantize, group in [("none", groups[0]), *((q, g) for g in groups for q in ("int8", "int4"))]:
+        if "larosa" not in methods or quantize not in formats:
+            continue
         site.GROUPS = tuple(g for g in (128, 64, 32) if g <= group)
         for sparsity in sparsities:
             torch.compiler.reset()
@@ -90,6 +95,13 @@ def models(model: nn.Module, sparsities: list[float], groups: list[int]) -> Iter
             compiled = torch.compile(model, backend="larosa", options=options)
             yield {"method": "larosa", "quantize": quantize, "group": None if quantize == "none" else group,
                    "sparsity": sparsity}, compiled
+
+
+def merge(rows: list[dict], new: dict) -> list[dict]:
+    """``rows`` with ``new`` in the place of the same case's."""
+    keys = ("method", "quantize", "group", "sparsity", "text")
+    place = next((i for i, row in enumerate(rows) if all(row.get(key) == new.get(key) for key in keys)), len(rows))
+    return [*rows[:place], new, *rows[place + 1:]]
 
 
 def main() -> None:
@@ -100,6 +112,8 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, metavar="TEXT")
     parser.add_argument("--calibration-windows", type=int, default=16)
     parser.add_argument("--text", nargs="+", required=True, metavar="NAME=TEXT")
+    parser.add_argument("--methods", nargs="+", default=["dense-rtn", "dense-hqq", "larosa"])
+    parser.add_argument("--formats", nargs="+", default=["none", "int8", "int4"])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.4, 0.5])
     parser.add_argument("--group", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--window", type=int, default=512)
@@ -115,24 +129,27 @@ def main() -> None:
     calibrate(model, calibration.split(args.rows), selection="topk")
     dense = copy.deepcopy(model)
     base = {name: window_scores(dense, ids, rows=args.rows, progress=False)[0] for name, ids in texts.items()}
-    rows: list[dict[str, object]] = [
-        {"method": "dense", "quantize": "none", "sparsity": 0.0, "text": name, "windows": len(nll),
-         "ppl": math.exp(nll.mean())} for name, nll in base.items()]
+    held = Path(args.json) if args.json else None
+    rows: list[dict[str, object]] = json.loads(held.read_text())["rows"] if held and held.exists() else []
+    origin = {"commit": provenance.commit(), "command": provenance.command()}
+    for name, nll in base.items():
+        rows = merge(rows, {"method": "dense", "quantize": "none", "sparsity": 0.0, "text": name, "windows": len(nll),
+                            "ppl": math.exp(nll.mean()), **origin})
     about = {
-        "command": provenance.command(), "device": device_name(args.device), "dtype": "float32",
-        "model": provenance.model_name(model, args.model), "commit": provenance.commit(),
+        "device": device_name(args.device), "dtype": "float32", "model": provenance.model_name(model, args.model),
         "versions": library_versions(), "calibration_tokens": calibration.numel()}
-    for case, called in models(model, args.sparsity, args.group):
+    for case, called in models(model, args.methods, args.formats, args.sparsity, args.group):
         for name, ids in texts.items():
             nll, kl = window_scores(_callable(called, model), ids, dense, rows=args.rows, progress=False)
             delta, error = paired(nll, base[name])
             mean, spread = paired(kl, torch.zeros_like(kl))
-            rows.append({**case, "text": name, "windows": len(nll), "ppl": math.exp(nll.mean()), "delta_nll": delta,
-                         "delta_se": error, "kl": mean, "kl_se": spread})
-            print(*(f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}"
-                    for key, value in rows[-1].items()), flush=True)
-            if args.json:
-                provenance.write_results(Path(args.json), rows, provenance=about)
+            row = {**case, "text": name, "windows": len(nll), "ppl": math.exp(nll.mean()), "delta_nll": delta,
+                   "delta_se": error, "kl": mean, "kl_se": spread}
+            print(*(f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()),
+                  flush=True)
+            rows = merge(rows, row | origin)
+            if held:
+                provenance.write_results(held, rows, provenance=about)
     shown = ("method", "quantize", "group", "sparsity", "text", "ppl", "kl", "kl_se")
     print(tabulate([[row.get(key) for key in shown] for row in rows], shown, floatfmt=".4f"))
 
