@@ -449,7 +449,7 @@ def page(text: str, name: str, rows: Sequence[Row]) -> str:
     columns = {}  # name -> place
     for row in sorted(rows, key=lambda row: models.index(row["model"])):
         dense = row["sparsity"] is None
-        sparsity = row["sparsity"] if row["byte_sparsity"] != 0 else 0  # many rows read all, whatever was asked for
+        sparsity = row["sparsity"] if row.get("byte_sparsity") != 0 else 0  # many rows read all, whatever was asked for
         column = row["variant"].replace("dense-", "dense, ") if dense else f"{sparsity:.0%} not read"
         ratio = row["ratio_to_best_dense"]
         faster = "" if dense or not ratio else f" ({ratio:.2f}x)"
