@@ -423,7 +423,7 @@ def merge(rows: Sequence[Row], new: Row) -> list[Row]:
     def model(row: Row) -> tuple:
         return row["model"], row["layers"], row["device"], row.get("ranks", 1), row.get("batch", 1)
 
-    merged = [row for row in rows if case(row) != case(new)] + [new]
+    merged = provenance.merged(rows, new, case)
     beside = [row for row in merged if model(row) == model(new)]
     best = min((row["ms_per_token"] for row in beside if row["variant"] in DENSE), default=None)
     for row in beside:

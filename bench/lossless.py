@@ -191,11 +191,11 @@ def main() -> int:
     held = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for row in measured:
         rows.append(row)
-        held = [other for other in held if case(other) != case(row | origin)]
+        held = provenance.merged(held, row | origin, case)
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
         if args.json:
-            provenance.write_results(args.json, held + [r | origin for r in rows], provenance={
-                "device": origin["device"], "versions": library_versions()})
+            provenance.write_results(args.json, held, provenance={"device": origin["device"],
+                                                                  "versions": library_versions()})
     if not args.decode:
         print(table(rows))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +49,11 @@ def device(name: str) -> str:
         lines = []
     product = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{product}, {torch.get_num_threads()} threads"
+
+
+def merged(rows: Sequence[Mapping], new: Mapping, case: Callable[[Mapping], tuple]) -> list[Mapping]:
+    """``rows`` with ``new`` behind them, in place of what was measured of the same ``case`` before."""
+    return [row for row in rows if case(row) != case(new)] + [new]
 
 
 def write_results(path: str | os.PathLike, rows: Sequence[Mapping], **about: object) -> None:

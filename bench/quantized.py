@@ -97,11 +97,9 @@ def models(model: nn.Module, methods: list[str], formats: list[str], sparsities:
                    "sparsity": sparsity}, compiled
 
 
-def merge(rows: list[dict], new: dict) -> list[dict]:
-    """``rows`` with ``new`` in the place of the same case's."""
-    keys = ("method", "quantize", "group", "sparsity", "text")
-    place = next((i for i, row in enumerate(rows) if all(row.get(key) == new.get(key) for key in keys)), len(rows))
-    return [*rows[:place], new, *rows[place + 1:]]
+def case_of(row: dict) -> tuple:
+    """What a row is a figure of: a later one takes its place."""
+    return tuple(row.get(key) for key in ("method", "quantize", "group", "sparsity", "text"))
 
 
 def main() -> None:
@@ -133,8 +131,9 @@ def main() -> None:
     rows: list[dict[str, object]] = json.loads(held.read_text())["rows"] if held and held.exists() else []
     origin = {"commit": provenance.commit(), "command": provenance.command()}
     for name, nll in base.items():
-        rows = merge(rows, {"method": "dense", "quantize": "none", "sparsity": 0.0, "text": name, "windows": len(nll),
-                            "ppl": math.exp(nll.mean()), **origin})
+        rows = provenance.merged(rows, {
+            "method": "dense", "quantize": "none", "sparsity": 0.0, "text": name, "windows": len(nll),
+            "ppl": math.exp(nll.mean()), **origin}, case_of)
     about = {
         "device": device_name(args.device), "dtype": "float32", "model": provenance.model_name(model, args.model),
         "versions": library_versions(), "calibration_tokens": calibration.numel()}
@@ -147,7 +146,7 @@ def main() -> None:
                    "delta_se": error, "kl": mean, "kl_se": spread}
             print(*(f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()),
                   flush=True)
-            rows = merge(rows, row | origin)
+            rows = provenance.merged(rows, row | origin, case_of)
             if held:
                 provenance.write_results(held, rows, provenance=about)
     shown = ("method", "quantize", "group", "sparsity", "text", "ppl", "kl", "kl_se")
