@@ -8,7 +8,8 @@ Weights are random: the time depends on shapes and on k, not on values. Under to
 ``tp_plan``, and each process makes its own part, on its own GPU. The compiled forward is called as transformers'
 ``generate`` calls it, with a static cache, after an eager prefill; the next token never visits the host. A row holds:
 
-- model, layers, dtype, device, ranks (processes that share the model), batch (sequences), rotation, variant ("dense-eager",
+- model, layers, dtype, device, ranks (processes that share the model), batch (sequences), step_tokens (of each sequence in a
+  step, more than one where drafts are verified; "a token" below is then a step), rotation, variant ("dense-eager",
   "dense-max-autotune", "larosa", "larosa-threshold", "larosa-int4", "larosa-int4-threshold", ...; "dense-int8" and
   "dense-int4" are torchao's weight-only formats under torch.compile's max-autotune, int4 as tinygemm takes it, in groups of
   128), bits (that a weight of a decoder layer takes, its scales included);
@@ -19,8 +20,8 @@ Weights are random: the time depends on shapes and on k, not on values. Under to
   takes to launch a step without waiting for it; where that is not clearly below ms_per_token, the host sets the pace;
 - graph_replays: of CUDA graphs, in a step; 0 where none is replayed, whatever was asked for;
 - comm_ms_per_token: what a step's sums over the ranks take alone, two a layer, 0 of one rank, None where they failed alone;
-- ratio_to_best_dense: how many times faster than the fastest dense variant of the same model, ranks and batch in the file,
-  in any dtype of 16 bits or more;
+- ratio_to_best_dense: how many times faster than the fastest dense variant of the same model, ranks, batch and step_tokens
+  in the file, in any dtype of 16 bits or more;
 - weight_bytes_touched a step, head and adapters included, achieved_gb_per_s, and share_of_byte_limit: against a plain
   read of memory measured in the same run. All three are one rank's, the first's, as is byte_sparsity;
 - logit_error: largest difference to the eager dense logits of the first step over the largest of them; compile_seconds
@@ -126,6 +127,7 @@ class Setting:
     rotation: str = "layer"
     mode: str | None = None  # Inductor's, for larosa
     batch: int = 1
+    step_tokens: int = 1
 
 
 class Decoding:
@@ -134,17 +136,21 @@ class Decoding:
     def __init__(self, model: torch.nn.Module, setting: Setting) -> None:
         ids = tokens(model, setting.batch, setting.prompt)
         self.cache = StaticCache(config=model.config, max_cache_len=setting.cache)
-        self.position = torch.full((1, 1), setting.prompt, device=model.device)  # the same of all sequences, as is the mask
-        self.mask = (torch.arange(setting.cache, device=model.device) <= setting.prompt)[None, None, None]
-        self.token = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        self.slots = torch.arange(setting.cache, device=model.device)
+        # The same of all sequences, as is the mask: each token sees what lies before it, and itself.
+        self.position = setting.prompt + self.slots[None, :setting.step_tokens]
+        self.mask = (self.slots <= self.position[..., None])[None]
+        first = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        self.tokens = first.repeat(1, setting.step_tokens)
 
     def step(self, forward: Callable) -> torch.Tensor:
-        """Logits [B, 1, V] of one step; they may be overwritten by the next."""
-        logits = forward(input_ids=self.token, past_key_values=self.cache, position_ids=self.position,
-                         attention_mask=self.mask, logits_to_keep=1, use_cache=True, return_dict=True).logits
-        torch.argmax(logits, -1, out=self.token)
-        self.position += 1
-        self.mask.index_fill_(-1, self.position[0], True)
+        """Logits [B, step_tokens, V] of one step; they may be overwritten by the next."""
+        tokens = self.tokens.shape[1]
+        logits = forward(input_ids=self.tokens, past_key_values=self.cache, position_ids=self.position,
+                         attention_mask=self.mask, logits_to_keep=tokens, use_cache=True, return_dict=True).logits
+        torch.argmax(logits, -1, out=self.tokens)
+        self.position += tokens
+        torch.le(self.slots, self.position[..., None], out=self.mask[0])
         return logits
 
 
@@ -177,7 +183,7 @@ def tokens(model: torch.nn.Module, batch: int, length: int) -> torch.Tensor:
 def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequence[float], setting: Setting, *,
             bandwidth: float) -> Iterator[Row]:
     """Rows of one model, each as soon as it is measured, without what compares rows. ``bandwidth``: bytes a second."""
-    needed = setting.prompt + 1 + WARMUP + LAUNCHES + setting.tokens
+    needed = setting.prompt + setting.step_tokens * (1 + WARMUP + LAUNCHES + setting.tokens)
     if needed > setting.cache:
         raise ValueError(f"{needed} positions do not fit into a cache of {setting.cache}")
     # At 0 there is nothing to select, whichever way.
@@ -272,7 +278,7 @@ def _timed(model: torch.nn.Module, variant: str, sparsity: float | None, setting
     quintiles = statistics.quantiles(steps, n=5)
     median = statistics.median(steps)
     return {"ms_per_token": median, "p20": quintiles[0], "p80": quintiles[-1],
-            "tokens_per_second": setting.batch * 1e3 / median, "host_ms_per_token": host,
+            "tokens_per_second": setting.batch * setting.step_tokens * 1e3 / median, "host_ms_per_token": host,
             "graph_replays": len(replayed) / LAUNCHES, "logit_error": error, "compile_seconds": compile_seconds}
 
 
@@ -421,7 +427,7 @@ def merge(rows: Sequence[Row], new: Row) -> list[Row]:
         return *model(row), row["dtype"], row["variant"], row["rotation"], row["sparsity"]
 
     def model(row: Row) -> tuple:
-        return row["model"], row["layers"], row["device"], row.get("ranks", 1), row.get("batch", 1)
+        return row["model"], row["layers"], row["device"], *(row.get(key, 1) for key in ("ranks", "batch", "step_tokens"))
 
     merged = provenance.merged(rows, new, case)
     beside = [row for row in merged if model(row) == model(new)]
@@ -459,6 +465,7 @@ def page(text: str, name: str, rows: Sequence[Row]) -> str:
         columns[column] = (sparsity, "") if not dense else (-1, (*DENSE, *QUANTIZED).index(row["variant"]))
         many = f", {shared} ranks" if (shared := row.get("ranks", 1)) > 1 else ""
         many += f", batch {batch}" if (batch := row.get("batch", 1)) > 1 else ""
+        many += f", {tokens} tokens a step" if (tokens := row.get("step_tokens", 1)) > 1 else ""
         case = cases.setdefault(f"{row['model']}, {row['dtype']}{many}{turned}{selected}", {})
         case[column] = f"{row['ms_per_token']:.3g}{faster}"
     ordered = sorted(columns, key=columns.get)
@@ -478,6 +485,7 @@ def main() -> int:
     known = {*SPARSE, *QUANTIZED, *(variant for variants in VARIANTS.values() for variant in variants)}
     parser.add_argument("--variants", nargs="+", choices=sorted(known))
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences side by side")
+    parser.add_argument("--step-tokens", type=int, nargs="+", default=[1], help="of each sequence in a step")
     parser.add_argument("--rotation", default="layer", choices=list(BASES))
     parser.add_argument("--mode", help="Inductor's for larosa; max-autotune on a GPU, its default on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -509,20 +517,23 @@ def main() -> int:
     wrong = []
     for name, dtype in itertools.product(args.model, args.dtype):
         model = build(name, args.layers, getattr(torch, dtype), args.device)
-        for batch in args.batch:
-            about = {"model": name, "layers": model.config.num_hidden_layers, "dtype": dtype, "batch": batch}
-            setting = Setting(args.prompt, args.tokens, args.cache, args.rotation, mode, batch)
+        for batch, together in itertools.product(args.batch, args.step_tokens):
+            about = {"model": name, "layers": model.config.num_hidden_layers, "dtype": dtype, "batch": batch,
+                     "step_tokens": together}
+            setting = Setting(args.prompt, args.tokens, args.cache, args.rotation, mode, batch, together)
             measured: list[Row] = []
             for row in measure(model, args.variants or VARIANTS[kind], args.sparsity, setting, bandwidth=bandwidth):
                 row = about | row | origin
                 rows, measured = merge(rows, row), [*measured, row]
-                say(f"{name} {dtype} x {batch} {row['variant']} {row['byte_sparsity']:.0%}: {row['ms_per_token']:.3f} ms")
+                say(f"{name} {dtype} {batch} x {together} {row['variant']} {row['byte_sparsity']:.0%}: "
+                    f"{row['ms_per_token']:.3f} ms")
                 if args.json and rank() == 0:
                     provenance.write_results(args.json, rows, provenance=header)
                 exact = row["byte_sparsity"] == 0 and row["bits"] == 8 * model.dtype.itemsize
                 if not row["logit_error"] < (TOLERANCE[model.dtype] if exact else math.inf):
                     wrong.append(row)
-            say(f"\n{name}, {about['layers']} layers, {dtype}, ranks {ranks()}, batch {batch}\n{table(measured)}\n")
+            say(f"\n{name}, {about['layers']} layers, {dtype}, ranks {ranks()}, {batch} x {together} tokens\n"
+                f"{table(measured)}\n")
         del model
     for row in wrong:
         say(f"WRONG: {row['model']} {row['variant']} at {row['byte_sparsity']:.0%}: logit error {row['logit_error']:.1e}")

@@ -53,6 +53,20 @@ def test_sequences_share_what_a_step_reads():
     assert three["weight_bytes_touched"] > one["weight_bytes_touched"]
 
 
+def test_several_tokens_of_a_sequence():
+    """Each step begins where the last one ended, and no token sees those behind it."""
+    model, setting = tiny.llama(), replace(SETTING, step_tokens=3, cache=96)
+    row, = decode.measure(model, ["larosa"], [0.0], setting, bandwidth=1e9)
+    assert row["logit_error"] < 1e-4 and row["tokens_per_second"] == pytest.approx(3e3 / row["ms_per_token"])
+    decoding = decode.Decoding(model, setting)
+    with torch.no_grad():
+        given = torch.cat([decode.tokens(model, 1, setting.prompt), decoding.tokens], dim=1)
+        decoding.step(model)
+        given = torch.cat([given, decoding.tokens], dim=1)
+        torch.testing.assert_close(decoding.step(model), model(given).logits[:, -3:])
+    assert decoding.position.tolist() == [[14, 15, 16]]
+
+
 def test_bits_and_bytes_of_quantised_weights():
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 4096}
     dense, plain, eight, four = rows(["dense-eager", "larosa", "larosa-int8", "larosa-int4"], [0.0], **sizes)
