@@ -13,7 +13,9 @@ from torch import Tensor
 BITS = {"int8": 8, "int4": 4}
 _RANGES = (1.0, 0.93, 0.87, 0.8)  # an int4 group's, in parts of the whole one: where fits of its steps begin
 _FITS = 6
-_CHUNK = 1 << 20  # weights quantised at a time: bounds what is computed on the way
+#: Weights quantised at a time: what is computed on the way is many times as large. A CPU keeps it in its caches; a GPU needs
+#: some hundred launches for each such part, whatever its size.
+_CHUNK = {"cuda": 1 << 24, "cpu": 1 << 20}
 
 
 def quantize(weight: Tensor, bits: int, group: int, dtype: torch.dtype, pairs: int = 0) -> tuple[Tensor, Tensor]:
@@ -29,7 +31,7 @@ def quantize(weight: Tensor, bits: int, group: int, dtype: torch.dtype, pairs: i
     columns = weight.shape[1]
     if columns % group or (bits == 4 and group % 2):
         raise ValueError(f"groups of {group} do not divide the {columns} columns of a weight; choose another group")
-    step = max(1, _CHUNK // columns)
+    step = max(1, _CHUNK.get(weight.device.type, weight.numel()) // columns)  # a meta tensor has nothing but a shape
     parts = [_int8(w, group, dtype) if bits == 8 else _int4(w, group, dtype) for w in weight.split(step)]
     q, scales = torch.cat([q for q, _ in parts]), torch.cat([s for _, s in parts])
     if pairs:

@@ -63,7 +63,7 @@ def _inputs(ctx: Context, originals: Sequence[object]) -> dict[fx.Node, object]:
         if isinstance(entry, Recipe):
             sources = [torch.empty(tuple(map(compat.concrete, originals[i].shape)), device="meta") for i in entry.sources]
             examples[node] = entry.evaluate(sources, ctx.plan.matrices, dtype=ctx.structure.dtype,
-                                            device=torch.device("meta"))
+                                            device=torch.device("meta"))[entry]
     return examples
 
 

@@ -112,11 +112,15 @@ def _samples(p: torch.Tensor) -> torch.Tensor:
 
 @dataclass(eq=False)
 class Folded:
-    """A folded tensor, the parameters that it was folded from, and their marks then."""
+    """A folded tensor, the parameters that it was folded from, and their marks then.
+
+    made_with: what the same evaluation made besides. It is kept for whoever asks for that next.
+    """
 
     tensor: torch.Tensor
     sources: list[weakref.ref]
     marks: list[tuple[int, int, int]]
+    made_with: list[Folded] = field(default_factory=list)
 
     def is_of(self, parameters: Sequence[torch.Tensor]) -> bool:
         return all(ref() is p for ref, p in zip(self.sources, parameters, strict=True))
@@ -209,24 +213,26 @@ class FoldStore:
 
         ``digest`` names the rotations' values. RuntimeError where a source was replaced and cannot be folded anew.
         """
-        key = (recipe.expression, digest, dtype, device, tuple(map(id, parameters)))
         marks = self.marks(parameters)
-        entry = self._entries.get(key)
-        if entry is not None and not entry.is_of(parameters):
-            entry = None  # an id that came again after its parameter was gone
-        if entry is not None and entry.marks == marks:
-            return entry
+        keys = {part: (part.expression, digest, dtype, device, tuple(map(id, parameters))) for part in recipe.parts}
+        known = {part: entry for part, key in keys.items()  # an id may come again after its parameter was gone
+                 if (entry := self._entries.get(key)) is not None and entry.is_of(parameters)}
+        if recipe in known and known[recipe].marks == marks:
+            return known[recipe]
         if any(self.is_replaced(p) for p in parameters):
             raise RuntimeError(self._gone(parameters))
         # What is folded outlives the call. An inference tensor could not be written to when a parameter changes.
         with torch.inference_mode(False), torch.no_grad():
-            folded = _evaluate(recipe, parameters, rotations, dtype, device)
-            if entry is None:
-                entry = Folded(folded, [weakref.ref(p) for p in parameters], marks)
-                self._enter(key, entry)
-            else:
-                entry.tensor.copy_(folded)
-                entry.marks = marks
+            made = {}
+            for part, folded in _evaluate(recipe, parameters, rotations, dtype, device).items():
+                if part in known:
+                    known[part].tensor.copy_(folded)
+                    known[part].marks = marks
+                else:
+                    made[part] = Folded(folded, [weakref.ref(p) for p in parameters], marks)
+                    self._enter(keys[part], made[part])
+        entry = known.get(recipe) or made.pop(recipe)
+        entry.made_with += made.values()
         return entry
 
     def _gone(self, parameters: Sequence[torch.Tensor]) -> str:
@@ -307,14 +313,18 @@ def without_memory(p: torch.Tensor, device: torch.device | None = None) -> torch
 
 
 def _evaluate(recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor],
-              dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The recipe's value in memory of its own, computed on ``device``, or in main memory where there is no room."""
+              dtype: torch.dtype, device: torch.device) -> dict[Recipe, torch.Tensor]:
+    """The values of a recipe's parts, computed on ``device``, or in main memory where there is no room."""
     try:
         folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=device)
     except torch.OutOfMemoryError:  # a head in fp64 is four times a head in bf16
         folded = None
     if folded is None:  # slower, but there is room; and only here is free what the failure's frames held
-        folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=torch.device("cpu")).to(device)
+        folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=torch.device("cpu"))
+    return {part: _in_memory_of_its_own(tensor.to(device), parameters) for part, tensor in folded.items()}
+
+
+def _in_memory_of_its_own(folded: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     aliases = not folded.is_meta and folded.data_ptr() in [p.data_ptr() for p in parameters]
     return folded.clone() if aliases else folded
 
@@ -455,8 +465,8 @@ class Binding:
     def specs(self, args: Sequence[object]) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:
         """Shape, dtype and device of each folded tensor, without folding."""
         meta = torch.device("meta")
-        folded = [recipe.evaluate([args[i].to(meta) for i in recipe.sources], self.rotations, dtype=self.dtype, device=meta)
-                  for recipe in self.recipes()]
+        folded = [recipe.evaluate([args[i].to(meta) for i in recipe.sources], self.rotations, dtype=self.dtype,
+                                  device=meta)[recipe] for recipe in self.recipes()]
         return [(tuple(tensor.shape), tensor.dtype, self.device) for tensor in folded]
 
     def fold(self, args: Sequence[object], *, replace: bool = False) -> list[Folded]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
 from larosa_fx.ir.expressions import WEIGHT_FUNCTIONS, centred, stored
+from larosa_fx.kernels.quantization import quantize
 
 _LARGE = 1 << 24  # elements of a weight that is folded whole
 _ROWS = 128  # what pieces are a multiple of; groups of quantised columns divide it
@@ -41,51 +43,79 @@ class Recipe:
 
         return cls(number(expression), tuple(sources))
 
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        """The recipes that one evaluation serves, this one among them: what is stored of a quantised weight, and its scales.
+        """
+        if not _is_quantised(self.expression):
+            return (self,)
+        weight, pairs = self.expression[:6], self.expression[7:]
+        return tuple(Recipe((*weight, ("constant", part), *pairs), self.sources) for part in (0, 1))
+
     def evaluate(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], *, dtype: torch.dtype,
-                 device: torch.device) -> torch.Tensor:
-        """The expression's value: computed in fp64 on ``device``, cast once to ``dtype``, contiguous. Integers stay.
+                 device: torch.device) -> dict[Recipe, torch.Tensor]:
+        """The value of each of ``parts``: computed in fp64 on ``device``, cast once to ``dtype``, contiguous. Integers stay.
 
         ``parameters`` are the sources in their numbered order. Meta parameters give the value's shape. FoldError where a
         finite value is beyond the dtype's range.
         """
         with torch.no_grad():
-            return _folded(self.expression, [p.detach() for p in parameters], rotations, dtype, device).contiguous()
+            values = _folded(self.expression, [p.detach() for p in parameters], rotations, dtype, device)
+        return {part: value.contiguous() for part, value in zip(self.parts, values, strict=True)}
+
+
+def _is_quantised(e: tuple) -> bool:
+    return e[:2] == ("call", stored)
 
 
 def _folded(e: tuple, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], dtype: torch.dtype,
-            device: torch.device) -> torch.Tensor:
-    """The value in ``dtype``. Parts are cast before they are joined: no two lie in memory in fp64 at a time."""
+            device: torch.device) -> list[torch.Tensor]:
+    """The values in ``dtype``. What is joined is cast before: no two lie in memory in fp64 at a time."""
     kind, *rest = e
     if kind == "call" and rest[0] is torch.cat and rest[1][0] == "list":
-        return torch.cat([_folded(part, parameters, rotations, dtype, device) for part in rest[1][1:]],
-                         *[argument for _, argument in rest[2:]])
+        joined = [_folded(part, parameters, rotations, dtype, device)[0] for part in rest[1][1:]]
+        return [torch.cat(joined, *[argument for _, argument in rest[2:]])]
     if kind == "call" and rest[0] in (torch.t, "t"):
-        return _folded(rest[1], parameters, rotations, dtype, device).t()
+        return [_folded(rest[1], parameters, rotations, dtype, device)[0].t()]
     if device.type != "meta":
         for i, p in enumerate(parameters):
             for dim in (0, 1) if p.ndim == 2 and p.numel() > _LARGE else ():
                 if (axis := _axis(e, i, dim)) is not None:
                     return _in_pieces(e, parameters, rotations, dtype, device, i, dim, axis)
-    return _cast(_value(e, parameters, rotations, device), dtype)
+    return _values(e, parameters, rotations, dtype, device)
 
 
 def _in_pieces(e: tuple, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], dtype: torch.dtype,
-               device: torch.device, i: int, dim: int, axis: int) -> torch.Tensor:
-    """The value, made of some rows or columns of input ``i`` at a time, which lie along its dimension ``axis``.
+               device: torch.device, i: int, dim: int, axis: int) -> list[torch.Tensor]:
+    """The values, made of some rows or columns of input ``i`` at a time, which lie along their dimension ``axis``.
 
     An embedding of 128,256 x 4,096 takes 4 GiB in fp64, for each step of its expression.
     """
-    whole, at = None, 0
-    length, across = parameters[i].shape[dim], parameters[i].numel() // parameters[i].shape[dim]
+    whole: list[torch.Tensor] = []
+    length, at = parameters[i].shape[dim], 0
+    across = parameters[i].numel() // length
     for part in parameters[i].split(max(_LARGE // across // _ROWS, 1) * _ROWS, dim):
-        piece = _cast(_value(e, [*parameters[:i], part, *parameters[i + 1:]], rotations, device), dtype)
-        if whole is None:  # a byte may hold two columns, and a scale be common to many
-            shape = list(piece.shape)
-            shape[axis] = piece.shape[axis] * length // part.shape[dim]
-            whole = torch.empty(shape, dtype=piece.dtype, device=device)
-        whole.narrow(axis, at, piece.shape[axis]).copy_(piece)
-        at += piece.shape[axis]
+        pieces = _values(e, [*parameters[:i], part, *parameters[i + 1:]], rotations, dtype, device)
+        # A byte may hold two columns, and a scale be common to many: so many of a value are one of the input.
+        shares = [Fraction(piece.shape[axis], part.shape[dim]) for piece in pieces]
+        if not whole:
+            for piece, share in zip(pieces, shares, strict=True):
+                shape = list(piece.shape)
+                shape[axis] = int(share * length)
+                whole.append(torch.empty(shape, dtype=piece.dtype, device=device))
+        for value, piece, share in zip(whole, pieces, shares, strict=True):
+            value.narrow(axis, int(share * at), piece.shape[axis]).copy_(piece)
+        at += part.shape[dim]
     return whole
+
+
+def _values(e: tuple, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], dtype: torch.dtype,
+            device: torch.device) -> list[torch.Tensor]:
+    """The values in ``dtype``; of a quantised weight both parts."""
+    if not _is_quantised(e):
+        return [_cast(_value(e, parameters, rotations, device), dtype)]
+    w, bits, group, scales, _, *pairs = (_value(x, parameters, rotations, device) for x in e[2:])
+    return [_cast(part, dtype) for part in quantize(w, bits, group, scales, *pairs)]
 
 
 def _value(e: object, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], device: torch.device):

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from larosa_fx.compiler.folds import STORE, FoldStore, forbid_use
+from larosa_fx.ir import recipe as recipes
+from larosa_fx.ir.expressions import stored
 from larosa_fx.ir.recipe import FoldError, Recipe
+from larosa_fx.kernels.quantization import dequantize, quantize
 from programs import orthogonal, program, rewrite, tiny_model, trace
 from tiny import ids
 
@@ -49,6 +52,10 @@ def fold(store, parameters, rotations, recipe=RECIPE, digest="a", dtype=torch.fl
     return store.get(recipe, parameters, rotations, digest, dtype, CPU)
 
 
+def value_of(recipe, parameters, rotations=None, dtype=torch.float32):
+    return recipe.evaluate(parameters, rotations or {}, dtype=dtype, device=CPU)[recipe]
+
+
 def by_hand(parameters, rotations):
     weight, gain = (p.double() for p in parameters)
     return (weight @ torch.diag(gain) @ rotations["q"].double()).float()
@@ -69,7 +76,7 @@ def test_an_input_used_twice_is_one_source():
     recipe = Recipe.of(("call", torch.add, ("input", 5), ("call", torch.t, ("input", 5))))
     assert recipe.sources == (5,)
     x = torch.randn(3, 3)
-    assert torch.equal(recipe.evaluate([x], {}, dtype=torch.float32, device=CPU), (x.double() + x.double().T).float())
+    assert torch.equal(value_of(recipe, [x]), (x.double() + x.double().T).float())
 
 
 def test_other_expressions_differ():
@@ -81,7 +88,7 @@ def test_other_expressions_differ():
 def test_evaluated_in_double_and_rounded_once(parameters):
     rotations = {"q": torch.eye(16)[torch.randperm(16)]}  # orthogonal to the last bit
     half = [p.bfloat16() for p in parameters]
-    value = RECIPE.evaluate(half, rotations, dtype=torch.bfloat16, device=CPU)
+    value = value_of(RECIPE, half, rotations, torch.bfloat16)
     assert torch.equal(value, (half[0].double() @ torch.diag(half[1].double()) @ rotations["q"].double()).bfloat16())
     assert value.is_contiguous()
 
@@ -90,7 +97,7 @@ def test_lists_and_constants():
     recipe = Recipe.of(("call", torch.cat, ("list", ("input", 2), ("call", torch.mul, ("input", 4), ("constant", 3.0))),
                         ("constant", 1)))
     a, b = torch.randn(2, 3), torch.randn(2, 5)
-    assert torch.allclose(recipe.evaluate([a, b], {}, dtype=torch.float32, device=CPU), torch.cat([a, 3 * b], 1))
+    assert torch.allclose(value_of(recipe, [a, b]), torch.cat([a, 3 * b], 1))
 
 
 # ---- store ---------------------------------------------------------------------------------------------------------
@@ -109,6 +116,26 @@ def test_what_tells_entries_apart(store, parameters, rotations):
                fold(store, parameters, rotations, Recipe.of(("call", torch.mul, ("input", 0), ("input", 1)))),
                fold(store, [parameters[0], torch.nn.Parameter(parameters[1].clone())], rotations)]
     assert len(set(entries)) == len(store) == len(entries)
+
+
+def test_a_weight_is_quantised_once(store, parameters, rotations, monkeypatch):
+    """What is stored and its scales are two tensors of a graph, and one rounding."""
+    calls = []
+    monkeypatch.setattr(recipes, "quantize", lambda *args: (calls.append(args), quantize(*args))[1])
+    four = ("call", stored, gain_and_rotation(0, 1), ("constant", 4), ("constant", 16), ("constant", torch.float32))
+    weight, scales = (Recipe.of((*four, ("constant", part))) for part in (0, 1))
+
+    def entries():
+        return [fold(store, parameters, rotations, recipe) for recipe in (weight, scales)]
+
+    first = entries()
+    assert len(calls) == 1 and [e.tensor.dtype for e in first] == [torch.uint8, torch.float32]
+    torch.testing.assert_close(dequantize(*(e.tensor for e in first)), by_hand(parameters, rotations), atol=0.3, rtol=0)
+    parameters[0].mul_(2)
+    assert entries() == first and len(calls) == 2
+    torch.testing.assert_close(dequantize(*(e.tensor for e in first)), by_hand(parameters, rotations), atol=0.6, rtol=0)
+    del first
+    assert len(store) == 0
 
 
 @pytest.mark.parametrize("which", [0, 1])

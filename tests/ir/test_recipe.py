@@ -31,6 +31,15 @@ WHOLE = {
 }
 
 
+def test_parts_of_a_quantised_weight():
+    four, scales = (Recipe.of(BY_ROWS[name]) for name in ("four bits", "their scales"))
+    assert four.parts == scales.parts == (four, scales)
+    paired = Recipe.of((*BY_ROWS["four bits"], ("constant", 2)))
+    assert paired.parts[0] == paired != four and paired.parts[1].expression == (*scales.expression, ("constant", 2))
+    plain = Recipe.of(BY_ROWS["turned"])
+    assert plain.parts == (plain,)
+
+
 class LargestInFp64(TorchDispatchMode):
     elements = 0
 
@@ -56,7 +65,9 @@ def evaluate(expression):
     g = torch.Generator().manual_seed(0)
     sources = [torch.randn(640, 64, generator=g), torch.rand(64, generator=g), torch.randn(64, 640, generator=g)]
     made, q = Recipe.of(expression), torch.randn(64, 64, generator=g)
-    return made.evaluate([sources[i] for i in made.sources], {"q": q}, dtype=torch.float32, device=torch.device("cpu"))
+    values = made.evaluate([sources[i] for i in made.sources], {"q": q}, dtype=torch.float32, device=torch.device("cpu"))
+    assert set(values) == set(made.parts)
+    return values[made]
 
 
 @pytest.mark.parametrize("name", [*BY_ROWS, *BY_COLUMNS, *WHOLE])
@@ -64,12 +75,12 @@ def test_pieces_make_up_the_whole(name, monkeypatch):
     expression = (BY_ROWS | BY_COLUMNS | WHOLE)[name]
     whole = evaluate(expression)
     monkeypatch.setattr(recipe, "_LARGE", 200 * 64)
-    sizes = []
-    cast = recipe._cast
-    monkeypatch.setattr(recipe, "_cast", lambda exact, dtype: (sizes.append(exact.numel()), cast(exact, dtype))[1])
+    made = []
+    values = recipe._values
+    monkeypatch.setattr(recipe, "_values", lambda *args: (made.append(args), values(*args))[1])
     with LargestInFp64() as seen:
         pieces = evaluate(expression)
-    assert len(sizes) == (1 if name in WHOLE else 5)
+    assert len(made) == (1 if name in WHOLE else 5)
     assert name in WHOLE or seen.elements == 128 * 64
     assert pieces.dtype == whole.dtype and pieces.is_contiguous()
     if pieces.dtype == torch.uint8:  # a value between two steps may fall on either side

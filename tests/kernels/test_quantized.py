@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from larosa_fx.kernels import cuda_quantized, nvrtc, reference
 from larosa_fx.kernels.quantization import dequantize, quantize
@@ -78,6 +79,25 @@ def test_odd_weights_come_back(bits, weight):
     found = dequantize(*quantize(weight, bits, 64, torch.bfloat16))
     assert found.isfinite().all()
     torch.testing.assert_close(found, weight, rtol=0.01, atol=1e-5)
+
+
+class Counted(TorchDispatchMode):
+    operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_shapes_alone_are_there_at_once():
+    """Every graph asks for the shapes of all its weights; part by part, as numbers are computed, that took minutes."""
+    large, small = (torch.empty(channels, 4096, dtype=torch.float64, device="meta") for channels in (14336, 16))
+    with Counted() as of_large:
+        stored, scales = quantize(large, 4, 64, torch.bfloat16, 1)
+    with Counted() as of_small:
+        quantize(small, 4, 64, torch.bfloat16, 1)
+    assert (stored.shape, stored.dtype, scales.shape) == ((14336, 2048), torch.uint8, (14336, 64, 2))
+    assert of_large.operations == of_small.operations
 
 
 def test_groups_must_divide_the_columns():
