@@ -31,7 +31,11 @@ def quantize(weight: Tensor, bits: int, group: int, dtype: torch.dtype, pairs: i
     columns = weight.shape[1]
     if columns % group or (bits == 4 and group % 2):
         raise ValueError(f"groups of {group} do not divide the {columns} columns of a weight; choose another group")
-    step = max(1, _CHUNK.get(weight.device.type, weight.numel()) // columns)  # a meta tensor has nothing but a shape
+    if weight.is_meta:  # a shape alone is asked for, and all of an int4's steps would take a while to say it
+        groups = columns // group
+        return (weight.new_empty((len(weight), columns * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8),
+                weight.new_empty((len(weight), groups) if bits == 8 else (len(weight), groups, 2), dtype=dtype))
+    step = max(1, _CHUNK.get(weight.device.type, _CHUNK["cpu"]) // columns)
     parts = [_int8(w, group, dtype) if bits == 8 else _int4(w, group, dtype) for w in weight.split(step)]
     q, scales = torch.cat([q for q, _ in parts]), torch.cat([s for _, s in parts])
     if pairs:
