@@ -7,6 +7,7 @@ stream, which lies whole on every rank, is added once, by the sum that the model
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -44,8 +45,8 @@ def _split(graph: fx.Graph, value: StreamNode) -> bool:
         return False
     (stream, adapter), collective = adapted.args, total.args[0]
     shard = Shard(0, g.sizes(stream)[-1], *compat.rank_of_sum(collective))
-    if shard.start * g.dtype(stream).itemsize % _ALIGNMENT or shard.length <= 0:
-        return False
+    if not all(_readable(replace(shard, rank=rank), g.dtype(stream)) for rank in range(shard.ranks)):
+        return False  # on any rank: what one leaves out of the sum another must add
     with graph.inserting_before(collective):
         channels = graph.call_function(torch.narrow, (stream, -1, shard.start, shard.length))
         rows = ex.weight_call(graph, ex.rows, adapter, shard.start, shard.length)
@@ -58,3 +59,8 @@ def _split(graph: fx.Graph, value: StreamNode) -> bool:
     add.replace_all_uses_with(branch)
     value.node = branch
     return True
+
+
+def _readable(part: Shard, dtype: torch.dtype) -> bool:
+    """Whether kernels read this part of the stream where it lies."""
+    return part.length > 0 and part.start * dtype.itemsize % _ALIGNMENT == 0

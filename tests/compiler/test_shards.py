@@ -58,6 +58,7 @@ MODELS = {
     "biases": lambda: llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),  # and no table to fold
     "qwen2": qwen2,  # biases of q, k and v
     "mixtral": mixtral,
+    "36 channels": lambda: llama(hidden_size=36, head_dim=8),  # whose second half begins where kernels do not read
 }
 if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):  # 5.17 hooks its q/k-norms as Dynamo cannot trace
     MODELS["qwen3-moe"] = qwen3_moe
@@ -225,6 +226,11 @@ def test_tables_and_adapters_are_shared(two, name):
         half = SIZES["hidden_size"] // 2
         (adapter,) = [site["writes"] for site in report["sites"] if "Q[layers.0]ᵀ Q[layers.1]" in (site["writes"] or "")]
         assert adapter in (f"(Q[layers.0]ᵀ Q[layers.1])[0:{half}]", f"(Q[layers.0]ᵀ Q[layers.1])[{half}:{2 * half}]")
+
+
+def test_an_adapter_that_one_rank_could_not_read_its_part_of_is_split_on_none(two):
+    for rank in two:
+        assert not counts(rank["36 channels"]["thresholds"][1], "split_adapters")
 
 
 def test_sites_are_halved_where_their_channels_are_split(files, two):
