@@ -39,7 +39,7 @@ def run(ctx: Context) -> PassResult:
             site.rotation = _map_heads(gm, site, f"{site.name}/heads", matrices, ctx.rotate_cache, result)
             result.count(site.rotation)
         if f"{site.name}/scale" in matrices:
-            _scale(gm, site, f"{site.name}/scale", matrices, ctx.pairs if site.inner else 0)
+            _scale(gm, site, f"{site.name}/scale", matrices, site.pairs)
             result.count("scales")
     return result
 

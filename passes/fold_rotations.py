@@ -8,8 +8,6 @@ one matrix. What else reads the stream gets it rotated back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import fx
 
@@ -27,7 +25,7 @@ def run(ctx: Context) -> PassResult:
     assign_bases(structure, ctx.plan.rotation)
     for site in structure.inner_sites():
         site.rotation = f"fold {BASES[ctx.plan.rotation](site)}"
-    rotate = _Rotator(ctx.gm, ctx.plan.matrices, ctx.pairs)
+    rotate = _Rotator(ctx)
     for i, value in enumerate(structure.stream):
         following = structure.stream[i + 1].node if i + 1 < len(structure.stream) else None
         kept = {following, *value.norms}
@@ -37,6 +35,9 @@ def run(ctx: Context) -> PassResult:
             _carry(rotate, structure.stream[i - 1], value, result)
             _return(rotate, value, kept, result)
         if value.basis is not None:
+            for site in structure.inner_sites():
+                if site.norm in value.norms:
+                    site.pairs = ctx.pairs(value.basis)
             for linear in value.writers:
                 rotate.writer(linear, value.basis)
             for added in value.biases:
@@ -45,6 +46,12 @@ def run(ctx: Context) -> PassResult:
                 rotate.reader(linear, value.basis)
             result.count("writers", len(value.writers))
             result.count("readers", sum(len(structure.readers[norm]) for norm in value.norms))
+    if ctx.quantize == "int4":
+        bases = dict.fromkeys(value.basis for value in structure.stream if value.basis is not None)
+        result.count("first components in two channels", sum(map(ctx.pairs, bases)))
+        for basis in bases:
+            if not ctx.pairs(basis):
+                result.skip(basis, "the first component stays in one channel: the plan does not say that the last is idle")
     return result
 
 
@@ -100,15 +107,16 @@ def _return(rotate: _Rotator, value: StreamNode, kept: set, result: PassResult) 
 class _Rotator:
     """W Q, Q^T W, b Q, E Q and s Q as nodes of the graph."""
 
-    def __init__(self, gm: fx.GraphModule, rotations: Mapping[str, torch.Tensor], pairs: int) -> None:
-        self.gm, self.graph, self.rotations, self.pairs = gm, gm.graph, rotations, pairs
+    def __init__(self, ctx: Context) -> None:
+        self.gm, self.graph, self.rotations, self.pairs = ctx.gm, ctx.graph, ctx.plan.matrices, ctx.pairs
         self.doubled: dict[str, fx.Node] = {}
 
     def _q(self, basis: str) -> fx.Node:
         q = ex.rotation(self.gm, basis, self.rotations[basis])
-        if self.pairs and basis not in self.doubled:
+        pairs = self.pairs(basis)
+        if pairs and basis not in self.doubled:
             with self.graph.inserting_after(q):
-                self.doubled[basis] = ex.weight_call(self.graph, ex.doubled, q, self.pairs)
+                self.doubled[basis] = ex.weight_call(self.graph, ex.doubled, q, pairs)
         return self.doubled.get(basis, q)
 
     def reader(self, linear: fx.Node, basis: str) -> None:

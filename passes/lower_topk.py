@@ -37,7 +37,7 @@ def run(ctx: Context) -> PassResult:
         (linear,) = site.linears
         site.weight, site.writes = ex.formula(linear.args[1]), structure.residual_edge(site)
         bias = layers.bias_of(linear)
-        weight = format_of(ctx.quantize, structure.dtype, site.out_features, ctx.pairs if site.inner else 0)
+        weight = format_of(ctx.quantize, structure.dtype, site.out_features, site.pairs)
         with ctx.graph.inserting_before(linear):
             stored, matrix = weight.emit(ctx.graph, ex.weight_call(ctx.graph, torch.t, linear.args[1]))  # [K, N]
         product, output = layers.replace_linear(

@@ -285,7 +285,7 @@ class CompiledGraph:
                 quantize=self.options.quantize,
                 device=Device(pick=partial(pick, rows=self.options.rows)),
                 plan=PlanView(plan.rotation, plan.matrices, plan.k_at(self.options.sparsity),
-                              plan.thresholds_at(self.options.sparsity, self.options.selection), plan.basis)), run)
+                              plan.thresholds_at(self.options.sparsity, self.options.selection), plan.idle)), run)
         except fold_maps.HalfRotatedError as error:
             raise LarosaError(f"larosa: {error}") from error
 
@@ -339,7 +339,7 @@ def _structure(plan: Plan | None, options: Options) -> tuple | None:
     asked = (options.sparsity, options.selection)
     if asked not in known:
         thresholds = plan.thresholds_at(*asked)
-        known[asked] = (plan.rotation, plan.basis,
+        known[asked] = (plan.rotation, plan.idle,
                         tuple((site.name, site.in_features, site.out_features) for site in plan.sites),
                         tuple((name, tuple(matrix.shape)) for name, matrix in plan.matrices.items()),
                         tuple(plan.k_at(options.sparsity).items()), thresholds and tuple(thresholds.items()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,14 +24,14 @@ class PlanView:
 
     rotation: its granularity. matrices: rotations [D, D] by basis, maps of heads and scales by site, where it has them.
     k: channels kept at each site. thresholds: in place of Top-K, with which each site keeps k channels on average.
-    basis: how the rotations were made.
+    idle: bases whose last channel is, ``Plan.idle``.
     """
 
     rotation: str = "none"
     matrices: Mapping[str, torch.Tensor] = field(default_factory=dict)
     k: Mapping[str, int] = field(default_factory=dict)
     thresholds: Mapping[str, float] | None = None
-    basis: str = "pca"
+    idle: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,12 @@ class Context:
     observe: Callable[[str, object], None] | None = None
     inputs: list[int | Recipe] = field(default_factory=list)
 
-    @property
-    def pairs(self) -> int:
-        """Components of the stream that two channels carry each: 4 bits are too few for the weights of the largest."""
-        principal = self.treatment == "fold" and self.plan.basis in ("pca", "trained")
-        return PAIRS if self.quantize == "int4" and principal else 0
+    def pairs(self, basis: str) -> int:
+        """Components of the stream that two channels carry each: 4 bits are too few for the weights of the largest.
+
+        The second channel's own component is left out for that, so there must be next to nothing in it.
+        """
+        return PAIRS if self.quantize == "int4" and basis in self.plan.idle else 0
 
     @property
     def graph(self) -> fx.Graph:

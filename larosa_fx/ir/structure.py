@@ -46,7 +46,8 @@ class Site:
     source: what ``passes.match_sources`` finds there. members: how many linears
     read it in the model. rotation: how its channels are rotated or mapped, for people. Set by ``passes.lower_topk``: sparse,
     how the product behind it runs; weight, what its weights became, as a formula; writes, what adds their output to the
-    residual stream, if they do: the adapter's formula, "" without one.
+    residual stream, if they do: the adapter's formula, "" without one. pairs: of channels that hold a component together
+    (``passes.fold_rotations``).
 
     Where weights are split over several ranks, in_features and out_features are this rank's, ``whole`` those of the model,
     which a plan holds, and ``shard`` is the part of the input channels that arrives here, None where all do.
@@ -59,6 +60,7 @@ class Site:
     norm: fx.Node | None = None
     source: Source | None = None
     rotation: str = "none"
+    pairs: int = 0
     sparse: SparseSite | None = None
     weight: str = ""
     writes: str | None = None

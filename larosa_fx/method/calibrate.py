@@ -31,6 +31,7 @@ from larosa_fx.plan.plan import ATTACHED, Plan, PlanSite, library_versions, samp
 log = logging.getLogger("larosa_fx")
 
 BASIS_KINDS = ("pca", "random", "hadamard")
+ENOUGH = 4  # tokens for each channel: of fewer the smallest variances come out far smaller than they are
 
 
 def calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], *, sparsity: float = 0.5, rotation: str = "layer",
@@ -90,6 +91,8 @@ def _calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], ranks: R
         check_shares("the plan", sites, sparsity, coefficients)  # before the work, not after it
         members = structure.bases(rotation)
         matrices: dict[str, torch.Tensor] = {}
+        variances: dict[str, torch.Tensor] = {}
+        enough = sum(t.numel() for t in tokens) >= ENOUGH * _channels(structure)
         if needs_statistics:
             if statistics_bytes is None:  # the same on all ranks, which run the batches equally often
                 statistics_bytes = min(ranks.hear(free_bytes(device) // 2))
@@ -98,13 +101,17 @@ def _calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], ranks: R
                 session.run(tokens, progress)
                 for name in group:
                     covariance = session.pooled([site.name for site in members[name]])
-                    matrices[name] = orthogonal.pca(covariance, damping).cpu()
+                    q = orthogonal.pca(covariance, damping)
+                    matrices[name] = q.cpu()
+                    if enough:
+                        variances[name] = orthogonal.variances(covariance, q).cpu()
                 session.collect(())
         else:
             make = {"random": orthogonal.random, "hadamard": orthogonal.hadamard}.get(basis)
             # A plan lies in main memory: its rotations are wanted once, when weights are folded.
             matrices = {name: make(_channels(structure), seed + i, device).cpu() for i, name in enumerate(members)}
         matrices = ranks.first(matrices, device)  # rounding turns directions of equal variance
+        variances = ranks.first(variances, device)
     finally:
         model.train(training)
     plan = Plan(
@@ -112,7 +119,7 @@ def _calibrate(model: torch.nn.Module, batches: Iterable[torch.Tensor], ranks: R
         _whole_samples(ranks.hear(session.samples())), str(structure.dtype).removeprefix("torch."), basis,
         {"method": "LaRoSA, arXiv 2507.01299", "model": type(model).__name__, "layers": structure.layers,
          "tokens": sum(t.numel() for t in tokens), "batches": len(tokens), "tokens_sha256": _digest(tokens),
-         "damping": damping, "seed": seed, "versions": library_versions(), **provenance})
+         "damping": damping, "seed": seed, "versions": library_versions(), **provenance}, variances=variances)
     if selection == "threshold":
         plan = with_thresholds(model, plan, tokens, progress=progress)
         plan.thresholds = ranks.first(plan.thresholds, device)

@@ -119,6 +119,15 @@ def _probed(q: torch.Tensor) -> float:
         return float(np.abs(matrix.T @ (matrix @ v) - v).max())
 
 
+def check_variances(name: str, rotations: Mapping[str, torch.Tensor], variances: Mapping[str, torch.Tensor]) -> None:
+    """Each is of a rotation that is there, finite, and not negative."""
+    for basis, v in variances.items():
+        if basis not in rotations:
+            raise PlanError(f"{name} holds variances of {basis!r}, which it has no rotation of")
+        if v.shape != (len(rotations[basis]),) or not (v.isfinite().all() and (v >= 0).all()):
+            raise PlanError(f"{name}: the variances of {basis!r} are not {len(rotations[basis])} numbers, none negative")
+
+
 def check_maps(name: str, sites: Sequence[PlanSite], heads: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor]
                ) -> None:
     """Maps of heads are invertible and scales positive, and both stand where they can be folded."""

@@ -21,7 +21,7 @@ from larosa_fx.plan.errors import PlanError
 log = logging.getLogger("larosa_fx")
 
 FORMAT = "larosa-plan"
-VERSION = 4  # 2: maps of heads, scales, coefficients of single sites; 3: thresholds; 4: the checksum
+VERSION = 5  # 2: maps of heads, scales, coefficients of single sites; 3: thresholds; 4: the checksum; 5: variances
 CHECKED = 4  # the first version that carries a checksum
 
 PREFIX = b'{"__metadata__":{"checksum":"'  # how the header begins, so that the checksum has one place in all files

@@ -23,6 +23,10 @@ from larosa_fx.plan.checks import LEVELS
 from larosa_fx.plan.errors import PlanError
 from larosa_fx.plan.sites import PlanSite
 
+#: What the last channel's variance is at most, in parts of the first's, where the last may take its weights: what leaves out
+#: the weights of the last costs then about what rounding the first's to 4 bits does (``ir.expressions.doubled``).
+IDLE = 1e-3
+
 
 @dataclass(eq=False)
 class Plan:
@@ -38,6 +42,8 @@ class Plan:
     [K] fp32, positive; selected is by z s. Both are undone in the linears that read the site. Trained, or empty.
     selection: "topk" keeps the same number of channels for every token; "threshold" those with |z s| >= t, a number that
     differs from token to token and is k on average over calibration text. thresholds: site -> t at each of LEVELS, fp32.
+    variances: basis -> mean square of each channel of z over calibration text, [D] fp32, up to a common factor; none where
+    they were not measured, or on too little text.
     """
 
     rotation: str
@@ -53,6 +59,7 @@ class Plan:
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
     selection: str = "topk"
     thresholds: dict[str, torch.Tensor] = field(default_factory=dict)
+    variances: dict[str, torch.Tensor] = field(default_factory=dict)
     _digest: tuple[list, str] = field(default=([("", None, 0)], ""), init=False, repr=False)  # (what was hashed, the digest)
 
     @property
@@ -103,6 +110,11 @@ class Plan:
         return {**self.rotations, **{f"{name}/heads": m for name, m in self.heads.items()},
                 **{f"{name}/scale": s for name, s in self.scales.items()}}
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """Bases whose last channel has next to nothing in it, beside the first; a basis without variances is none."""
+        return frozenset(name for name, v in self.variances.items() if v[-1] <= IDLE * v[0])
+
     def validate(self, name: str = "the plan", *, exact: bool = True, device: torch.device | None = None) -> None:
         """PlanError unless all that the plan holds makes sense and agrees (``larosa_fx.plan.checks``).
 
@@ -114,6 +126,7 @@ class Plan:
         checks.check_shares(name, self.sites, self.sparsity, self.coefficients)
         checks.check_samples(name, self.sites, self.samples, self.weight_dtype)
         checks.check_rotations(name, self.sites, self.rotations, exact, device)
+        checks.check_variances(name, self.rotations, self.variances)
         checks.check_maps(name, self.sites, self.heads, self.scales)
         checks.check_selection(name, self.sites, self.selection, self.thresholds)
 
@@ -164,7 +177,7 @@ class Plan:
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """All tensors, by what a file calls their kinds."""
         return {"rotation": self.rotations, "heads": self.heads, "scale": self.scales, "thresholds": self.thresholds,
-                "samples": self.samples}
+                "variances": self.variances, "samples": self.samples}
 
     # ---- model -----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,12 @@ def pca(covariance: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     return (vectors * largest.sign()).float()
 
 
+def variances(covariance: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What lies along each column of q, [D, D], of a covariance, [D, D] fp64: the diagonal of Q^T C Q, [D] fp32."""
+    q = orthonormal(q.to(covariance.device))
+    return (q * (covariance @ q)).sum(0).clamp_min(0).float()
+
+
 def orthonormal(q: torch.Tensor) -> torch.Tensor:
     """The fp64 rotation next to an fp32 one, [..., D, D]: a Newton-Schulz step takes |Q^T Q - I| from 1e-7 to 1e-14.
 

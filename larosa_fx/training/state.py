@@ -136,6 +136,7 @@ class State:
     def plan(self) -> Plan:
         """The state as a plan: fp32 on the CPU, orthogonal to fp32's rounding."""
         heads, scales = {}, {}
+        rotations = {name: orthonormal(q.to(self.device)).float().cpu() for name, q in self.rotations.items()}
         for site in self.sites:
             log_scale = self.scales.get(site.name)
             if site.name in self.heads:
@@ -144,12 +145,18 @@ class State:
             elif log_scale is not None:
                 scales[site.name] = log_scale.double().exp()
         return replace(
-            self.start, basis="trained",
-            rotations={name: orthonormal(q.to(self.device)).float().cpu() for name, q in self.rotations.items()},
+            self.start, basis="trained", rotations=rotations,
+            variances={name: self._turned(v, self.start.rotations[name], rotations[name])
+                       for name, v in self.start.variances.items()},
             coefficients={**self.start.coefficients,
                           **dict(zip((s.name for s in self.sites), self.shares.exp().tolist(), strict=True))},
             heads={name: m.float().cpu() for name, m in heads.items()},
             scales={name: s.float().cpu() for name, s in scales.items()}, selection="topk", thresholds={})
+
+    def _turned(self, variances: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """The variances of principal components, ``start``, as what they say of the columns of another rotation."""
+        turn = orthonormal(start.to(self.device)).T @ orthonormal(end.to(self.device))
+        return (variances.to(self.device).double() @ turn.square()).float().cpu()
 
     def _read(self, basis: str) -> torch.Tensor:
         """What the model reads of a rotation, and what takes its gradient."""

@@ -1,13 +1,17 @@
 """Option quantize: the compiled model computes with what is stored in 8 or 4 bits, and holds nothing else."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 import larosa_fx
+from larosa_fx import training
+from larosa_fx.compiler.folds import STORE
 from larosa_fx.ir import context, expressions
 from larosa_fx.ir.expressions import alike, doubled, in_two, left_over, strongest
+from larosa_fx.ir.spelling import spell
 from larosa_fx.kernels import cpu
 from larosa_fx.kernels.quantization import BITS, dequantize, quantize
 from larosa_fx.passes import pack_adapters
@@ -97,10 +101,16 @@ def like_a_trained_one(model):
     return model
 
 
+def text():
+    """Enough of it for the least components."""
+    return [ids(8, 24) for _ in range(3)]
+
+
 @pytest.mark.parametrize("without", ["pairs", "rows left over"])
 def test_four_bits_spare_the_first_component_and_massive_activations(without, fresh_dynamo, monkeypatch):
     model, x = like_a_trained_one(llama(**WIDE)), ids(2, 12)
-    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
+    plan = larosa_fx.calibrate(model, text(), progress=False, selection="topk")
+    assert plan.idle == plan.rotations.keys()
     exact = model(x).logits
     ours = (compiled(model, quantize="int4", sparsity=0.0)(x).logits - exact).norm()
     # Two layers have one adapter.
@@ -110,6 +120,39 @@ def test_four_bits_spare_the_first_component_and_massive_activations(without, fr
     else:
         monkeypatch.setattr(pack_adapters, "_made_by", lambda *_: None)
     assert ours < 0.9 * (compiled(model, quantize="int4", sparsity=0.0)(x).logits - exact).norm()
+
+
+@pytest.mark.parametrize("why", ["a busy last component", "little text", "other directions"])
+def test_nothing_is_doubled_where_the_last_component_is_not_known_to_be_idle(why, fresh_dynamo):
+    """Its weights would be left out, which is more than what rounding those of the first does."""
+    model = llama(**WIDE) if why == "a busy last component" else like_a_trained_one(llama(**WIDE))
+    plan = larosa_fx.calibrate(model, batches() if why == "little text" else text(), progress=False, selection="topk",
+                               basis="random" if why == "other directions" else "pca")
+    if why == "other directions":
+        options = training.TrainingOptions(steps=1, batch=2, rows=2, selection="topk")
+        plan = larosa_fx.train(model, plan, text(), text(), options, progress=False)
+    assert not plan.idle
+    fast = compiled(model, quantize="int4", sparsity=0.0)
+    fast(ids(1, 6))
+    assert larosa_fx.last_report().count("fold_rotations", "first components in two channels") == 0
+    recipes = [spell(expression) for expression, *_ in STORE.made_of(list(model.parameters()), plan.digest)]
+    assert recipes and not any("doubled" in recipe for recipe in recipes)
+
+
+def test_a_basis_whose_last_component_is_idle_is_doubled_beside_one_whose_is_not(fresh_dynamo):
+    model, x = like_a_trained_one(llama(**WIDE)), ids(2, 12)
+    plan = larosa_fx.calibrate(model, text(), progress=False, selection="topk")
+    plan.scales = {site.name: 0.5 + torch.rand(128) for site in plan.sites if site.inner}
+    exact = model(x).logits
+    both = compiled(model, quantize="int4", sparsity=0.0)(x).logits
+    errors = {"both": (both - exact).norm()}
+    for name in plan.rotations:
+        one = replace(plan, variances={name: plan.variances[name]})
+        one.attach(model)
+        errors[name] = (compiled(model, quantize="int4", sparsity=0.0)(x).logits - exact).norm()
+    replace(plan, variances={}).attach(model)
+    none = (compiled(model, quantize="int4", sparsity=0.0)(x).logits - exact).norm()
+    assert errors["both"] < errors["layers.0"] < none and errors["both"] < errors["layers.1"] < none
 
 
 def test_the_choice_of_rows_waits_for_no_rotation(fresh_dynamo, monkeypatch):

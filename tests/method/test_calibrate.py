@@ -39,6 +39,7 @@ def test_block_rotations_are_principal_components():
         variances = spectrum.diagonal()
         assert (spectrum - torch.diag(variances)).abs().max() < 1e-4 * variances.max()
         assert (variances.diff() <= 1e-6 * variances.max()).all()
+        assert torch.allclose(plan.variances[name].double(), variances / variances.sum(), rtol=1e-4, atol=1e-8)
         largest = plan.rotations[name].gather(0, plan.rotations[name].abs().argmax(0, keepdim=True))
         assert (largest > 0).all()
 
@@ -52,6 +53,12 @@ def test_layer_rotations_pool_attention_and_mlp():
         q = plan.rotations[f"layers.{layer}"].double()
         spectrum = q.T @ pooled @ q
         assert (spectrum - torch.diag(spectrum.diagonal())).abs().max() < 1e-5
+        assert torch.allclose(plan.variances[f"layers.{layer}"].double(), spectrum.diagonal(), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("tokens, settings", [(ids(4, 31), {}), (ids(4, 40), {"basis": "random"})], ids=["few", "random"])
+def test_of_few_tokens_or_other_directions_no_variances_are_known(tokens, settings):
+    assert not larosa_fx.calibrate(llama(), [tokens], progress=False, selection="topk", **settings).variances
 
 
 def test_batching_and_memory_do_not_matter():

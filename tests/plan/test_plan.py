@@ -103,6 +103,13 @@ def test_sparsity_is_the_plans_own_or_another(p):
     assert plan.k_at(0) == {site.name: site.in_features for site in plan.sites}
 
 
+def test_a_basis_is_idle_where_its_last_channel_has_a_thousandth_of_the_firsts_variance(p, path):
+    plan = plan_of(p)
+    plan.variances = {name: torch.linspace(1, last, 32) for name, last in zip(plan.rotations, (9e-4, 2e-3), strict=True)}
+    assert plan.idle == {"layers.0"} == Plan.load(plan.save(path)).idle
+    assert not plan_of(p).idle
+
+
 def test_digest_names_rotations(p):
     plan = plan_of(p)
     same, other = plan_of(p), plan_of(p)
@@ -245,6 +252,11 @@ def _site(key, value, i=0):
                   lambda t: t.update({"samples/layers.0.h2": torch.ones(1, 31)})),
     contradiction("samples of the weights at layers.0.h2", None,
                   lambda t: t.update({"samples/layers.0.h2": torch.full((1, 32), torch.nan)})),
+    contradiction("holds variances of 'layers.7'", None, lambda t: t.update({"variances/layers.7": torch.ones(32)})),
+    contradiction("variances of 'layers.0' are not 32 numbers", None,
+                  lambda t: t.update({"variances/layers.0": torch.ones(31)})),
+    contradiction("variances of 'layers.1' are not 32 numbers, none negative", None,
+                  lambda t: t.update({"variances/layers.1": torch.full((32,), -1.0)})),
     contradiction("damaged header: KeyError\\('colour'\\)", None, lambda t: t.update({"colour/layers.0": torch.ones(1)})),
 ])
 def test_header_sites_and_tensors_must_agree(path, header, tensors, message):

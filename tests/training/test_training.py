@@ -307,6 +307,20 @@ def test_an_interrupted_training_goes_on(start, tmp_path, monkeypatch, device):
     assert all(torch.equal(resumed.matrices[name], m) for name, m in whole.matrices.items())
 
 
+def test_variances_turn_with_the_rotations(start):
+    """They are those of the dense model's stream along the trained rotations."""
+    model, plan, tokens = start
+    options = replace(QUICK, steps=20, validate_every=20, selection="topk")
+    with torch.enable_grad():
+        trained = train(model, plan, tokens[:1], tokens[:1], options, progress=False)
+    for name, q in trained.rotations.items():
+        start_, q = plan.rotations[name].double(), q.double()
+        covariance = start_ @ plan.variances[name].double().diag() @ start_.T
+        expected = (q.T @ covariance @ q).diagonal()
+        assert error(trained.variances[name].double(), expected) < 1e-5
+        assert error(plan.variances[name].double(), expected) > 1e-4
+
+
 def test_round_trip(start, tmp_path):
     model, plan, tokens = start
     with torch.enable_grad():
