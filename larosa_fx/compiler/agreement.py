@@ -53,9 +53,14 @@ class Ranks:
         heard = self.hear(reason)
         return next((_on(rank, each, heard) for rank, each in enumerate(heard) if each is not None), None)
 
-    def agree(self, decision: Decision, digest: str) -> Decision:
-        """The decision of all ranks: theirs, where it is the same; else dense. ``digest``: of the plan."""
-        heard = self.hear((decision.treatment, tuple(site.name for site in decision.sites), digest, decision.reason))
+    def agree(self, decision: Decision, digest: str, options: str) -> Decision:
+        """The decision of all ranks: theirs, where it is the same; else dense. ``digest``: of the plan. ``options``: those
+        that decide what is computed."""
+        sites = tuple(site.name for site in decision.sites)
+        heard = self.hear((decision.treatment, sites, digest, decision.reason, options))
+        if len(given := dict.fromkeys(each[4] for each in heard)) > 1:
+            return Decision("dense", [], f"the {len(heard)} ranks have different options, {' and '.join(given)}; give all "
+                                         "of them the same")
         if len({each[:3] for each in heard}) == 1:
             return decision
         rank = next((rank for rank, each in enumerate(heard) if each[0] == "dense"), None)

@@ -214,7 +214,8 @@ class CompiledGraph:
         decide = partial(policy.decide, captured.structure, plan=plan, weights=captured.weights(args),
                          parameters=[args[i] for i in self._parameters], strict=self.options.strict,
                          rotate_cache=self.options.rotate_cache, disabled=run.disabled,
-                         agree=partial(ranks.agree, digest="" if plan is None else plan.digest))
+                         agree=partial(ranks.agree, digest="" if plan is None else plan.digest,
+                                       options=self.options.computed))
         decision = decide(captured.refusal)
         if not decision.dense:
             failure = None

@@ -20,6 +20,7 @@ CHOICES = {
     "compiler": ("inductor", "eager"),
     "quantize": ("none", *BITS),
 }
+_COMPUTED = ("sparsity", "sparsify", "selection", "quantize", "rotate_cache", "rows", "disable")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Options:
     disable: str = ""
     rows: int | None = None
     quantize: str = "none"
+
+    @property
+    def computed(self) -> str:
+        """The options that decide what is computed, as they are written; ranks that share a model have the same."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in _COMPUTED)
 
     @classmethod
     def parse(cls, options: Mapping[str, object] | None, mode: str | None = None) -> Options:

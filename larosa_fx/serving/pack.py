@@ -59,8 +59,9 @@ def pack(model: torch.nn.Module, plan: Plan, path: Path, tokenizer: object | Non
     scratch = None
     try:
         with together(processes) as ranks, _writing(path):
-            if len(set(ranks.hear(plan.digest))) > 1:
-                raise PackError("the ranks that share the model were given different plans; give all of them the same")
+            if len(set(ranks.hear((plan.digest, quantize, path.name)))) > 1:
+                raise PackError("the ranks that share the model were given different plans, formats or names of the pack; "
+                                "give all of them the same")
             if rank == 0:
                 _check_path(path)
             _check_model(model)

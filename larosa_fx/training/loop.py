@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from larosa_fx.compiler.agreement import Ranks, together
 from larosa_fx.ir import shards
+from larosa_fx.ir.checks import check_output
 from larosa_fx.method.memory import free_bytes
 from larosa_fx.method.thresholds import TEXT, with_thresholds
 from larosa_fx.plan.plan import ATTACHED, LEVELS, Plan
@@ -71,8 +72,8 @@ def train(model: torch.nn.Module, plan: Plan, batches: Sequence[torch.Tensor], v
     A model that is split over several ranks is trained by all of them, with the same batches: each computes with its part
     of the weights, and all hold the same state. The first writes the checkpoint, and all read it. Each gets the same plan,
     which serves any number of ranks. Steps of such a model are not replayed from CUDA graphs.
-    ValueError where there is nothing to train on, the memory does not do, or the checkpoint (``CheckpointError``) is damaged
-    or belongs to another training. RuntimeError where the model's logits are not finite.
+    ValueError where there is nothing to train on, the memory does not do, the checkpoint cannot be written, or
+    (``CheckpointError``) is damaged or belongs to another training. RuntimeError where the model's logits are not finite.
     """
     with _frozen(model):
         with together(shards.group(model.parameters())) as ranks:
@@ -146,6 +147,8 @@ class _Trainer:
         self.state = State(model, plan, options)
         self._saved = None
         if checkpoint is not None:
+            if self.first:  # now, not when there is something to lose
+                check_output("the checkpoint", checkpoint)
             self._saved = files.load(checkpoint, self.fingerprint, {n: t.shape for n, t in self.state.tensors().items()})
         if len(set(ranks.hear(self._saved and self._saved["step"]))) > 1:
             raise files.CheckpointError(f"{checkpoint} is not the same file for all ranks; name one that all of them read")

@@ -171,6 +171,7 @@ def two(files):
     tasks["metered"] = ("metered_bytes", {"path": files.model("llama"), "ids": files.ids, "plan": llama_plan})
     tasks["bench"] = ("bench", {"sizes": SIZES, "file": str(files.directory / "bench.json"), "arguments": BENCH})
     tasks["missing plan"] = ("missing_plan", {"path": files.model("llama"), "ids": files.ids, "plan": llama_plan})
+    tasks["different options"] = ("different_options", {"path": files.model("llama"), "ids": files.ids, "plan": llama_plan})
     tasks["failing pass"] = ("failing_pass", {"path": files.model("llama"), "ids": files.ids,
                                               "options": files.thresholds("llama")})  # last: it stays broken
     return files.run(tasks, 2)
@@ -382,6 +383,8 @@ def test_four_ranks_pack_and_load(four):
 def test_a_rank_that_cannot_pack_ends_all(files, two):
     first, second = (rank["packing fails"] for rank in two)
     assert "were given different plans" in first["another plan"] and "were given different plans" in second["another plan"]
+    for what in ("another format", "another name"):
+        assert all("different plans, formats or names" in found[what] for found in (first, second))
     assert "there is no plan at" in second["no plan"]
     assert all('lm_head.weight is not split as tp_plan="auto"' in rank["packing fails"]["split otherwise"] for rank in two)
     assert "PackError" in first["there"] and "there is something already" in first["there"]
@@ -481,6 +484,13 @@ def test_what_fails_on_one_rank_is_dense_on_all(two):
         found = rank["failing pass"]
         assert found["treatment"] == "dense" and torch.equal(found["compiled"], found["eager"])
         assert len(found["said"]) == 1 and "on rank 1, pass merge_siblings fails" in found["said"][0]
+
+
+def test_ranks_that_are_asked_for_different_models_compute_the_dense_one(two):
+    for rank in two:
+        found = rank["different options"]
+        assert torch.equal(found["compiled"], found["eager"]) and len(found["said"]) == 1
+        assert "the 2 ranks have different options, sparsity=0.0" in found["said"][0] and "int4" in found["said"][0]
 
 
 def test_a_write_to_a_part_is_one_to_the_parameter(two):

@@ -187,6 +187,9 @@ def packing_fails(path, plan, other_plan, there, out):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     found = {"another plan": message(lambda: larosa_fx.pack(model, other_plan if second else plan, out, compiler="eager")),
+             "another format": message(lambda: larosa_fx.pack(model, plan, out, compiler="eager",
+                                                              quantize="int8" if second else "none")),
+             "another name": message(lambda: larosa_fx.pack(model, plan, out + " too" * second, compiler="eager")),
              "no plan": message(lambda: larosa_fx.pack(model, "none.larosa" if second else plan, out, compiler="eager")),
              "there": message(lambda: larosa_fx.pack(model, plan, there, compiler="eager"))}
     otherwise = load(path)
@@ -271,6 +274,16 @@ def missing_plan(path, ids, plan):
     with torch.no_grad():
         return {"compiled": message(lambda: compiled(model, plan=here)(ids)),
                 "enabled": message(lambda: larosa_fx.enable(model, here, compiler="eager"))}
+
+
+def different_options(path, ids, plan):
+    """What all ranks compute, and say, where the second is asked for what would hold the stream otherwise."""
+    model, quantize = load(path), ("none", "int4")[dist.get_rank()]
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = {"eager": model(ids).logits,
+                 "compiled": compiled(model, plan=plan, sparsity=0.0, quantize=quantize)(ids).logits}
+    return {**found, "said": [str(w.message) for w in said if str(w.message).startswith("larosa: ")]}
 
 
 def later_error(path, ids, plan, patience):

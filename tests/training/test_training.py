@@ -331,6 +331,14 @@ def test_round_trip(start, tmp_path):
     assert error(torch.stack(list(loaded.heads.values())), torch.stack(list(trained.heads.values()))) == 0
 
 
+@pytest.mark.parametrize("where, why", [("none/checkpoint", "there is no directory"), (".", "it is a directory")])
+def test_a_checkpoint_that_cannot_be_written_is_no_start(start, tmp_path, monkeypatch, where, why):
+    model, plan, tokens = start
+    monkeypatch.setattr(loop._Trainer, "run", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match=f"cannot write the checkpoint to .*: {why}"):
+        train(model, plan, tokens[:3], tokens[3:], QUICK, checkpoint=tmp_path / where, progress=False)
+
+
 def test_nothing_to_train_on(start):
     model, plan, tokens = start
     for a, b in ((tokens, []), ([], tokens)):
