@@ -6,9 +6,9 @@ Where weights are quantised an adapter has tensors of its own, twice 8 bits: r A
 through all adapters, and its few large channels would make the rounding of 8 bits noise beside all others; the noise of
 a weight enters a branch alone.
 
-Where weights have 4 bits, the same product takes in what rounding leaves over in a few rows of h4, S: [r, r, x_S] . [A_8;
-A - A_8; (W - W_4)_S]. A model makes its massive activations there, one channel of thousands, and the rounding
-of that channel's row is noise in all that attends to the token (``ir.expressions.strongest`` finds it without data).
+The same product takes in what rounding leaves over in a few rows of h4, S: [r, r, x_S] . [A_8; A - A_8; (W - W_q)_S], W_q
+the weight in its few bits. A model makes its massive activations there, one channel of thousands, and the rounding of
+that channel's row is noise in all that attends to the token (``ir.expressions.strongest`` finds it without data).
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ def _exact(sparse: SparseSite) -> fx.Node:
 
 
 def _made_by(site: Site, sites: Sequence[Site]) -> fx.Node | None:
-    """The expression, [D, 2 K], of the gate and what it multiplies, which make a site's channels; None where the site has
-    8 bits, or nothing shows what makes them. Which half is which does not matter."""
-    if site.kind != "h4" or site.source is None or site.sparse.weight.name != "int4":
+    """The expression, [D, 2 K], of the gate and what it multiplies, which make a site's channels; None where nothing shows
+    what makes them. Which half is which does not matter."""
+    if site.kind != "h4" or site.source is None or site.sparse.weight.packs:
         return None
     inner = next((s.sparse for s in sites if (s.layer, s.kind) == (site.layer, "h3")), None)
-    known = inner is not None and inner.weight.name == "int4" and inner.columns == 2 * site.sparse.channels
+    known = inner is not None and not inner.weight.packs and inner.columns == 2 * site.sparse.channels
     return _exact(inner) if known else None
 
 
