@@ -67,23 +67,11 @@ def serves(q: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor | None =
 
     values: None stands for some that are like keys.
     """
-    return not _declined(q, keys, mask, values)
+    return not refusal(q, keys, mask, values)
 
 
-def refusal(q: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor | None = None, write: bool = True,
-            rope: bool = True) -> str:
-    """Why the kernel does not take these, or "". Also builds it, which takes seconds where the disk has no copy.
-
-    write, rope: whether the op will write the cache's new rows and turn the heads.
-    """
-    reason = _declined(q, keys, mask, values)
-    if reason or not isinstance(q.shape[0], int):  # how many sequences decides over the kernel: it is built at the call
-        return reason
-    return _kernel(q.device, _shape(q, keys, mask, write, int(rope)))[1]
-
-
-def _declined(q: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor | None) -> str:
-    """Why not, as far as that can be told without a compiler, or ""."""
+def refusal(q: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor | None = None) -> str:
+    """Why the kernel does not take these, as far as that can be told without building it, or ""."""
     if q.device.type != "cuda" or not nvrtc.available():
         return "the device has no CUDA, or NVRTC is missing"
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -104,7 +92,17 @@ def _declined(q: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor | Non
     return ""
 
 
-def _shape(q: Tensor, keys: Tensor, mask: Tensor | None, write: bool, rope: int) -> Shape:
+def program(q: Tensor, keys: Tensor, mask: Tensor | None, write: bool, cos: Tensor | None) -> nvrtc.Program | None:
+    """Of the kernel that ``decode_attention`` launches for these, which ``serves`` has passed; None where the number of
+    sequences is symbolic: how many there are at a call decides over the kernel.
+
+    write: whether the op writes the cache's new rows. cos: of the rotary embedding that it applies.
+    """
+    return _program(q.device, _shape(q, keys, mask, write, cos)) if isinstance(q.shape[0], int) else None
+
+
+def _shape(q: Tensor, keys: Tensor, mask: Tensor | None, write: bool, cos: Tensor | None) -> Shape:
+    rope = 0 if cos is None else 1 if cos.shape[0] == 1 else 2
     batch, heads, tokens, dim = q.shape
     shared = keys.shape[1]
     clusters = batch * shared * _chunks(tokens, heads // shared, dim)
@@ -128,9 +126,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
         return y
     batch, shared, length, _ = keys.shape
     tokens = q.shape[2]
-    rope = 0 if cos is None else 1 if cos.shape[0] == 1 else 2
-    shape = _shape(q, keys, mask, k is not None, rope)
-    kernel = _kernel(q.device, shape)[0]
+    shape = _shape(q, keys, mask, k is not None, cos)
+    kernel = _kernel(q.device, shape)
     if kernel is None:
         return None
     inputs = [None if t is None else nvrtc.aligned(t) for t in (keys, values, mask, position, cos, sin)]
@@ -168,8 +165,11 @@ def source(shape: Shape) -> Path:
     return _ONE if shape.tokens == 1 else _SEVERAL
 
 
-@cache
-def _kernel(device: torch.device, shape: Shape) -> tuple[nvrtc.Kernel | None, str]:
-    """The kernel, or None and why it could not be built."""
+def _program(device: torch.device, shape: Shape) -> nvrtc.Program:
     signature = (*[POINTER] * 10, INT, INT, FLOAT, INT, INT, INT)
-    return nvrtc.build(source(shape), constants(shape), device, signature, threads=_THREADS, shared=shape.shared_bytes)
+    return nvrtc.Program.of(source(shape), constants(shape), device, signature, threads=_THREADS, shared=shape.shared_bytes)
+
+
+@cache
+def _kernel(device: torch.device, shape: Shape) -> nvrtc.Kernel | None:
+    return nvrtc.build(_program(device, shape))[0]

@@ -1,5 +1,6 @@
 """``sparse_linear`` for one row on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -75,38 +76,43 @@ def shared_bytes(shape: Shape, c: Config) -> int:
 
 def serves(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> bool:
     """Whether the kernel takes x, which may be a fake tensor, [..., K], a weight of [K + adapter, columns] and the rest."""
-    return not _declined(x, columns, adapter, norm, gate)
+    return not refusal(x, columns, adapter, norm, gate)
 
 
-def refusal(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, **parts: bool) -> str:
-    """Why the kernel does not take these, or "". Also builds it, which takes seconds where the disk has no copy.
-
-    parts: the other flags of ``Shape`` where they are known; they are False otherwise.
-    """
-    if reason := _declined(x, columns, adapter, norm, gate):
-        return reason
-    return _kernel(shape_of(x, columns, adapter, norm, gate, **parts), x.device, None)[1]
-
-
-def shape_of(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, **parts: bool) -> Shape:
-    """What a kernel for x, [..., K], is compiled for; flags that ``parts`` does not name are False."""
-    flags = dict.fromkeys(("full", "bias", "residual", "early", "gain", "threshold"), False) | parts
-    return Shape(channels=x.shape[-1], columns=columns, adapter=adapter, half=x.dtype == torch.float16, gate=gate, norm=norm,
-                 **flags)
-
-
-def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> str:
-    """Why not, as far as that can be told without a compiler, or ""."""
+def refusal(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> str:
+    """Why the kernel does not take these, as far as that can be told without building it, or ""."""
     if rows_of(x) != 1:
         return "the CUDA kernel takes one row"
     if reason := declined_parts(x, columns, adapter, norm, gate):
         return reason
-    shape = shape_of(x, columns, adapter, norm, gate)  # Top-K's kernel takes more room than a threshold's
+    # Top-K's kernel takes more room than a threshold's.
+    shape = shape_of(x, columns, adapter, norm, gate, flags_of(x, 0, adapter, None, None, False, None, None))
     properties = nvrtc.properties(x.device)
     c = config(shape, properties.multi_processor_count)
     if c.tile > c.threads or shared_bytes(shape, c) > properties.shared_memory_per_block_optin:
         return f"the CUDA kernel has no room for {shape.channels} channels and {columns} columns on this device"
     return ""
+
+
+def program(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, flags: Mapping[str, bool]) -> nvrtc.Program:
+    """Of the kernel that ``sparse_linear`` launches for these, which ``serves`` has passed."""
+    return _program(shape_of(x, columns, adapter, norm, gate, flags), x.device, None)
+
+
+def shape_of(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, flags: Mapping[str, bool]) -> Shape:
+    """What a kernel for x, [..., K], is compiled for."""
+    return Shape(channels=x.shape[-1], columns=columns, adapter=adapter, half=x.dtype == torch.float16, gate=gate, norm=norm,
+                 **flags)
+
+
+def flags_of(x: Tensor, k: int, adapter: int, bias: object, residual: object, early: bool, gain: object,
+          threshold: float | None) -> dict[str, bool]:
+    """The flags that kernels of any number of rows, over weights of any format, are compiled with for what an op is given,
+    None for what it is not: tensors, or the nodes that stand for them."""
+    drops = bool(threshold)  # 0 drops nothing
+    return {"full": k == x.shape[-1] and not drops, "bias": bias is not None,
+            "residual": residual is not None and not adapter, "early": early and adapter > 0, "gain": gain is not None,
+            "threshold": drops}
 
 
 def declined_parts(x: Tensor, columns: int, adapter: int, norm: bool, gate: str) -> str:
@@ -139,7 +145,7 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     None where the kernel cannot be built or launched here, after one warning.
     """
     shape = shape_of_call(x, k, weight, bias, residual, eps, gate, early, gain, threshold)
-    kernel = _kernel(shape, x.device, using)[0]
+    kernel = _kernel(shape, x.device, using)
     if kernel is None:
         return None
     c = using or config(shape, nvrtc.properties(x.device).multi_processor_count)
@@ -150,10 +156,8 @@ def shape_of_call(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
                   gate: str, early: bool, gain: Tensor | None, threshold: float | None) -> Shape:
     """What the kernel is compiled for that computes ``sparse_linear`` of these."""
     adapter = weight.shape[0] - x.shape[-1]
-    drops = bool(threshold)  # 0 drops nothing
-    return shape_of(x, weight.shape[1], adapter, eps is not None, gate, full=k == x.shape[-1] and not drops,
-                    bias=bias is not None, residual=residual is not None and not adapter, early=early and adapter > 0,
-                    gain=gain is not None, threshold=drops)
+    return shape_of(x, weight.shape[1], adapter, eps is not None, gate,
+                    flags_of(x, k, adapter, bias, residual, early, gain, threshold))
 
 
 #: Parameters of the kernels over 16-bit weights: x, weight, bias, residual, gain, y; a number; eps, threshold.
@@ -184,8 +188,12 @@ def constants_of(shape: Shape) -> dict[str, int]:
                for flag in ("full", "half", "norm", "bias", "residual", "early", "gain", "threshold")}}
 
 
-@cache
-def _kernel(shape: Shape, device: torch.device, using: Config | None) -> tuple[nvrtc.Kernel | None, str]:
-    """The kernel, or None and why it could not be built."""
+def _program(shape: Shape, device: torch.device, using: Config | None) -> nvrtc.Program:
     c = using or config(shape, nvrtc.properties(device).multi_processor_count)
-    return nvrtc.build(_SOURCE, constants(shape, c), device, SIGNATURE, threads=c.threads, shared=shared_bytes(shape, c))
+    return nvrtc.Program.of(_SOURCE, constants(shape, c), device, SIGNATURE, threads=c.threads,
+                            shared=shared_bytes(shape, c))
+
+
+@cache
+def _kernel(shape: Shape, device: torch.device, using: Config | None) -> nvrtc.Kernel | None:
+    return nvrtc.build(_program(shape, device, using))[0]

@@ -1,5 +1,6 @@
 """``quantized_linear`` for one row on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from larosa_fx.kernels import nvrtc
+from larosa_fx.kernels.cuda_linear import flags_of
 from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
 from larosa_fx.kernels.reference import GATE_CODES, rows_of
 
@@ -99,11 +101,25 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
         return "it takes one row"
     if reason := refused_parts(x, columns, group, _WIDTH, rows, norm, gate, adapter_group):
         return reason
-    shape = Shape(x.shape[-1], columns, bits, group, rows, False, x.dtype == torch.float16, gate, norm, *[False] * 5)
+    shape = shape_of(x, bits, columns, group, rows, norm, gate, flags_of(x, 0, rows, None, None, False, None, None))
     c = config(shape, nvrtc.properties(x.device).multi_processor_count)
     if c.tile // _WIDTH > c.threads or shared_bytes(shape, c) > nvrtc.properties(x.device).shared_memory_per_block_optin:
         return "a row's list does not fit into shared memory"
     return ""
+
+
+def program(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, bool]
+           ) -> nvrtc.Program:
+    """Of the kernel that ``quantized_linear`` launches for these, which ``refuses`` has passed; flags: of ``flags_of``."""
+    shape = shape_of(x, bits, columns, group, rows, norm, gate, flags)
+    return _program(shape, x.device, config(shape, nvrtc.properties(x.device).multi_processor_count))
+
+
+def shape_of(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, bool]
+             ) -> Shape:
+    """What a kernel for x, [..., K], is compiled for."""
+    return Shape(channels=x.shape[-1], columns=columns, bits=bits, group=group, adapter=rows, half=x.dtype == torch.float16,
+                 gate=gate, norm=norm, **flags)
 
 
 def refused_parts(x: Tensor, columns: int, group: int, width: int, rows: int, norm: bool, gate: str,
@@ -136,7 +152,7 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
     """
     shape = shape_of_call(x, k, weight, scales, adapter, bias, residual, eps, gate, early, gain, threshold)
     c = using or config(shape, nvrtc.properties(x.device).multi_processor_count)
-    kernel = _kernel(shape, x.device, c)[0]
+    kernel = _kernel(shape, x.device, c)
     if kernel is None:
         return None
     return launch(kernel, shape, -(-shape.columns // c.tile) * c.split, x, weight, scales, adapter, adapter_scales, bias,
@@ -149,11 +165,9 @@ def shape_of_call(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Te
     """What the kernel is compiled for that computes ``quantized_linear`` of these."""
     bits = 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
-    drops = bool(threshold)  # 0 drops nothing
     rows = 0 if adapter is None else adapter.shape[0]
-    return Shape(x.shape[-1], columns, bits, columns // scales.shape[1], rows, k == x.shape[-1] and not drops,
-                 x.dtype == torch.float16, gate, eps is not None, bias is not None, residual is not None and not rows,
-                 early and rows > 0, gain is not None, drops)
+    return shape_of(x, bits, columns, columns // scales.shape[1], rows, eps is not None, gate,
+                    flags_of(x, k, rows, bias, residual, early, gain, threshold))
 
 
 #: Parameters of the kernels over 8- and 4-bit weights: x, weight, scales, adapter, its scales, bias, residual, gain, y; a
@@ -173,7 +187,11 @@ def launch(kernel: nvrtc.Kernel, shape: Shape, blocks: int, x: Tensor, weight: T
     return y if launched else None
 
 
+def _program(shape: Shape, device: torch.device, c: Config) -> nvrtc.Program:
+    return nvrtc.Program.of(_SOURCE, constants(shape, c), device, SIGNATURE, threads=c.threads,
+                            shared=shared_bytes(shape, c))
+
+
 @cache
-def _kernel(shape: Shape, device: torch.device, c: Config) -> tuple[nvrtc.Kernel | None, str]:
-    """The kernel, or None and why it could not be built."""
-    return nvrtc.build(_SOURCE, constants(shape, c), device, SIGNATURE, threads=c.threads, shared=shared_bytes(shape, c))
+def _kernel(shape: Shape, device: torch.device, c: Config) -> nvrtc.Kernel | None:
+    return nvrtc.build(_program(shape, device, c))[0]

@@ -1,5 +1,6 @@
 """``quantized_linear`` for 2 to 8 rows on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
 
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from larosa_fx.kernels import cuda_quantized, cuda_rows, nvrtc
+from larosa_fx.kernels.cuda_linear import flags_of
 from larosa_fx.kernels.cuda_quantized import Shape
 from larosa_fx.kernels.cuda_rows import MAX_ROWS, compiled_rows
 from larosa_fx.kernels.reference import rows_of
@@ -65,11 +67,21 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, adapter: int, norm: 
         return reason
     if not _widths(columns, bits, group, gate):
         return f"groups of {group} columns, {columns} in all, are too few for a warp's in {bits} bits"
-    shape = Shape(x.shape[-1], columns, bits, group, adapter, not threshold, x.dtype == torch.float16, gate, norm,
-                  *[False] * 4, threshold)
+    shape = cuda_quantized.shape_of(x, bits, columns, group, adapter, norm, gate,
+                                    flags_of(x, x.shape[-1], adapter, None, None, False, None, threshold))
     if _config(shape, compiled_rows(rows) if isinstance(rows, int) else MAX_ROWS, x.device) is None:
         return f"there is no room for {x.shape[-1]} channels and {columns} columns on this device"
     return ""
+
+
+def program(x: Tensor, bits: int, columns: int, group: int, adapter: int, norm: bool, gate: str, flags: Mapping[str, bool]
+           ) -> nvrtc.Program | None:
+    """Of the kernel that ``quantized_linear`` launches for these, which ``refuses`` has passed; flags: of
+    ``cuda_linear.flags_of``. None where rows are symbolic: how many there are at a call decides over the kernel."""
+    if not isinstance(rows := rows_of(x), int):
+        return None
+    shape, most = cuda_quantized.shape_of(x, bits, columns, group, adapter, norm, gate, flags), compiled_rows(rows)
+    return _program(shape, most, x.device, _config(shape, most, x.device))
 
 
 def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor | None = None,
@@ -85,7 +97,7 @@ def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor 
     shape = cuda_quantized.shape_of_call(x, x.shape[-1], weight, scales, adapter, bias, residual, eps, gate, early, gain,
                                          threshold)
     c = using or _config(shape, compiled_rows(rows), x.device)
-    kernel = _kernel(shape, compiled_rows(rows), x.device, c)[0]
+    kernel = _kernel(shape, compiled_rows(rows), x.device, c)
     if kernel is None:
         return None
     return cuda_quantized.launch(kernel, shape, -(-shape.columns // c.tile) * c.split, x, weight, scales, adapter,
@@ -105,8 +117,11 @@ def _config(shape: Shape, rows: int, device: torch.device) -> Config | None:
     return config(shape, rows, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
+def _program(shape: Shape, rows: int, device: torch.device, c: Config) -> nvrtc.Program:
+    return nvrtc.Program.of(_SOURCE, constants(shape, rows, c), device, cuda_quantized.SIGNATURE, threads=c.threads,
+                           shared=cuda_rows.shared_bytes(shape, rows, c))
+
+
 @cache
-def _kernel(shape: Shape, rows: int, device: torch.device, c: Config) -> tuple[nvrtc.Kernel | None, str]:
-    """The kernel for up to ``rows`` rows, or None and why it could not be built."""
-    return nvrtc.build(_SOURCE, constants(shape, rows, c), device, cuda_quantized.SIGNATURE, threads=c.threads,
-                       shared=cuda_rows.shared_bytes(shape, rows, c))
+def _kernel(shape: Shape, rows: int, device: torch.device, c: Config) -> nvrtc.Kernel | None:
+    return nvrtc.build(_program(shape, rows, device, c))[0]

@@ -1,6 +1,6 @@
 """``sparse_linear`` for 2 to 8 rows on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -66,32 +66,34 @@ def shared_bytes(shape, rows: int, c) -> int:
 
 def serves(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> bool:
     """Whether the kernel takes x, which may be a fake tensor, [..., K], a weight of [K + adapter, columns] and the rest."""
-    return not _declined(x, columns, adapter, norm, gate, threshold)
+    return not refusal(x, columns, adapter, norm, gate, threshold)
 
 
 def refusal(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> str:
-    """Why the kernel does not take these, or "". Also builds it, which takes seconds where the disk has no copy.
+    """Why the kernel does not take these, as far as that can be told without building it, or "".
 
-    Where rows are symbolic, to compare them is to guard on them, and the kernel is built at the call.
+    Where rows are symbolic, to compare them is to guard on them.
     """
-    rows, reason = rows_of(x), _declined(x, columns, adapter, norm, gate, threshold)
-    if reason or not isinstance(rows, int):
-        return reason
-    shape, most = _shape(x, columns, adapter, norm, gate, threshold), compiled_rows(rows)
-    return _kernel(shape, most, x.device, _config(shape, most, x.device))[1]
-
-
-def _declined(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> str:
-    """Why not, as far as that can be told without a compiler, or ""."""
     rows = rows_of(x)
     if rows < 2 or rows > MAX_ROWS:
         return f"the CUDA kernel of several rows takes 2 to {MAX_ROWS}"
     if reason := cuda_linear.declined_parts(x, columns, adapter, norm, gate):
         return reason
     most = compiled_rows(rows) if isinstance(rows, int) else MAX_ROWS  # a symbol may stand for all
-    if _config(_shape(x, columns, adapter, norm, gate, threshold), most, x.device) is None:
+    shape = cuda_linear.shape_of(x, columns, adapter, norm, gate,
+                                 cuda_linear.flags_of(x, x.shape[-1], adapter, None, None, False, None, threshold))
+    if _config(shape, most, x.device) is None:
         return f"the CUDA kernel has no room for {x.shape[-1]} channels and {columns} columns on this device"
     return ""
+
+
+def program(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, flags: Mapping[str, bool]) -> nvrtc.Program | None:
+    """Of the kernel that ``sparse_linear`` launches for these, which ``serves`` has passed; None where rows are symbolic:
+    how many there are at a call decides over the kernel."""
+    if not isinstance(rows := rows_of(x), int):
+        return None
+    shape, most = cuda_linear.shape_of(x, columns, adapter, norm, gate, flags), compiled_rows(rows)
+    return _program(shape, most, x.device, _config(shape, most, x.device))
 
 
 def ahead(shape, c, split: int = 1) -> int:
@@ -105,10 +107,6 @@ def compiled_rows(rows: int) -> int:
     return next(most for most in (2, 4, MAX_ROWS) if rows <= most)
 
 
-def _shape(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, threshold: bool) -> Shape:
-    return cuda_linear.shape_of(x, columns, adapter, norm, gate, threshold=threshold, full=not threshold)
-
-
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str,
                   early: bool = False, gain: Tensor | None = None, threshold: float | None = None, *,
                   using: Config | None = None) -> Tensor | None:
@@ -120,7 +118,7 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     rows = rows_of(x)
     shape = cuda_linear.shape_of_call(x, x.shape[-1], weight, bias, residual, eps, gate, early, gain, threshold)
     c = using or _config(shape, compiled_rows(rows), x.device)
-    kernel = _kernel(shape, compiled_rows(rows), x.device, c)[0]
+    kernel = _kernel(shape, compiled_rows(rows), x.device, c)
     if kernel is None:
         return None
     return cuda_linear.launch(kernel, shape, c.tile, x, weight, bias, residual, gain, rows, eps, threshold)
@@ -139,8 +137,11 @@ def _config(shape: Shape, rows: int, device: torch.device) -> Config | None:
     return config(shape, rows, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
+def _program(shape: Shape, rows: int, device: torch.device, c: Config) -> nvrtc.Program:
+    return nvrtc.Program.of(_SOURCE, constants(shape, rows, c), device, cuda_linear.SIGNATURE, threads=c.threads,
+                           shared=shared_bytes(shape, rows, c))
+
+
 @cache
-def _kernel(shape: Shape, rows: int, device: torch.device, c: Config) -> tuple[nvrtc.Kernel | None, str]:
-    """The kernel for up to ``rows`` rows, or None and why it could not be built."""
-    return nvrtc.build(_SOURCE, constants(shape, rows, c), device, cuda_linear.SIGNATURE, threads=c.threads,
-                       shared=shared_bytes(shape, rows, c))
+def _kernel(shape: Shape, rows: int, device: torch.device, c: Config) -> nvrtc.Kernel | None:
+    return nvrtc.build(_program(shape, rows, device, c))[0]

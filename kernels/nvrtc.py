@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -158,27 +159,53 @@ class Kernel:
         return values[0] if values else None
 
 
+class Program(NamedTuple):
+    """What NVRTC compiles for a kernel, and how the kernel is loaded. Equal programs are one kernel."""
+
+    source: Path
+    constants: tuple[tuple[str, int], ...]
+    device: torch.device
+    signature: tuple[type, ...]
+    threads: int
+    shared: int
+
+    @classmethod
+    def of(cls, source: Path, constants: Mapping[str, int], device: torch.device, signature: Sequence[type], *, threads: int,
+           shared: int) -> Self:
+        return cls(source, tuple(constants.items()), device, tuple(signature), threads, shared)
+
+
 _warned: set[Path] = set()
+_built: dict[Program, tuple[Kernel | None, str]] = {}
 _lock = threading.Lock()
 
 
-def build(source: Path, constants: Mapping[str, int], device: torch.device, signature: Sequence[type], *, threads: int,
-          shared: int) -> tuple[Kernel | None, str]:
-    """The kernel named like its source, compiled and loaded; or None, and why: that is warned of once for a source."""
+def build(program: Program) -> tuple[Kernel | None, str]:
+    """The kernel named like its source, compiled and loaded; or None, and why: that is warned of once for a source.
+
+    One at a time, and each program once. NVRTC takes as long for two programs in two threads.
+    """
     with _lock:
-        capability = properties(device).major, properties(device).minor
-        try:
-            cubin = compile(source, constants, capability)
-            with torch.cuda.device(device):  # a module is loaded into the current device's context
-                _make_context(device)
-                return Kernel(cubin, source.stem, signature, threads=threads, shared=shared,
-                              dependent=capability >= (9, 0)), ""
-        except RuntimeError as error:
-            reason = f"{source.name} does not build for compute capability {capability[0]}.{capability[1]}: {error}"
-            if source not in _warned:
-                _warned.add(source)
-                log.warning("%s. A portable kernel takes over.", reason[:2000])
-            return None, reason
+        if program not in _built:
+            _built[program] = _build(program)
+        return _built[program]
+
+
+def _build(program: Program) -> tuple[Kernel | None, str]:
+    source, found = program.source, properties(program.device)
+    capability = found.major, found.minor
+    try:
+        cubin = compile(source, dict(program.constants), capability)
+        with torch.cuda.device(program.device):  # a module is loaded into the current device's context
+            _make_context(program.device)
+            return Kernel(cubin, source.stem, program.signature, threads=program.threads, shared=program.shared,
+                          dependent=capability >= (9, 0)), ""
+    except RuntimeError as error:
+        reason = f"{source.name} does not build for compute capability {capability[0]}.{capability[1]}: {error}"
+        if source not in _warned:
+            _warned.add(source)
+            log.warning("%s. A portable kernel takes over.", reason[:2000])
+        return None, reason
 
 
 def _make_context(device: torch.device) -> None:

@@ -110,14 +110,15 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
     from larosa_fx.kernels import cuda_linear, cuda_rows
 
     parts = x, weight.shape[1], weight.shape[0] - x.shape[-1], eps is not None, gate
+    y = None
     if cuda_linear.serves(*parts):
         with torch.cuda.device(x.device):
-            return cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early, gain, threshold)
-    if (threshold or k == x.shape[-1]) and cuda_rows.serves(*parts, bool(threshold)):
+            y = cuda_linear.sparse_linear(x, k, weight, bias, residual, eps, gate, early, gain, threshold)
+    elif (threshold or k == x.shape[-1]) and cuda_rows.serves(*parts, bool(threshold)):
         with torch.cuda.device(x.device):
-            return cuda_rows.sparse_linear(x, weight, bias, residual, eps, gate, early, gain, threshold)
-    if not threshold:
-        return None
+            y = cuda_rows.sparse_linear(x, weight, bias, residual, eps, gate, early, gain, threshold)
+    if y is not None or not threshold:
+        return y
     from larosa_fx.kernels import triton_gemv
 
     if not triton_gemv.serves(x, weight.shape[1]):
@@ -248,13 +249,26 @@ def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin
 def attends(q: Tensor, keys: Tensor, mask: Tensor | None) -> bool:
     """Whether ``decode_attention`` is one launch for these, which may be fake tensors; elsewhere torch's own is as good.
 
-    The values must be like keys: the op takes no others.
+    The values must be like keys: the op takes no others. ``attention_defect`` says whether the kernel can be built.
     """
     if q.device.type == "cuda":
         from larosa_fx.kernels import cuda_attention
 
         return not cuda_attention.refusal(q, keys, mask)
     return cpu.attends(q, keys, mask)
+
+
+def attention_defect(q: Tensor, keys: Tensor, mask: Tensor | None, write: bool, cos: Tensor | None) -> str:
+    """Why the kernel of a ``decode_attention`` that ``attends`` has passed cannot be built, or "". Builds it.
+
+    write: whether the op writes the cache's new rows. cos: of the rotary embedding that it applies, or None.
+    """
+    if q.device.type != "cuda":
+        return ""
+    from larosa_fx.kernels import cuda_attention, nvrtc
+
+    program = cuda_attention.program(q, keys, mask, write, cos)
+    return "" if program is None else nvrtc.build(program)[1]
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:

@@ -1,19 +1,22 @@
 """Which kernel takes a sparse site: one table, asked when a graph is built. What it answers is what runs and is reported.
 
+``pick`` answers from sizes alone, however often it is asked while a site is put together. Whether the kernel can be built
+on this device, ``defect`` says of a site that is complete: it builds what will be launched, and nothing else.
+
 Rows are the vectors that one call multiplies. A kernel may take more than pays: with each row fewer channels stay unread,
 and beyond the crossover that was measured (bench/NOTES.md) the device's own dense product is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from larosa_fx.kernels import cpu, reference
+from larosa_fx.kernels import cpu, cuda_linear, cuda_quantized, cuda_quantized_rows, cuda_rows, nvrtc, reference
 from larosa_fx.kernels.quantization import BITS
 
 
@@ -25,6 +28,9 @@ class Site(Protocol):
     name of the weight's format. group: columns that share a scale in it. adapter_rows: of a residual adapter behind the
     weight's own. normed: an RMSNorm in front.
     gate: the activation between the two halves, or "". threshold: None for Top-K. dense: all channels are read.
+
+    What ``defect`` asks for besides: kernel, the name of the one that was picked. bias, residual, gain: whatever stands for
+    these tensors, or None. early: an adapter's residual is there before x. selection: (k, threshold), as the op takes them.
     """
 
     example: Tensor
@@ -37,6 +43,12 @@ class Site(Protocol):
     gate: str
     threshold: float | None
     dense: bool
+    kernel: str
+    bias: object
+    residual: object
+    gain: object
+    early: bool
+    selection: tuple[int, float | None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,8 @@ class Kernel:
     formats, dtypes: of weights and activations. takes: the most rows it computes, where it computes the site sparsely.
     pays: the most rows at which that was faster than a dense product. dense: the most rows of a site all of whose channels
     are read. topk: whether it finds a Top-K; thresholds all do. declines: why it does not take a site that fits otherwise,
-    or "".
+    or "". program: of what is compiled for a site that it takes, None where that is not known before a call; nothing is
+    compiled for single sites where there is no such function.
     """
 
     name: str
@@ -72,6 +85,7 @@ class Kernel:
     dense: int
     declines: Callable[[Site], str]
     topk: bool = True
+    program: Callable[[Site], nvrtc.Program | None] | None = None
 
     def selects(self, site: Site) -> bool:
         """Whether it finds the channels that the site reads."""
@@ -94,30 +108,34 @@ def _names(dtypes: Collection[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _nvrtc(site: Site) -> str:
-    from larosa_fx.kernels import cuda_linear
-
-    return cuda_linear.refusal(site.example, site.columns, site.adapter_rows, site.normed, site.gate)
+def _linear(site: Site) -> str:
+    return cuda_linear.refusal(*_parts(site))
 
 
-def _nvrtc_rows(site: Site) -> str:
-    from larosa_fx.kernels import cuda_rows
-
-    return cuda_rows.refusal(site.example, site.columns, site.adapter_rows, site.normed, site.gate, not site.dense)
+def _rows(site: Site) -> str:
+    return cuda_rows.refusal(*_parts(site), not site.dense)
 
 
 def _quantized(site: Site) -> str:
-    from larosa_fx.kernels import cuda_quantized
-
-    return cuda_quantized.refuses(site.example, BITS[site.format], site.columns, site.group, site.adapter_rows, site.normed,
-                                  site.gate)
+    return cuda_quantized.refuses(*_quantized_parts(site))
 
 
 def _quantized_rows(site: Site) -> str:
-    from larosa_fx.kernels import cuda_quantized_rows
+    return cuda_quantized_rows.refuses(*_quantized_parts(site), not site.dense)
 
-    return cuda_quantized_rows.refuses(site.example, BITS[site.format], site.columns, site.group, site.adapter_rows,
-                                       site.normed, site.gate, not site.dense)
+
+def _parts(site: Site) -> tuple:
+    return site.example, site.columns, site.adapter_rows, site.normed, site.gate
+
+
+def _quantized_parts(site: Site) -> tuple:
+    return site.example, BITS[site.format], site.columns, site.group, site.adapter_rows, site.normed, site.gate
+
+
+def _flags(site: Site) -> dict[str, bool]:
+    k, threshold = site.selection
+    return cuda_linear.flags_of(site.example, k, site.adapter_rows, site.bias, site.residual, site.early, site.gain,
+                                threshold)
 
 
 def _triton(site: Site) -> str:
@@ -150,12 +168,14 @@ _HALF = (torch.bfloat16, torch.float16)
 #: The same sites in 8 bits take 88 us for two rows and 102 for eight, in 4 bits 73 and 88; where each of two rows keeps half
 #: of its channels, 91 and 80. To dequantise such weights and multiply takes torch 1413 and 2580.
 TABLE = (
-    Kernel("NVRTC sparse_linear", "cuda", True, ("dense",), _HALF, takes=1, pays=1, dense=1, declines=_nvrtc),
-    Kernel("NVRTC sparse_rows", "cuda", True, ("dense",), _HALF, takes=8, pays=2, dense=8, declines=_nvrtc_rows,
-           topk=False),
-    Kernel("NVRTC quantized_linear", "cuda", True, tuple(BITS), _HALF, takes=1, pays=1, dense=1, declines=_quantized),
+    Kernel("NVRTC sparse_linear", "cuda", True, ("dense",), _HALF, takes=1, pays=1, dense=1, declines=_linear,
+           program=lambda site: cuda_linear.program(*_parts(site), _flags(site))),
+    Kernel("NVRTC sparse_rows", "cuda", True, ("dense",), _HALF, takes=8, pays=2, dense=8, declines=_rows, topk=False,
+           program=lambda site: cuda_rows.program(*_parts(site), _flags(site))),
+    Kernel("NVRTC quantized_linear", "cuda", True, tuple(BITS), _HALF, takes=1, pays=1, dense=1, declines=_quantized,
+           program=lambda site: cuda_quantized.program(*_quantized_parts(site), _flags(site))),
     Kernel("NVRTC quantized_rows", "cuda", True, tuple(BITS), _HALF, takes=8, pays=1, dense=8, declines=_quantized_rows,
-           topk=False),
+           topk=False, program=lambda site: cuda_quantized_rows.program(*_quantized_parts(site), _flags(site))),
     Kernel("Triton gather", "cuda", False, ("dense",), (*_HALF, torch.float32), takes=reference.GATHER_ROWS, pays=1, dense=1,
            declines=_triton),
     Kernel("C++ sparse_linear", "cpu", True, ("dense",), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=8, dense=8,
@@ -174,10 +194,12 @@ def crossover(device: str, weights: str = "dense", *, topk: bool = False, table:
                 if kernel.device == device and weights in kernel.formats and (kernel.topk or not topk)), default=0)
 
 
-def pick(site: Site, device: torch.device, rows: int | None = None, table: Sequence[Kernel] = TABLE) -> Choice:
+def pick(site: Site, device: torch.device, rows: int | None = None, table: Sequence[Kernel] = TABLE,
+         without: Mapping[str, str] | None = None) -> Choice:
     """The first kernel of the table that takes the site on the device, or all the reasons why none does.
 
-    rows: the most that are to be multiplied sparsely; None stands for the measured crossover.
+    rows: the most that are to be multiplied sparsely; None stands for the measured crossover. without: kernels that are not
+    to be had, each with the reason.
     """
     fitting = [kernel for kernel in table
                if kernel.device == device.type and site.format in kernel.formats and kernel.selects(site)]
@@ -190,8 +212,16 @@ def pick(site: Site, device: torch.device, rows: int | None = None, table: Seque
         return Choice(reason=f"{many} rows: above {most} {why}")
     refusals = []
     for kernel in fitting:
-        refusal = kernel.refusal(site, kernel.most(rows, site.dense))
+        refusal = (without or {}).get(kernel.name) or kernel.refusal(site, kernel.most(rows, site.dense))
         if not refusal:
             return Choice(kernel.name, kernel.whole)
         refusals.append(f"{kernel.name}: {refusal}")
     return Choice(reason="; ".join(refusals))
+
+
+def defect(site: Site) -> str:
+    """Why the kernel of a site that is complete, and whole, cannot be built, or "". Builds it: seconds where the disk has no
+    copy, for the first of the sites that share it."""
+    of = next((kernel.program for kernel in TABLE if kernel.name == site.kernel), None)
+    program = of and of(site)
+    return "" if program is None else nvrtc.build(program)[1]

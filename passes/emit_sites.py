@@ -1,4 +1,8 @@
-"""Write each site's decision into the graph: the step that sparsifies, and the only one that makes the sparse ops."""
+"""Write each site's decision into the graph: the step that sparsifies, and the only one that makes the sparse ops.
+
+Here all is known that a site's kernel is compiled for. So here it is built, the one that will be launched, once for all
+sites that share it; and a site whose kernel cannot be built on this device is decided again, without that kernel.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,15 @@ def run(ctx: Context) -> PassResult:
     """Replace the product of each site that is not plainly dense; counts them by form."""
     graph, result = ctx.graph, PassResult("emit_sites")
     made: dict[fx.Node, fx.Node] = {}  # a node that a site took the place of -> the site's own, which later sites read
+    wholes: set[fx.Node] = set()  # of these nodes, those of whole sites
     for site in ctx.structure.sites:
-        sparse = site.sparse = _on(made, site.sparse)
+        sparse = site.sparse
         if sparse.whole:
+            # Early, because the site that makes x has read the residual: only if its kernel could be built.
+            sparse = _built(ctx, replace(sparse, early=sparse.early and sparse.x in wholes), result)
+        sparse = site.sparse = _on(made, sparse)
+        if sparse.whole:
+            wholes.add(sparse.output)
             made[sparse.output] = _replace(sparse.output, _whole(graph, sparse))
             result.count("whole sites")
         elif sparse.form == "sparse GEMV":
@@ -35,6 +45,15 @@ def run(ctx: Context) -> PassResult:
             result.count("masks")
     effects.remove_dead_code(graph)
     return result
+
+
+def _built(ctx: Context, sparse: SparseSite, result: PassResult) -> SparseSite:
+    """A whole site, its kernel built; or what becomes of the bare one where it cannot be."""
+    if not (reason := ctx.device.defect(sparse)):
+        return sparse
+    result.skip(sparse.name, f"{sparse.kernel}: {reason}")
+    bare = sparse.bare
+    return bare if bare.form == "dense" else ctx.served(bare, without={sparse.kernel: reason})
 
 
 def _on(made: Mapping[fx.Node, fx.Node], sparse: SparseSite) -> SparseSite:

@@ -8,7 +8,6 @@ Repeated key/value heads (grouped queries) are read where they lie.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,14 +17,11 @@ from torch import fx
 import larosa_fx.kernels.ops  # noqa: F401  registers torch.ops.larosa
 from larosa_fx.ir import effects
 from larosa_fx.ir import graph as g
-from larosa_fx.ir.context import Context
+from larosa_fx.ir.context import Context, Device
 from larosa_fx.ir.report import PassResult
 
 _ATTENTION = torch.ops.larosa.decode_attention.default
 _WHOLE = slice(None)
-
-#: Whether the device computes it in one launch; see ``ir.context``.
-Attends = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], bool]
 
 
 class _Step(NamedTuple):
@@ -42,7 +38,7 @@ def run(ctx: Context) -> PassResult:
     graph, result = ctx.graph, PassResult("fuse_attention")
     memory = effects.Memory(graph)
     attentions = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
-    for step in [step for node in attentions if (step := _step(node, ctx.device.attends, memory, result)) is not None]:
+    for step in [step for node in attentions if (step := _step(node, ctx.device, memory, result)) is not None]:
         with graph.inserting_before(step.attention):
             fused = graph.call_function(_ATTENTION, step.arguments)
         fused.meta = dict(step.attention.meta)
@@ -58,12 +54,12 @@ def run(ctx: Context) -> PassResult:
     return result
 
 
-def _step(node: fx.Node, attends: Attends, memory: effects.Memory, result: PassResult) -> _Step | None:
+def _step(node: fx.Node, device: Device, memory: effects.Memory, result: PassResult) -> _Step | None:
     q, keys, values = node.args[0], *(_cache(argument, node, memory) for argument in node.args[1:3])
     mask, scale = g.argument(node, 3, "attn_mask"), node.kwargs.get("scale")
     if g.argument(node, 4, "dropout_p", 0.0) or g.argument(node, 5, "is_causal", False) or len(g.shape(q)) != 4:
         return None
-    if keys is None or values is None or not attends(g.value(q), g.value(keys), mask and g.value(mask)):
+    if keys is None or values is None or not device.attends(g.value(q), g.value(keys), mask and g.value(mask)):
         result.skip(node, "not one or a few new tokens over a static cache, or the device has no kernel for it")
         return None
     if not _alike(g.value(keys), g.value(values)):
@@ -74,6 +70,10 @@ def _step(node: fx.Node, attends: Attends, memory: effects.Memory, result: PassR
     cos = sin = None
     if updates and (before := _rope(q, k, memory)) is not None:
         q, k, cos, sin = before
+    if reason := device.attention_defect(g.value(q), g.value(keys), mask and g.value(mask), k is not None,
+                                         cos and g.value(cos)):
+        result.skip(node, reason)
+        return None
     scale = g.shape(q)[-1] ** -0.5 if scale is None else scale
     return _Step(node, (q, keys, values, mask, scale, k, v, position, cos, sin), updates, cos is not None)
 

@@ -57,7 +57,7 @@ def run(ctx: Context) -> PassResult:
         # What made x read the residual itself, so that is complete before x is.
         early = (found.adapter is not None and maker is not None and maker.x is found.residual
                  and memory.is_constant([found.residual], maker.output, found.output))
-        site.sparse = makers[found.output] = replace(found, whole=True, kernel=choice.kernel, early=early)
+        site.sparse = makers[found.output] = replace(found, whole=True, kernel=choice.kernel, early=early, bare=site.sparse)
         result.count("sites")
     return result
 

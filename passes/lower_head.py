@@ -7,6 +7,8 @@ kernel for them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import fx
@@ -33,7 +35,7 @@ def run(ctx: Context) -> PassResult:
         if not ex.is_weight(linear.args[1]) or channels * columns < _SMALL:
             continue
         if ctx.quantize != "none" and crossover(ctx.structure.device.type, "int8"):
-            _quantize(ctx, linear)
+            _quantize(ctx, linear, result)
             result.count("linears in 8 bits")
             continue
         x = g.value(linear.args[0])
@@ -55,7 +57,7 @@ def _pays(ctx: Context, x: torch.Tensor, columns: int) -> bool:
     return is_one(rows_of(x)) or x.dtype == torch.float32 or not compat.multiplies_natively(x.dtype)
 
 
-def _quantize(ctx: Context, linear: fx.Node) -> None:
+def _quantize(ctx: Context, linear: fx.Node, result: PassResult) -> None:
     """The linear over 8-bit weights: all channels by the kernel of a sparse site where there are few rows."""
     graph, (channels, columns) = ctx.graph, layers.linear_size(linear)
     weight = format_of("int8", ctx.structure.dtype, columns)
@@ -64,7 +66,10 @@ def _quantize(ctx: Context, linear: fx.Node) -> None:
         stored, matrix = weight.emit(graph, ex.weight_call(graph, torch.t, linear.args[1]))
     product, output = layers.replace_linear(graph, linear, lambda x, _: graph.call_function(torch.matmul, (x, matrix)))
     site = SparseSite.of("head", product, output, bias, channels, columns, None, weight, stored)
-    if ctx.may_ask(site.rows) and ctx.device.pick(site, ctx.structure.device).whole:
+    if ctx.may_ask(site.rows) and (choice := ctx.device.pick(site, ctx.structure.device)).whole:
+        if reason := ctx.device.defect(replace(site, whole=True, kernel=choice.kernel)):
+            result.skip("head", f"{choice.kernel}: {reason}")
+            return
         with graph.inserting_before(output):
             op, arguments = weight.call(site, None)
             fused = graph.call_function(op, arguments)

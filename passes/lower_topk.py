@@ -61,7 +61,4 @@ def _decide(ctx: Context, bare: SparseSite) -> SparseSite:
     if ctx.structure.tokens_per_sequence != 1:
         reason = _PREFILL if ctx.structure.tokens_per_sequence is not None else _UNKNOWN
         return replace(bare, reason=reason) if ctx.sparsify == "decode" else replace(bare, form="masked matmul")
-    choice = ctx.device.pick(bare, ctx.structure.device)
-    if choice.kernel:
-        return replace(bare, form="sparse GEMV", kernel=choice.kernel)
-    return replace(bare, form="dense" if ctx.sparsify == "decode" else "masked matmul", reason=choice.reason, unserved=True)
+    return ctx.served(bare)

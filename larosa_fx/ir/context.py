@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -13,7 +13,7 @@ from larosa_fx.ir.report import Report
 from larosa_fx.ir.site import SparseSite
 from larosa_fx.ir.structure import Structure
 from larosa_fx.kernels import ops
-from larosa_fx.kernels.pick import Choice, pick
+from larosa_fx.kernels.pick import Choice, defect, pick
 
 PAIRS = 1  # components
 
@@ -36,10 +36,12 @@ class PlanView:
 
 @dataclass(frozen=True)
 class Device:
-    """What the device computes, as passes ask it: ``kernels.pick``, and the functions of ``kernels.ops``."""
+    """What the device computes, as passes ask it: functions of ``kernels.pick`` and of ``kernels.ops``."""
 
-    pick: Callable[[SparseSite, torch.device], Choice] = pick
+    pick: Callable[..., Choice] = pick
+    defect: Callable[[SparseSite], str] = defect
     attends: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], bool] = ops.attends
+    attention_defect: Callable[..., str] = ops.attention_defect
     multiplies: Callable[[torch.Tensor, torch.Tensor], bool] = ops.multiplies
 
 
@@ -80,3 +82,14 @@ class Context:
         """Whether passes may look at a number of rows. To ask about a symbolic one is to guard on it, and a graph of one
         token a sequence may hold for some numbers alone; a prompt's serves all lengths."""
         return isinstance(rows, int) or (self.structure is not None and self.structure.tokens_per_sequence == 1)
+
+    def served(self, bare: SparseSite, without: Mapping[str, str] | None = None) -> SparseSite:
+        """A bare site of one token a sequence with the kernel that takes it, or as ``sparsify`` has it where none does.
+
+        without: kernels that are not to be had, each with the reason.
+        """
+        choice = self.device.pick(bare, self.structure.device, without=without)
+        if choice.kernel:
+            return replace(bare, form="sparse GEMV", kernel=choice.kernel)
+        form = "dense" if self.sparsify == "decode" else "masked matmul"
+        return replace(bare, form=form, kernel="", reason=choice.reason, unserved=True)

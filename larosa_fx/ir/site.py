@@ -150,6 +150,7 @@ class SparseSite:
     site's channels that this rank has, whose k and channels are meant; None, all of them.
     form: "sparse GEMV", "masked matmul" or "dense". kernel: which runs it, "" for torch's own product. whole: that kernel
     computes all of the site in one launch. reason: why the site is not sparse. unserved: it would be, had it a kernel.
+    bare: of a whole site, what it was before it took in what is around it.
     """
 
     name: str
@@ -177,6 +178,7 @@ class SparseSite:
     whole: bool = False
     reason: str = ""
     unserved: bool = False
+    bare: SparseSite | None = None
 
     @classmethod
     def of(cls, name: str, product: fx.Node, output: fx.Node, bias: fx.Node | None, k: int, columns: int,
@@ -189,7 +191,7 @@ class SparseSite:
         return cls(name, output, product, x, stored, k, int(channels), columns, rows, weight, threshold, bias=bias,
                    shard=shard)
 
-    # What kernels.pick looks at.
+    # What kernels.pick looks at, beside fields.
 
     @property
     def example(self) -> torch.Tensor:

@@ -97,7 +97,7 @@ def test_a_site_is_asked_with_all_that_its_op_computes(monkeypatch):
     """The kernel of the report is that of the last question, and the op in the graph has just these parts."""
     asked = {}
 
-    def spy(site, device, rows=None):
+    def spy(site, device, rows=None, without=None):
         asked[site.name] = site
         return pick.Choice("a kernel", True)
 

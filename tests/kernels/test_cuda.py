@@ -213,25 +213,22 @@ def test_what_the_kernels_have_no_room_for_is_declined(hopper):
         assert "the weight's, 32 columns, not 64" in cuda_quantized.refuses(x, 8, 64, 32, 64, False, "", 64)
 
 
-def test_a_kernel_that_does_not_compile_is_declined(compiler, own_cache, source, hopper, monkeypatch, caplog):
+def test_a_kernel_that_does_not_compile_has_a_defect(compiler, own_cache, source, hopper, monkeypatch, caplog):
     """With the reason, and one warning for all the shapes of a source."""
     monkeypatch.setattr(nvrtc, "_warned", set())
     monkeypatch.setattr(cuda_linear, "_SOURCE", source)
     monkeypatch.setattr(cuda_attention, "_ONE", source)
     source.write_text("undeclared")
-    cuda_linear._kernel.cache_clear()
-    cuda_attention._kernel.cache_clear()
     with FakeTensorMode():
         x, q = (torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in ((1, 4096), (1, 8, 1, 128)))
         keys = torch.empty(1, 2, 64, 128, device="cuda", dtype=torch.bfloat16)
         for columns in (4096, 512):
             assert cuda_linear.serves(x, columns, 0, True, "")
-            assert "does not build" in cuda_linear.refusal(x, columns, 0, True, "")
-        assert cuda_attention.serves(q, keys, None) and "little.cu" in cuda_attention.refusal(q, keys, None)
-        assert not ops.attends(q, keys, None)
+            flags = cuda_linear.flags_of(x, 2048, 0, None, None, False, None, None)
+            kernel, reason = nvrtc.build(cuda_linear.program(x, columns, 0, True, "", flags))
+            assert kernel is None and "does not build" in reason
+        assert ops.attends(q, keys, None) and "little.cu" in ops.attention_defect(q, keys, None, True, None)
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "undeclared" in caplog.text
-    cuda_linear._kernel.cache_clear()
-    cuda_attention._kernel.cache_clear()
 
 
 @needs_gpu

@@ -63,7 +63,7 @@ def test_what_there_is_no_room_for_is_declined(hopper):
     with FakeTensorMode():
         def declined(rows, channels=64, columns=64, adapter=0, norm=False, gate="", threshold=True):
             x = torch.empty(rows, 1, channels, device="cuda", dtype=torch.bfloat16)
-            return cuda_rows._declined(x, columns, adapter, norm, gate, threshold)
+            return cuda_rows.refusal(x, columns, adapter, norm, gate, threshold)
 
         assert not declined(2) and not declined(8) and not declined(8, threshold=False)
         assert all("takes 2 to 8" in declined(rows, threshold=t) for rows in (1, 9) for t in (False, True))
@@ -81,7 +81,7 @@ def run(case, using=None):
     x, k, weight, bias, residual, eps, gate, early, gain, *threshold = case
     assert k == x.shape[-1]
     columns, adapter = weight.shape[1], weight.shape[0] - x.shape[-1]
-    assert not cuda_rows._declined(x, columns, adapter, eps is not None, gate, any(threshold))
+    assert not cuda_rows.refusal(x, columns, adapter, eps is not None, gate, any(threshold))
     y = cuda_rows.sparse_linear(x, weight, bias, residual, eps, gate, early, gain, *threshold, using=using)
     assert y is not None
     return y
@@ -149,7 +149,8 @@ def test_only_what_some_row_keeps_is_read(eps, gen, make_linear, with_threshold)
     x, k, weight, *rest = case
     scale = 1 if eps is None else torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     kept = (x.float().abs() * scale >= rest[-1]).any(0)
-    shape = cuda_rows._shape(x, 128, 0, eps is not None, "", True)
+    shape = cuda_linear.shape_of(x, 128, 0, eps is not None, "",
+                                 cuda_linear.flags_of(x, x.shape[-1], 0, None, None, False, None, 1.0))
     kept[:cuda_rows.ahead(shape, cuda_rows._config(shape, 4, x.device))] = True
     assert kept.sum() % 16 and not kept.all()  # the last sixteen listed are not all there
     poisoned = torch.full_like(weight, float("nan"))

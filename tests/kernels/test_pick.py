@@ -32,8 +32,6 @@ def site(rows=1, dtype=torch.bfloat16, **parts):
 def everywhere(monkeypatch):
     """Kernels that are there and take every size: what is left is the table."""
     monkeypatch.setattr(cpu, "serves", lambda x, adapter, gate: True)
-    monkeypatch.setattr(pick, "_nvrtc", lambda _: "")
-    monkeypatch.setattr(pick, "_triton", lambda _: "")
     table = [replace(k, declines=lambda _: "") if k.device == "cuda" else k for k in TABLE]
     return lambda s, device, rows=None: pick.pick(s, device, rows, table)
 

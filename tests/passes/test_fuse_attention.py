@@ -20,8 +20,8 @@ ATTENTION = torch.ops.larosa.decode_attention.default
 LAYERS = SIZES["num_hidden_layers"]
 
 
-def context(gm, attends=lambda *_: True):
-    return Context(gm, device=Device(attends=attends))
+def context(gm, attends=lambda *_: True, defect=lambda *_: ""):
+    return Context(gm, device=Device(attends=attends, attention_defect=defect))
 
 
 @cache
@@ -127,6 +127,21 @@ def test_grouped_queries_read_the_cache_itself():
     for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
         assert g.shape(node.args[1])[1] == SIZES["num_key_value_heads"] < g.shape(node.args[0])[1]
         assert node.args[1].op == node.args[2].op == "placeholder"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_kernel_that_is_built_is_that_of_what_is_fused(batch):
+    """With the update and each sequence's own angles; where it cannot be built attention stays."""
+    asked = []
+    gm = clone("llama", batch=batch)
+    result = fuse_attention.run(context(gm, defect=lambda *args: asked.append(args) or "it does not build"))
+    assert not result.counts and [why for _, why in result.skipped] == ["it does not build"] * LAYERS
+    check(gm, "llama", batch=batch)
+    fuse_attention.run(context(gm))
+    for (q, keys, mask, write, cos), node in zip(
+            asked, gm.graph.find_nodes(op="call_function", target=ATTENTION), strict=True):
+        values = [argument if argument is None else g.value(argument) for argument in node.args[:4] + node.args[5:9]]
+        assert (q is values[0], keys is values[1], mask is values[3], write, cos is values[7]) == (True,) * 5
 
 
 def test_the_device_decides():

@@ -168,7 +168,7 @@ class Rewritten:
 
 def kernel_that(fuses: Callable) -> Callable:
     """A device with a kernel for every product, and for the whole of what ``fuses`` says."""
-    def pick(site: SparseSite, device: torch.device) -> Choice:
+    def pick(site: SparseSite, device: torch.device, without: Mapping[str, str] | None = None) -> Choice:
         return Choice("a kernel", fuses(site.example, site.columns, site.adapter_rows, site.normed, site.gate))
     return pick
 
