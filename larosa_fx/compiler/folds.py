@@ -22,7 +22,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from larosa_fx.ir import shards
+from larosa_fx.ir import compat, shards
 from larosa_fx.ir.recipe import FoldError, Recipe
 from larosa_fx.plan.rotations import orthonormal
 
@@ -400,7 +400,7 @@ def forbid_use(parameters: Sequence[torch.Tensor]) -> None:
 
     for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
         if _owns(module, gone):
-            module.register_forward_pre_hook(refuse)
+            compat.register_eager_pre_hook(module, refuse)
             module.register_state_dict_pre_hook(refuse)
 
 

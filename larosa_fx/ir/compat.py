@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
@@ -671,6 +672,38 @@ def causal_language_models() -> Mapping[type, type | tuple[type, ...]]:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM._model_mapping
+
+
+def register_eager_pre_hook(module: torch.nn.Module, hook: Callable) -> None:
+    """Register a forward pre-hook that does nothing in compiled code; Dynamo does not see it (2.11 to 2.13).
+
+    Else Dynamo traces torch's loop over hooks in each call of a module, which for all linears of a model is a fifteenth of
+    a first call. Where a module has other hooks it traces them, and this one with them.
+    """
+    if not module._forward_pre_hooks:  # else somebody may hold the dict, to take a hook out again
+        module._forward_pre_hooks = _EagerHooks(hook)
+    module.register_forward_pre_hook(hook)
+
+
+class _EagerHooks(OrderedDict):
+    """Forward pre-hooks that are none while Dynamo traces in this thread and ``hook`` is the only one.
+
+    Where Dynamo is told to guard that modules have no hooks, which is not its default, it sees how many there are.
+    """
+
+    def __init__(self, hook: Callable) -> None:
+        super().__init__()
+        self._hook = hook
+
+    def __len__(self) -> int:
+        count = super().__len__()
+        if torch.compiler.is_dynamo_compiling() or torch._guards.TracingContext.try_get() is None:
+            return count  # the first is so where Dynamo traces this function itself, because there are others
+        unseen = torch._dynamo.config.skip_nnmodule_hook_guards and next(iter(self.values()), None) is self._hook
+        return 0 if unseen and count == 1 else count
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._hook,), None, None, iter(self.items())
 
 
 def tracing() -> bool:

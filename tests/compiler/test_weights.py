@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.symbolic_convert import InliningInstructionTranslator
 
 from larosa_fx.compiler.folds import STORE, FoldStore, forbid_use
 from larosa_fx.ir import recipe as recipes
@@ -222,6 +223,47 @@ def test_modules_may_be_used_again_with_other_parameters(store, parameters, rota
         owner.state_dict()
     owner.weight = torch.nn.Parameter(torch.randn(24, 16))
     assert owner(torch.randn(2, 16)).shape == (2, 24) and owner.state_dict() and entry is not None
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("others", [False, True])
+def test_dynamo_traces_a_module_whose_weights_are_gone_like_any_other(store, parameters, rotations, monkeypatch, others,
+                                                                      alone):
+    """Not torch's loop over hooks, unless there are others'; and the module refuses as before, also a copy of it."""
+    owner, x, seen, inlined = Owner(*parameters), torch.randn(2, 16), [], []
+    entry = fold(store, parameters, rotations)
+    store.replace(parameters[:1])
+    forbid_use(parameters[:1])
+    if others:
+        owner.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    inline = InliningInstructionTranslator.inline_call_
+    monkeypatch.setattr(InliningInstructionTranslator, "inline_call_",
+                        lambda tracer: inlined.append(tracer.f_code.co_name) or inline(tracer))
+    torch.compiler.reset()
+    with torch.no_grad():
+        y = torch.compile(owner if alone else lambda x: owner(x), fullgraph=True,
+                          backend=lambda gm, args: seen.append(gm) or gm)(x)
+        torch.testing.assert_close(y, owner.forward(2 * x if others else x))
+    if not alone:  # else Dynamo begins behind the call
+        assert len(seen) == 1 and inlined == ["forward"] or others and "inner" in inlined  # torch's loop
+    for module in (owner, copy.copy(owner)):
+        with pytest.raises(RuntimeError, match="load the model again"):
+            module(x)
+    assert len(owner._forward_pre_hooks) == 1 + others == len(copy.deepcopy(owner._forward_pre_hooks)) and entry is not None
+
+
+def test_a_hook_in_the_place_of_the_one_that_refuses_is_traced(store, parameters, rotations):
+    owner, x = Owner(*parameters), torch.randn(2, 16)
+    entry = fold(store, parameters, rotations)
+    store.replace(parameters[:1])
+    forbid_use(parameters[:1])
+    owner._forward_pre_hooks.clear()
+    owner.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    torch.compiler.reset()
+    with torch.no_grad():
+        y = torch.compile(owner, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(y, owner.forward(2 * x))
+    assert entry is not None
 
 
 def test_inference_tensors_can_be_folded(store, rotations):
