@@ -9,6 +9,7 @@ reads a channel rules it out.
 
 from __future__ import annotations
 
+import heapq
 import math
 import operator
 
@@ -34,7 +35,7 @@ def run(ctx: Context) -> PassResult:
     inner = {(site.layer, site.kind): site.linears for site in structure.inner_sites()}
     for site in (s for s in structure.sites if not s.inner):
         candidates = inner.get((site.layer, {"h2": "h1", "h4": "h3"}[site.kind]), [])
-        found = [source for linear in candidates if (source := _trace(ctx.graph, site, linear)) is not None]
+        found = [source for linear in candidates if (source := _trace(site, linear)) is not None]
         if len(found) == 1:
             site.source = found[0]
             result.count(site.kind)
@@ -150,16 +151,23 @@ class _Labels:
         return all(user is other or user < other for other in node.users)
 
 
-def _trace(graph: fx.Graph, site: Site, linear: fx.Node) -> Source | None:
+def _trace(site: Site, linear: fx.Node) -> Source | None:
     labels = _Labels(linear)
-    for node in graph.nodes:
-        if node in site.linears and node.args[0] is site.input:
+    ahead, met = list(linear.users), set()  # readers of what has labels; a heap, in the order of the graph
+    heapq.heapify(ahead)
+    while ahead:
+        node = heapq.heappop(ahead)
+        if node in met or (node in site.linears and node.args[0] is site.input):
             continue
+        met.add(node)
         if node.op == "output" and site.input not in node.all_input_nodes:
             # What is returned is a cache: the site's channels in it are met again by whoever reads it.
-            labels.kept |= any(n in labels.of for n in node.all_input_nodes)
-        elif any(n in labels.of for n in node.all_input_nodes):
-            labels.push(node)
+            labels.kept = True
+            continue
+        labels.push(node)
+        for labelled in (n for n in (node, *node.all_input_nodes) if n in labels.of):
+            for user in (user for user in labelled.users if node < user):
+                heapq.heappush(ahead, user)
     arrived = labels.of.get(site.input)
     if not isinstance(arrived, torch.Tensor):
         return None
