@@ -463,9 +463,13 @@ def sizes_stay_apart() -> Iterator[None]:
 
 
 def mark_growing(tensor: torch.Tensor, dims: Sequence[int]) -> None:
-    """Ask Dynamo for one graph whatever the sizes of ``dims``, which it may still fix where it must (2.11 to 2.13)."""
-    for dim in dims:
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    """Ask Dynamo for one graph whatever the sizes of ``dims``, which it may still fix where it must (2.11 to 2.13).
+
+    The others are constants, also in a graph for all lengths: there Dynamo would make symbols of them, and find them to be
+    constants one by one. For the caches of 32 layers that was a tenth of what it took to trace a prompt.
+    """
+    for dim in range(tensor.ndim):
+        (torch._dynamo.maybe_mark_dynamic if dim in dims else torch._dynamo.mark_static)(tensor, dim)
 
 
 @contextlib.contextmanager
