@@ -201,10 +201,12 @@ class Pace:
             if other is not None:
                 self._drafts[other] = _Drafts()
                 return self._trial(widths, other)
-        if pays or self._retry:
-            self._retry = False
-            self._patience = _PATIENCE if pays else self._patience
+        if pays:
+            self._retry, self._patience = False, _PATIENCE
             return best
+        if self._retry:  # whether drafts pay by now is not worth compiling another width to ask
+            self._retry = False
+            return max((plan for plan in plans if self._known([plan.width])), key=self._rate)
         self._rest, self._patience = self._patience, min(2 * self._patience, _LONGEST)
         self._drafts[best.sparsity].doubt()
         return Plan(self._rest)

@@ -55,6 +55,15 @@ def test_drafts_that_cost_what_dense_steps_do_are_not_made(monkeypatch):
     assert World(monkeypatch, draft=lambda _: 10.0).run(1000, lambda _: 0.95) < 1.05
 
 
+def test_nothing_is_compiled_to_ask_again_whether_drafts_pay(monkeypatch):
+    """Each width is a graph of its own, which takes seconds."""
+    world = World(monkeypatch, draft=lambda _: 10.0, verify=30.0)
+    world.run(3000, lambda _: 0.95)
+    cycles = [plan.width for plan in world.chosen if plan.width > 1]
+    assert world.chosen[-1].tokens > 64 and len(cycles) > 6  # it was asked again
+    assert len(set(cycles)) == 1
+
+
 @pytest.mark.parametrize(("acceptance", "share"), [(0.95, 0.72), (0.8, 0.9)])
 def test_drafts_that_are_accepted_pay(monkeypatch, acceptance, share):
     """Within some percent of the best number of drafts, which is more where more are accepted: 1/E(g) * (g c + v)."""
