@@ -77,11 +77,12 @@ def _whole(graph: fx.Graph, sparse: SparseSite) -> fx.Node:
 
 
 def _gemv(graph: fx.Graph, sparse: SparseSite) -> fx.Node:
-    """Selection and product as ops of their own."""
+    """The product alone: selection and product are ops of their own where a list has a known length, and weights 16 bits or
+    more; else one op selects and multiplies."""
     with graph.inserting_before(sparse.product):
-        if sparse.threshold is not None:  # a list of unknown length has no place in a graph: one op selects and multiplies
-            return graph.call_function(torch.ops.larosa.sparse_linear.default, (sparse.x, sparse.channels, *sparse.stored),
-                                       {"threshold": sparse.threshold})
+        if sparse.threshold is not None or not sparse.weight.packs:
+            op, arguments = sparse.weight.call(replace(sparse, bias=None), None)  # what reads the product adds the bias
+            return graph.call_function(op, arguments)
         values, indices = _select(graph, sparse)
         return graph.call_function(torch.ops.larosa.sparse_gemv.default, (values, indices, *sparse.stored))
 

@@ -209,6 +209,20 @@ def test_a_step_on_a_cpu_agrees_with_products_over_what_is_stored(bits, sparsity
     assert error(got.float(), expected.float()) < most
 
 
+@pytest.mark.parametrize("selection", ["threshold", "topk"])
+@pytest.mark.parametrize("bits", BITS)
+def test_products_alone_agree_with_whole_sites(bits, selection, fresh_dynamo):
+    """As where nothing around a product can be fused, or is told not to be."""
+    model, x = llama(**WIDE, attention_bias=True), ids(1, 1)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="threshold")
+    asked = {"quantize": bits, "sparsity": 0.5, "selection": selection}
+    whole = compiled(model, **asked)(x).logits
+    assert larosa_fx.last_report().count("emit_sites", "whole sites")
+    alone = compiled(model, **asked, disable="fuse_sites")(x).logits
+    assert larosa_fx.last_report().count("emit_sites", "products") == len(larosa_fx.last_report().sites)
+    assert (alone - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_generation_on_a_cpu(bits, fresh_dynamo):
     """A prompt over dequantised weights, steps by the kernels: the tokens of the model that holds what is stored."""
