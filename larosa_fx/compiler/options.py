@@ -44,7 +44,7 @@ class Options:
         ``larosa_fx.compiler.pipeline``.
     rows: the most rows (sequences) of a step that are multiplied sparsely; None takes the device's measured crossover,
         beyond which one dense product is faster (``larosa_fx.kernels.pick``).
-    quantize: "none", or "int8" or "int4": folded weights are stored so, the head in 8 bits, adapters in 16
+    quantize: "none", or "int8" or "int4": folded weights are stored so, the head in 8 bits, adapters in twice 8
         (``larosa_fx.kernels.quantization``). The model then is another one, by its rounding, at sparsity 0 too.
     compiler: "inductor", or "eager" to run the rewritten graph as it stands (quick to build, for debugging and accuracy).
     """
