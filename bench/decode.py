@@ -403,7 +403,7 @@ def build(name: str, layers: int | None, dtype: torch.dtype, device: str) -> tor
     config = transformers.AutoConfig.for_model(kind, **shape | ({"num_hidden_layers": layers} if layers else {}))
     if ranks() > 1:
         return _build_part(config, dtype)
-    torch.manual_seed(0)  # equal weights have equal thresholds, constants of a graph, and compilers keep graphs for the next run
+    torch.manual_seed(0)  # equal weights, equal thresholds, equal graphs: what compilers keep serves the next run
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
