@@ -64,7 +64,7 @@ def test_thresholds_need_no_selection(tokens, sparsify, form, ops):
     assert p.calls(SELECT, GEMV) == 0 and p.calls(torch.masked_fill) == (SITE_COUNT - 1 if form == "masked matmul" else 0)
     linears = p.gm.graph.find_nodes(op="call_function", target=LINEAR)
     expected = [t for name, t in thresholds.items() if name != "layers.1.h3"][:ops]
-    assert [node.kwargs["threshold"] for node in linears] == expected
+    assert [node.args[-1] for node in linears] == expected
 
 
 @cache
