@@ -106,7 +106,7 @@ def shape_of(x: Tensor, columns: int, adapter: int, norm: bool, gate: str, flags
 
 
 def flags_of(x: Tensor, k: int, adapter: int, bias: object, residual: object, early: bool, gain: object,
-          threshold: float | None) -> dict[str, bool]:
+             threshold: float | None) -> dict[str, bool]:
     """The flags that kernels of any number of rows, over weights of any format, are compiled with for what an op is given,
     None for what it is not: tensors, or the nodes that stand for them."""
     drops = bool(threshold)  # 0 drops nothing

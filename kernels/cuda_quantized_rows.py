@@ -119,7 +119,7 @@ def _config(shape: Shape, rows: int, device: torch.device) -> Config | None:
 
 def _program(shape: Shape, rows: int, device: torch.device, c: Config) -> nvrtc.Program:
     return nvrtc.Program.of(_SOURCE, constants(shape, rows, c), device, cuda_quantized.SIGNATURE, threads=c.threads,
-                           shared=cuda_rows.shared_bytes(shape, rows, c))
+                            shared=cuda_rows.shared_bytes(shape, rows, c))
 
 
 @cache

@@ -139,7 +139,7 @@ def _config(shape: Shape, rows: int, device: torch.device) -> Config | None:
 
 def _program(shape: Shape, rows: int, device: torch.device, c: Config) -> nvrtc.Program:
     return nvrtc.Program.of(_SOURCE, constants(shape, rows, c), device, cuda_linear.SIGNATURE, threads=c.threads,
-                           shared=shared_bytes(shape, rows, c))
+                            shared=shared_bytes(shape, rows, c))
 
 
 @cache

@@ -469,7 +469,8 @@ def mark_growing(tensor: torch.Tensor, dims: Sequence[int]) -> None:
     constants one by one. For the caches of 32 layers that was a tenth of what it took to trace a prompt.
     """
     for dim in range(tensor.ndim):
-        (torch._dynamo.maybe_mark_dynamic if dim in dims else torch._dynamo.mark_static)(tensor, dim)
+        mark = torch._dynamo.maybe_mark_dynamic if dim in dims else torch._dynamo.mark_static
+        mark(tensor, dim)
 
 
 @contextlib.contextmanager
