@@ -5,7 +5,8 @@
 Weights are random, as in bench/decode.py; calls are greedy. A row is one variant at one prompt, of batch sequences:
 
 - variant: "dense" (``generate`` as transformers has it), "dense-static" (its best: a static cache and CUDA graphs,
-  on a CPU Inductor's default), "larosa" (``enable`` with its defaults) at a sparsity;
+  on a CPU Inductor's default), "larosa" (``enable`` with its defaults) at a sparsity, its weights in the
+  format of ``--quantize``;
 - ms_per_token: of each number of new tokens, the time of a call beyond that of one which makes one token, by the tokens
   that it makes more of a sequence;
 - ttft_ms: of a call that makes one token; first_call_s: the first call of all in this variant, compilation included (null
@@ -42,7 +43,7 @@ Row = dict[str, object]
 GIB = 2**30
 
 
-def variants(model: torch.nn.Module, kind: str, sparsities: list[float], mode: str
+def variants(model: torch.nn.Module, kind: str, sparsities: list[float], mode: str, quantize: str
              ) -> Iterator[tuple[str, float | None, Callable]]:
     """(name, sparsity, a function that generates) of each variant, dense ones first: enabling gives the dense weights up."""
     yield "dense", None, model.generate
@@ -56,7 +57,7 @@ def variants(model: torch.nn.Module, kind: str, sparsities: list[float], mode: s
     ids = torch.randint(model.config.vocab_size, (1, 256), device=model.device)
     larosa_fx.calibrate(model, [ids], rotation="layer", basis="hadamard", progress=False, selection="threshold")
     for sparsity in sparsities:
-        yield "larosa", sparsity, larosa_fx.enable(model, sparsity=sparsity, mode=mode).generate
+        yield "larosa", sparsity, larosa_fx.enable(model, sparsity=sparsity, mode=mode, quantize=quantize).generate
 
 
 def measure(model: torch.nn.Module, generate: Callable, cases: list[tuple[int, int]], lengths: list[int], repeats: int
@@ -111,6 +112,8 @@ def main() -> int:
                         help="new ones, after the first prompt; after others only the first number")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mode", default="auto", help="Inductor's, for larosa")
+    parser.add_argument("--quantize", default="none", choices=("none", "int8", "int4"),
+                        help="how larosa stores weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
@@ -125,13 +128,15 @@ def main() -> int:
     for name in args.model:
         model = build(name, args.layers, getattr(torch, args.dtype), args.device)
         weights = sum(p.nbytes for p in model.parameters()) / GIB
-        for variant, sparsity, generate in variants(model, torch.device(args.device).type, args.sparsity, args.mode):
+        for variant, sparsity, generate in variants(model, torch.device(args.device).type, args.sparsity, args.mode,
+                                                     args.quantize):
             if variant not in args.variants:
                 continue
             fresh()
             for row in measure(model, generate, list(itertools.product(args.batch, args.prompt)), args.tokens, args.repeats):
                 about = {"model": name, "layers": model.config.num_hidden_layers, "dtype": args.dtype, "variant": variant,
-                         "sparsity": sparsity, "dense_gib": weights}
+                         "sparsity": sparsity, "quantize": args.quantize if variant == "larosa" else None,
+                         "dense_gib": weights}
                 rows.append(about | row | origin)
                 times = ", ".join(f"{new}: {ms:.3f}" for new, ms in row["ms_per_token"].items())
                 first = row["first_call_s"] or row["new_prompt_s"]
