@@ -9,15 +9,10 @@ The kernels run on torch's own OpenMP pool: they link with no OpenMP runtime but
 name; the two pools then spin against each other, which made a decode loop slower by an order of magnitude.
 """
 
-import contextlib
 import ctypes
 import logging
-import os
 import platform
-import shlex
-import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from larosa_fx.kernels import cache, reference
+from larosa_fx.kernels import cpu_build, reference
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +33,8 @@ GROUP = 32
 
 _NAME = "cpu_kernels"
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+_FLAGS = ("-O3", _NATIVE, "-std=c++17", "-fno-exceptions", "-fno-rtti")
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in the kernels' enums
 _DIM = 64  # heads of so many channels, or multiples, fill whole vectors, their halves, too
 
@@ -61,14 +58,14 @@ def topk_select(x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     dtype = _DTYPES.get(x.dtype)
     if dtype is None or not x.is_cpu or x.dim() < 1 or not 1 <= k <= x.shape[-1] <= reference.MAX_CHANNELS:
         return None
-    library = _load()
-    if library is None:
+    kernels = library()
+    if kernels is None:
         return None
     x = x.contiguous()
     *lead, channels = x.shape
     values = x.new_empty((*lead, k))
     indices = x.new_empty((*lead, k), dtype=torch.int32)
-    library.larosa_select(
+    kernels.larosa_select(
         x.data_ptr(), values.data_ptr(), indices.data_ptr(),
         x.numel() // channels, channels, k, dtype, torch.get_num_threads(),
     )  # fmt: skip
@@ -101,13 +98,13 @@ def sparse_gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor | Non
     rows = values.shape[:-1].numel()
     if rows > MAX_ROWS or not weight.is_contiguous() or weight.shape[0] > reference.MAX_CHANNELS:
         return None
-    library = _load()
-    if library is None:
+    kernels = library()
+    if kernels is None:
         return None
     channels, columns = weight.shape
     values, indices = values.contiguous(), indices.contiguous()
     out = values.new_empty((*lead, columns))
-    error = library.larosa_gemv(
+    error = kernels.larosa_gemv(
         values.data_ptr(), indices.data_ptr(), weight.data_ptr(), out.data_ptr(),
         rows, channels, columns, k, dtype, torch.get_num_threads(),
     )  # fmt: skip
@@ -122,7 +119,7 @@ def serves(x: Tensor, adapter: int, gate: str) -> bool:
     """Whether ``sparse_linear`` takes x, which may be a fake tensor, with an adapter of so many rows and the gate."""
     rows = reference.rows_of(x)
     few = bool(rows <= MAX_ROWS)  # where it is symbolic, a guard: more rows compile anew
-    return few and x.is_cpu and x.dtype in _DTYPES and not (adapter and gate) and _load() is not None
+    return few and x.is_cpu and x.dtype in _DTYPES and not (adapter and gate) and library() is not None
 
 
 def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None,
@@ -135,10 +132,10 @@ def sparse_linear(x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residu
     adapter = listed - channels
     if rows > MAX_ROWS or not x.is_cpu or x.dtype not in _DTYPES or (adapter and gate) or listed > reference.MAX_CHANNELS:
         return None
-    library = _load()
-    if library is None:
+    kernels = library()
+    if kernels is None:
         return None
-    return _site("sparse_linear", library.larosa_linear, (x, weight, bias, residual, gain),
+    return _site("sparse_linear", kernels.larosa_linear, (x, weight, bias, residual, gain),
                  (rows, channels, adapter, columns, k), columns, eps, gate, threshold)
 
 
@@ -169,7 +166,7 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
     group, adapter_group = columns // scales.shape[1], columns // adapter_scales.shape[1] if adapted else GROUP
     if columns == 0 or channels > reference.MAX_CHANNELS or refuses(x, columns, group, adapted, gate, adapter_group):
         return None
-    return _site("quantized_linear", _load().larosa_quantized,
+    return _site("quantized_linear", library().larosa_quantized,
                  (x, weight, scales, adapter, adapter_scales, bias, residual, gain),
                  (x.shape[:-1].numel(), channels, adapted, columns, bits, group, adapter_group, k), columns, eps, gate,
                  threshold)
@@ -199,7 +196,7 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
     """
     served = x.is_cpu and weight.is_cpu and weight.is_contiguous() and x.dtype in (torch.bfloat16, torch.float32)
     rows = reference.rows_of(x) if served else 0
-    return bool(rows > 0) and bool(rows <= DENSE_ROWS) and _load() is not None
+    return bool(rows > 0) and bool(rows <= DENSE_ROWS) and library() is not None
 
 
 def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
@@ -209,7 +206,7 @@ def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
     """
     x, (columns, channels) = x.contiguous(), weight.shape
     out = x.new_empty((*x.shape[:-1], columns))
-    if _load().larosa_dense(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // channels, channels, columns,
+    if library().larosa_dense(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // channels, channels, columns,
                             _DTYPES[x.dtype], torch.get_num_threads()):
         raise MemoryError("dense_gemv: no memory for x in float32")
     return out
@@ -221,7 +218,7 @@ def attends(q: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor | None 
     values: None stands for some that are like keys.
     """
     served = q.is_cpu and q.dtype in _DTYPES and q.shape[-1] % _DIM == 0 and reference.over_cache(q, keys, mask, values)
-    return served and _load() is not None
+    return served and library() is not None
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, k: Tensor | None,
@@ -240,7 +237,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     if tokens > 1:
         q, k, v = (None if t is None else t.transpose(1, 2) for t in (q, k, v))
     inputs = [None if t is None else t.contiguous() for t in (q, keys, values, mask, k, v, position, cos, sin)]
-    error = _load().larosa_attention(
+    error = library().larosa_attention(
         *[None if t is None else t.data_ptr() for t in inputs], out.data_ptr(), batch, shared, heads // shared, tokens,
         length, dim, mask_stride, turn_stride, scale, _DTYPES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -251,7 +248,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     return out
 
 
-def _load() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The library, from the cache or built now; None, after one warning, if this machine cannot build it."""
     global _library
     if _library is not _UNTRIED:
@@ -259,84 +256,20 @@ def _load() -> ctypes.CDLL | None:
     with _lock:
         if _library is _UNTRIED:
             try:
-                _library = _open_or_build()
+                _library = cpu_build.library(_NAME, _sources(), _FLAGS, _open)
             except (OSError, subprocess.SubprocessError, ValueError) as error:
                 log.warning(
                     "no CPU kernels: they need a C++ compiler (g++ or clang++ on PATH, or $CXX), and this one failed: "
                     "%s. Sparse layers fall back to plain torch, which on a CPU is slower than the dense model.",
-                    _detail(error),
+                    cpu_build.detail(error),
                 )
                 _library = None
     return _library
 
 
-def _open_or_build() -> ctypes.CDLL:
-    compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "clang++")), "g++")]
-    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    command = [*compiler, "-O3", native, "-shared", "-fPIC", "-std=c++17", "-fno-exceptions", "-fno-rtti"]
-    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
-    # "native" means another machine on another CPU, and home directories are shared.
-    key = cache.key(*command, version, _cpu(), *(source.read_bytes() for source in _sources()))
-    content = None
-    try:
-        folder = cache.folder()
-        if path := cache.find(folder, _NAME, key, ".so"):
-            content = path.read_bytes()
-            with contextlib.suppress(_IncompleteError):
-                return _open(path)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as private:
-            content = _compile(command, Path(private))
-        return _open(cache.store(folder, _NAME, key, ".so", content))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = error
-    for folder in cache.temporary():  # the cache's place is full, say, or nothing can be run from there
-        try:
-            with tempfile.TemporaryDirectory(dir=folder, prefix="larosa_fx-") as private:
-                content = content or _compile(command, Path(private))
-                path = Path(private, "kernels.so")
-                path.write_bytes(content)
-                library = _open(path)
-        except (OSError, subprocess.SubprocessError):
-            continue
-        log.warning("the cache of compiled CPU kernels cannot be used: %s. They were built in %s for this process alone; "
-                    "$XDG_CACHE_HOME can name another folder.", _detail(reason), folder)
-        return library
-    raise reason
-
-
 def _sources() -> list[Path]:
     """The file to compile, then all that it includes."""
     return [_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h"))]
-
-
-def _compile(command: list[str], folder: Path) -> bytes:
-    """The library, built in a folder of its own, which the compiler's temporary files go to, too."""
-    built = folder / "built.so"
-    subprocess.run([*command, str(_SOURCE), "-o", str(built)], check=True, capture_output=True, timeout=600,
-                   env={**os.environ, "TMPDIR": str(folder)})
-    return built.read_bytes()
-
-
-def _detail(error: Exception) -> str:
-    """What went wrong, in the compiler's own words where it had some, whatever encoding they are in."""
-    said = getattr(error, "stderr", None) or b""
-    words = said.decode(errors="replace").strip() or str(error).strip()
-    return words[:2000].encode(errors="backslashreplace").decode()  # a file's name may be no text
-
-
-def _cpu() -> str:
-    """What ``native`` resolves to, as far as it can be told without asking the compiler."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    # The other lines hold clock rates and core numbers.
-    names = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part", "isa", "cpu")
-    return "\n".join(line for line in lines if line.split(":")[0].strip() in names)
-
-
-class _IncompleteError(OSError):
-    """A library without the kernels."""
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -354,8 +287,9 @@ def _open(path: Path) -> ctypes.CDLL:
         library.larosa_dense.argtypes, library.larosa_dense.restype = [p, p, p, n, n, n, n, n], ctypes.c_int
         library.larosa_attention.argtypes = [*[p] * 10, *[n] * 8, ctypes.c_double, n, n]
         library.larosa_attention.restype = ctypes.c_int
+        library.larosa_entries.argtypes, library.larosa_entries.restype = [], p
     except AttributeError as error:
-        raise _IncompleteError(f"{path} is another library: {error}") from None
+        raise cpu_build.IncompleteError(f"{path} is another library: {error}") from None
     # A symbol sought through a library is sought in what it was linked with, too: this finds the runtime that torch
     # itself uses, under whatever file name. Where there is none (macOS) the kernels run on one thread.
     gomp_parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)

@@ -8,6 +8,7 @@
 #include "cpu_attention.h"
 #include "cpu_dense.h"
 #include "cpu_dtypes.h"
+#include "cpu_entries.h"
 #include "cpu_formats.h"
 #include "cpu_gemv.h"
 #include "cpu_linear.h"
@@ -85,4 +86,10 @@ extern "C" int larosa_attention(const void* q, void* keys, void* values, const v
   auto f = dtype == FP32 ? attend<Float> : dtype == FP16 ? attend<Half> : attend<BFloat>;
   return f(q, keys, values, mask, k, v, position, cosine, sine, out, batch, heads, group, tokens, length, dim, mask_stride,
            turn_stride, scale, threads);
+}
+
+// The entry points of a decoding step, for a caller in C++.
+extern "C" const Entries* larosa_entries() {
+  static const Entries entries = {larosa_linear, larosa_quantized, larosa_attention, FEWEST};
+  return &entries;
 }

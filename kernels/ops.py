@@ -9,30 +9,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from larosa_fx.kernels import cpu, reference
+from larosa_fx.kernels import cpu, cpu_ops, reference
 
 #: The ops' schemas. Compiled code spells out an op's arguments, so it is of no use to ops with others.
 SCHEMAS: list[str] = []
 
 
-def _op(function: Callable, mutates_args: tuple[str, ...] = ()) -> Callable:
-    """``torch.ops.larosa.NAME.default`` of a reference function, which serves every device without a kernel of its own.
+def _op(function: Callable, on_cpu: Callable | None = None, mutates_args: tuple[str, ...] = ()) -> Callable:
+    """``torch.ops.larosa.NAME.default`` of a reference function, which serves what no kernel does.
+
+    on_cpu: the kernel for CPUs; None is its answer to what it declines. What C++ registers for CPUs, once it is attached,
+    goes before it, and hands on what it declines itself to the same op in the namespace ``larosa_python``.
 
     ``torch.library.custom_op`` without its autograd wrapper, which takes longer than all the rest of a call on a CPU. What
     is lost with it is of no use here: the version count of mutated arguments, and an error that says "no derivative".
     """
-    name = f"larosa::{function.__name__}"
+    def serve(*args):
+        if not args[0].is_cpu:
+            return function(*args)
+        cpu_ops.attach(cpu.library())
+        y = on_cpu(*args)
+        return function(*args) if y is None else y
+
     schema = torch.library.infer_schema(function, mutates_args=mutates_args)
-    SCHEMAS.append(name + schema)
-    torch.library.define(name, schema)
-    torch.library.impl(name, "CompositeExplicitAutograd")(function)
+    for namespace in ("larosa", "larosa_python") if on_cpu else ("larosa",):
+        name = f"{namespace}::{function.__name__}"
+        torch.library.define(name, schema)
+        torch.library.impl(name, "CompositeExplicitAutograd")(serve if on_cpu else function)
+    SCHEMAS.append(f"larosa::{function.__name__}{schema}")
     overload = getattr(torch.ops.larosa, function.__name__).default
     overload.__doc__ = function.__doc__
     return overload
 
 
-def _kernel(name: str, device: str) -> Callable[[Callable], Callable]:
-    """Register a device's kernel for an op; where it answers None, the reference serves the case."""
+def _on_gpu(name: str) -> Callable[[Callable], Callable]:
+    """Register a GPU's kernel for an op; where it answers None, the reference serves the case."""
     fallback = getattr(reference, name)
 
     def register(kernel: Callable) -> Callable:
@@ -40,7 +51,7 @@ def _kernel(name: str, device: str) -> Callable[[Callable], Callable]:
             y = kernel(*args)
             return fallback(*args) if y is None else y
 
-        torch.library.impl(f"larosa::{name}", device)(serve)
+        torch.library.impl(f"larosa::{name}", "cuda")(serve)
         return kernel
 
     return register
@@ -48,11 +59,10 @@ def _kernel(name: str, device: str) -> Callable[[Callable], Callable]:
 
 # ---- topk_select ---------------------------------------------------------------------------------------------------
 
-topk_select = _op(reference.topk_select)
-_kernel("topk_select", "cpu")(cpu.topk_select)
+topk_select = _op(reference.topk_select, cpu.topk_select)
 
 
-@_kernel("topk_select", "cuda")
+@_on_gpu("topk_select")
 def _(x, k):
     reference.check_select(x, k)
     from larosa_fx.kernels import triton_topk  # here, because Triton need not be installed where there is no GPU
@@ -72,11 +82,10 @@ def _(x, k):
 
 # ---- sparse_gemv ---------------------------------------------------------------------------------------------------
 
-sparse_gemv = _op(reference.sparse_gemv)
-_kernel("sparse_gemv", "cpu")(cpu.sparse_gemv)
+sparse_gemv = _op(reference.sparse_gemv, cpu.sparse_gemv)
 
 
-@_kernel("sparse_gemv", "cuda")
+@_on_gpu("sparse_gemv")
 def _(values, indices, weight):
     reference.check_gemv(values, indices, weight)
     from larosa_fx.kernels import triton_gemv
@@ -95,16 +104,15 @@ def _(values, indices, weight):
 
 # ---- sparse_linear -------------------------------------------------------------------------------------------------
 
-sparse_linear = _op(reference.sparse_linear)
-
-
-@_kernel("sparse_linear", "cpu")
-def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None, threshold=None):
+def _sparse_linear_on_cpu(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None, threshold=None):
     reference.check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
     return cpu.sparse_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
 
 
-@_kernel("sparse_linear", "cuda")
+sparse_linear = _op(reference.sparse_linear, _sparse_linear_on_cpu)
+
+
+@_on_gpu("sparse_linear")
 def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, gain=None, threshold=None):
     reference.check_linear(x, k, weight, bias, residual, eps, gate, gain, threshold)
     from larosa_fx.kernels import cuda_linear, cuda_rows
@@ -138,17 +146,16 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
 
 # ---- quantized_linear ----------------------------------------------------------------------------------------------
 
-quantized_linear = _op(reference.quantized_linear)
-
-
-@_kernel("quantized_linear", "cpu")
-def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
+def _quantized_linear_on_cpu(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
       gain=None, threshold=None):
     reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
     return cpu.quantized_linear(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
 
 
-@_kernel("quantized_linear", "cuda")
+quantized_linear = _op(reference.quantized_linear, _quantized_linear_on_cpu)
+
+
+@_on_gpu("quantized_linear")
 def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
       gain=None, threshold=None):
     reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
@@ -187,13 +194,12 @@ def _(weight, scales):
 
 # ---- dense_gemv ----------------------------------------------------------------------------------------------------
 
-dense_gemv = _op(reference.dense_gemv)
-
-
-@_kernel("dense_gemv", "cpu")
-def _(x, weight):
+def _dense_gemv_on_cpu(x, weight):
     reference.check_dense(x, weight)
     return cpu.dense_gemv(x, weight) if cpu.multiplies(x, weight) else None
+
+
+dense_gemv = _op(reference.dense_gemv, _dense_gemv_on_cpu)
 
 
 @torch.library.register_fake("larosa::dense_gemv")
@@ -215,18 +221,17 @@ def _(x, weight):
 
 # ---- decode_attention ----------------------------------------------------------------------------------------------
 
-decode_attention = _op(reference.decode_attention, mutates_args=("keys", "values"))
-
-
-@_kernel("decode_attention", "cpu")
-def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin=None):
+def _decode_attention_on_cpu(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin=None):
     reference.check_attention(q, keys, values, mask, k, v, position, cos, sin)
     if not cpu.attends(q, keys, mask, values):
         return None
     return cpu.decode_attention(q, keys, values, mask, scale, k, v, position, cos, sin)
 
 
-@_kernel("decode_attention", "cuda")
+decode_attention = _op(reference.decode_attention, _decode_attention_on_cpu, mutates_args=("keys", "values"))
+
+
+@_on_gpu("decode_attention")
 def _(q, keys, values, mask, scale, k=None, v=None, position=None, cos=None, sin=None):
     reference.check_attention(q, keys, values, mask, k, v, position, cos, sin)
     from larosa_fx.kernels import cuda_attention

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from larosa_fx.kernels import cache, cpu, reference
+from larosa_fx.kernels import cache, cpu, cpu_build, reference
 from larosa_fx.kernels.quantization import quantize
 from stored import exact_of, quantized_case
 
@@ -30,7 +30,7 @@ _X86 = {"avx2": ("-march=haswell", {"avx2", "fma", "f16c", "bmi2"}), "sse2": ("-
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory):
     """f(name) -> the kernels as built for that instruction set."""
-    folder, built = tmp_path_factory.mktemp("kernels"), {"native": cpu._load}
+    folder, built = tmp_path_factory.mktemp("kernels"), {"native": cpu.library}
 
     def get(name):
         if name not in built:
@@ -631,7 +631,7 @@ def in_process(tmp_path, monkeypatch):
 
     def load():
         monkeypatch.setattr(cpu, "_library", cpu._UNTRIED)
-        return cpu._load()
+        return cpu.library()
 
     return load
 
@@ -673,7 +673,7 @@ def test_what_others_may_have_written_is_not_loaded(in_process, tmp_path, monkey
     assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     assert not library.stat().st_mode & 0o077
     whole, built = library.read_bytes(), []
-    monkeypatch.setattr(cpu, "_compile", lambda *_: built.append(whole) or whole)
+    monkeypatch.setattr(cpu_build, "_compile", lambda *_: built.append(whole) or whole)
     for mode, times in ((0o600, 0), (0o620, 1), (0o602, 2)):
         library.chmod(mode)
         assert in_process() is not None
@@ -709,14 +709,14 @@ def test_cache_from_where_nothing_can_be_run(in_process, tmp_path, monkeypatch, 
         return real_open(path)
 
     monkeypatch.setattr(cpu, "_open", refusing)
-    monkeypatch.setattr(cpu, "_compile", lambda *args: compiled.append(args))
+    monkeypatch.setattr(cpu_build, "_compile", lambda *args: compiled.append(args))
     assert in_process() is not None and not compiled
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "failed to map segment" in caplog.text
 
 
 @needs_compiler
 def test_a_cache_and_a_temporary_folder_that_are_full(in_process, tmp_path, monkeypatch, caplog):
-    real, tried, usable = cpu._compile, [], tmp_path / "usable"
+    real, tried, usable = cpu_build._compile, [], tmp_path / "usable"
     usable.mkdir()
 
     def full(command, folder):
@@ -725,7 +725,7 @@ def test_a_cache_and_a_temporary_folder_that_are_full(in_process, tmp_path, monk
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(command, folder)
 
-    monkeypatch.setattr(cpu, "_compile", full)
+    monkeypatch.setattr(cpu_build, "_compile", full)
     (tmp_path / "full").mkdir()
     monkeypatch.setattr(cache, "temporary", lambda: [tmp_path / "full", usable])
     assert in_process() is not None and len(tried) == 3
@@ -823,7 +823,7 @@ assert os.waitpid(child, 0)[1] == 0
 @needs_compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_second_openmp_runtime(tmp_path):
-    cpu._load()
+    cpu.library()
     _output(_start(_RUNTIMES, os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"))
 
 

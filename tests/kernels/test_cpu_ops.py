@@ -1,0 +1,213 @@
+"""The ops that C++ serves on a CPU, beside what Python makes of the same calls."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from larosa_fx.kernels import cpu, cpu_ops
+from larosa_fx.kernels.ops import decode_attention, quantized_linear, sparse_linear
+from larosa_fx.kernels.quantization import quantize
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler")
+
+PYTHON = torch.ops.larosa_python
+
+
+@pytest.fixture
+def in_python(monkeypatch):
+    """The calls that reach Python's kernels for CPUs, by name."""
+    sparse_linear(torch.ones(1, 64), 64, torch.ones(64, 64))  # the first call attaches what C++ serves
+    if cpu_ops._library is None:
+        pytest.skip("torch's headers are not there, or the compiler is too old for them")
+    calls = []
+    for name in ("sparse_linear", "quantized_linear", "decode_attention"):
+        def spy(*args, name=name, run=getattr(cpu, name)):
+            calls.append(name)
+            return run(*args)
+
+        monkeypatch.setattr(cpu, name, spy)
+    return calls
+
+
+def _linear(dtype, rows, **changes):
+    lead = (rows,) if rows < 3 else (rows // 2, 2)
+    drawn = {"x": torch.randn(*lead, 64), "k": 64, "weight": torch.randn(96, 48), "bias": torch.randn(48),
+             "residual": torch.randn(*lead, 32), "eps": 1e-5, "gate": "", "early": False, "gain": torch.randn(64),
+             "threshold": 0.4} | changes
+    return {name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in drawn.items()}
+
+
+def _quantized(dtype, rows, bits, **changes):
+    call = _linear(dtype, rows, **changes)
+    weight, scales = quantize(torch.randn(64, 64), bits, 32, dtype)
+    adapter, adapter_scales = quantize(torch.randn(32, 64), 8, 64, dtype)
+    del call["weight"]
+    return call | {"bias": torch.randn(64).to(dtype), "weight": weight, "scales": scales, "adapter": adapter,
+                   "adapter_scales": adapter_scales}
+
+
+def _attention(dtype, batch=2, **changes):
+    drawn = {"q": torch.randn(batch, 4, 1, 64), "keys": torch.randn(batch, 2, 10, 64), "values": torch.randn(batch, 2, 10, 64),
+             "mask": torch.rand(batch, 1, 1, 10) < 0.8, "scale": 0.125, "k": torch.randn(batch, 2, 1, 64),
+             "v": torch.randn(batch, 2, 1, 64), "position": torch.tensor([3]), "cos": torch.randn(batch, 1, 1, 64),
+             "sin": torch.randn(batch, 1, 1, 64)} | changes
+    return {name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in drawn.items()}
+
+
+def _copied(call):
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+
+
+NONE = {"bias": None, "residual": None, "eps": None, "gain": None, "weight": torch.randn(64, 48)}
+PLAIN = [{}, {"k": 20, "threshold": None}, {"eps": None, "gain": None}, {"bias": None}, NONE, NONE | {"threshold": None},
+         *(NONE | {"gate": gate, "eps": 0.0} for gate in ("silu", "gelu", "gelu_tanh", "relu"))]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 16])
+@pytest.mark.parametrize("changes", PLAIN, ids=range(len(PLAIN)))
+def test_linear(changes, rows, in_python, dtype):
+    call = _linear(dtype, rows, **changes)
+    got = sparse_linear(**call)
+    assert not in_python
+    expected = PYTHON.sparse_linear(**call)
+    assert in_python == ["sparse_linear"] and got.shape == expected.shape and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("changes", [{}, {"k": 20, "threshold": None}, {"adapter": None, "adapter_scales": None, "residual": None},
+                                     {"adapter": None, "adapter_scales": None, "residual": None, "gate": "silu"}], ids=range(4))
+def test_quantized(changes, bits, rows, in_python, dtype):
+    call = _quantized(dtype, rows, bits) | changes
+    got = quantized_linear(**call)
+    assert not in_python
+    expected = PYTHON.quantized_linear(**call)
+    assert in_python == ["quantized_linear"] and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("changes", [{}, {"mask": None}, {"mask": torch.ones(1, 1, 1, 10, dtype=torch.bool)},
+                                     {"cos": None, "sin": None}, {"position": torch.tensor(7)},
+                                     {"k": None, "v": None, "position": None, "cos": None, "sin": None},
+                                     {"cos": torch.ones(1, 1, 1, 64), "sin": torch.ones(1, 1, 1, 64)}], ids=range(7))
+def test_attention(changes, batch, in_python, dtype):
+    call = _attention(dtype, batch, **changes)
+    other = _copied(call)
+    got = decode_attention(**call)
+    assert not in_python
+    expected = PYTHON.decode_attention(**other)
+    assert in_python == ["decode_attention"] and torch.equal(got, expected)
+    assert torch.equal(call["keys"], other["keys"]) and torch.equal(call["values"], other["values"])
+
+
+def test_heads_of_a_merged_product(in_python):
+    """As a graph hands them over: views into one row for each sequence."""
+    merged = torch.randn(3, 1, 8 * 64)
+    call = _attention(torch.float32, 3)
+    call |= {"q": merged[..., :256].view(3, 1, 4, 64).transpose(1, 2), "k": merged[..., 256:384].view(3, 1, 2, 64).transpose(1, 2),
+             "v": merged[..., 384:].view(3, 1, 2, 64).transpose(1, 2)}
+    other = _copied(call)
+    got = decode_attention(**call)
+    assert not in_python and torch.equal(got, PYTHON.decode_attention(**other)) and torch.equal(call["keys"], other["keys"])
+
+
+# What Python takes over, and answers.
+@pytest.mark.parametrize("call", [
+    _linear(torch.float64, 1), _linear(torch.float32, 18), _linear(torch.float32, 1, x=torch.randn(64, 1).T),
+    _linear(torch.float32, 2, x=torch.randn(64, 2).T), _linear(torch.float32, 2, residual=torch.randn(32, 2).T),
+    _linear(torch.float32, 1, bias=torch.randn(96)[::2]),
+], ids=["float64", "rows", "column", "x", "residual", "bias"])
+def test_what_is_not_plain_is_answered(call):
+    got, expected = sparse_linear(**call), PYTHON.sparse_linear(**call)
+    assert torch.equal(got, expected)
+
+
+WRONG = [
+    _linear(torch.float32, 1, k=0), _linear(torch.float32, 1, k=65), _linear(torch.float32, 1, k=20),
+    _linear(torch.float32, 1, eps=-1.0), _linear(torch.float32, 1, eps=float("nan")), _linear(torch.float32, 1, threshold=-1.0),
+    _linear(torch.float32, 1, threshold=float("nan")), _linear(torch.float32, 1, gate="swish"),
+    _linear(torch.float32, 1, gate="silu"), _linear(torch.float32, 1, bias=torch.randn(47)),
+    _linear(torch.float32, 1, residual=None), _linear(torch.float32, 1, residual=torch.randn(1, 31)),
+    _linear(torch.float32, 1, residual=torch.randn(2, 32)), _linear(torch.float32, 1, residual=torch.randn(32)),
+    _linear(torch.float32, 1, gain=torch.randn(63)), _linear(torch.float32, 1, weight=torch.randn(63, 48)),
+    _linear(torch.float32, 1, weight=torch.randn(48, 96).T), _linear(torch.float32, 1, weight=torch.randn(96)),
+    _linear(torch.float32, 1) | {"weight": torch.randn(96, 48).half()}, _linear(torch.float32, 1) | {"gain": torch.randn(64).double()},
+    _linear(torch.float32, 1) | {"x": torch.tensor(1.0)}, _linear(torch.float32, 1) | {"x": torch.ones(1, 64, dtype=torch.int32)},
+]
+
+
+@pytest.mark.parametrize("call", WRONG, ids=range(len(WRONG)))
+def test_what_is_wrong_is_said(call):
+    with pytest.raises((TypeError, ValueError)) as here:
+        sparse_linear(**call)
+    with pytest.raises(type(here.value)) as there:
+        PYTHON.sparse_linear(**call)
+    assert str(here.value) == str(there.value)
+
+
+@pytest.mark.parametrize("change", [
+    {"scales": torch.randn(64, 3)}, {"scales": torch.randn(63, 2)}, {"scales": torch.randn(64, 2).half()},
+    {"adapter": None}, {"adapter_scales": None}, {"adapter_scales": torch.randn(32)}, {"residual": None},
+    {"weight": torch.ones(64, 64)}, {"weight": torch.ones(64, dtype=torch.int8)}, {"gate": "silu"},
+], ids=range(10))
+def test_what_is_wrong_with_stored_weights_is_said(change):
+    call = _quantized(torch.float32, 1, 8) | change
+    with pytest.raises((TypeError, ValueError)) as here:
+        quantized_linear(**call)
+    with pytest.raises(type(here.value)) as there:
+        PYTHON.quantized_linear(**call)
+    assert str(here.value) == str(there.value)
+
+
+@pytest.mark.parametrize("change", [
+    {"position": torch.tensor([10])}, {"position": torch.tensor([-1])}, {"position": None}, {"sin": None},
+    {"position": torch.tensor([3], dtype=torch.int32)}, {"mask": torch.ones(1, 1, 1, 9, dtype=torch.bool)},
+    {"mask": torch.ones(1, 1, 1, 10)}, {"k": torch.randn(2, 4, 1, 64)}, {"keys": torch.randn(2, 2, 11, 64)},
+    {"keys": torch.randn(2, 3, 10, 64)}, {"q": torch.randn(2, 4, 64)}, {"cos": torch.randn(64)},
+], ids=range(12))
+def test_what_is_wrong_with_attention_is_said(change):
+    call = _attention(torch.float32) | change
+    keys = call["keys"].clone()
+    with pytest.raises((TypeError, ValueError, IndexError)) as here:
+        decode_attention(**call)
+    with pytest.raises(type(here.value)) as there:
+        PYTHON.decode_attention(**call)
+    assert str(here.value) == str(there.value) and torch.equal(call["keys"], keys)
+
+
+def test_one_number_of_threads_more_or_less(in_python):
+    """The pool's size is read at each call, as Python reads it."""
+    call, before = _linear(torch.float32, 1, x=torch.randn(1, 4096), k=4096, weight=torch.randn(4096 + 32, 512), gain=None,
+                           bias=None, residual=torch.randn(1, 32)), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(sparse_linear(**call), PYTHON.sparse_linear(**call))
+    finally:
+        torch.set_num_threads(before)
+
+
+_WITHOUT = """
+import torch
+from larosa_fx.kernels import cpu, cpu_build
+real = cpu_build.library
+def library(name, *args):
+    if name == "cpu_ops":
+        raise OSError("no headers")
+    return real(name, *args)
+cpu_build.library = library
+from larosa_fx.kernels.ops import sparse_linear
+x, weight = torch.randn(1, 64), torch.randn(64, 64)
+calls, run = [], cpu.sparse_linear
+cpu.sparse_linear = lambda *args: calls.append(1) or run(*args)
+for _ in range(2):
+    assert torch.allclose(sparse_linear(x, 64, weight), x @ weight, atol=1e-4)
+assert len(calls) == 2
+"""
+
+
+def test_without_torchs_headers_python_serves():
+    subprocess.run([sys.executable, "-c", _WITHOUT], check=True, timeout=120)
