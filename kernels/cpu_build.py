@@ -41,7 +41,7 @@ def library(name: str, sources: Sequence[Path], flags: Sequence[str], open_: Cal
     compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "clang++")), "g++")]
     command = [*compiler, "-shared", "-fPIC", str(sources[0]), *flags]
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
-    # "native" means another machine on another CPU, and home directories are shared. Where our own source lies means nothing.
+    # "native" means another machine on another CPU, and home directories are shared. Where our source lies means nothing.
     key = cache.key(*compiler, *flags, version, _cpu(), *made_from, *(source.read_bytes() for source in sources))
     content = None
     try:

@@ -40,9 +40,10 @@ def _loaded() -> ctypes.CDLL | None:
     if _library is _UNTRIED:
         root = Path(torch.__file__).parent
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        flags = ["-O2", "-std=c++20", abi, f"-I{root}/include", f"-L{root}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root}/lib"]
+        flags = ["-O2", "-std=c++20", abi, f"-I{root}/include", f"-L{root}/lib", f"-Wl,-rpath,{root}/lib"]
+        version = f"{torch.__version__} {torch.version.git_version}"
         try:
-            _library = cpu_build.library("cpu_ops", _SOURCES, flags, _open, torch.__version__, str(torch.version.git_version))
+            _library = cpu_build.library("cpu_ops", _SOURCES, [*flags, "-ltorch_cpu", "-lc10"], _open, version)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             log.info("ops on a CPU are served by Python, which takes some ten microseconds more each: %s",
                      cpu_build.detail(error))

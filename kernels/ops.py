@@ -146,8 +146,8 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
 
 # ---- quantized_linear ----------------------------------------------------------------------------------------------
 
-def _quantized_linear_on_cpu(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
-      gain=None, threshold=None):
+def _quantized_linear_on_cpu(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None,
+                             gate="", early=False, gain=None, threshold=None):
     reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
     return cpu.quantized_linear(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
 

@@ -6,6 +6,7 @@ stay as they are; everything learned folds into them (``fold_rotations``, ``fold
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,8 +15,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,25 +155,48 @@ class _Trainer:
             raise files.CheckpointError(f"{checkpoint} is not the same file for all ranks; name one that all of them read")
         if self._saved:  # what runs at once is ranked together: the same rows as before the interruption
             options = replace(options, rows=self._saved["rows"])
-        self.arrangement = arrange(needs(model, self.state, tokens[:1]), options, tokens.shape[1], free,
-                                   operations(model, self.state, tokens.shape[1]), self.device.type == "cuda")
+        self._fitting = partial(arrange, needs(model, self.state, tokens[:1]), length=tokens.shape[1],
+                                operations=operations(model, self.state, tokens.shape[1]), gpu=self.device.type == "cuda")
+        arrangement = self._fitting(options, free=free)
         if self.processes is not None:  # sums over the ranks in a CUDA graph of a backward pass are untried
-            self.arrangement = replace(ranks.hear(self.arrangement)[0], replay=False)
-        if self.arrangement.offload:
+            arrangement = replace(ranks.hear(arrangement)[0], replay=False)
+        if arrangement.offload:
             self.state.offload()
-        self.layers = decoder_layers(model, self.state) if self.arrangement.recompute else []
-        log.info("training runs as %s", self.arrangement)
+        self._adopt(arrangement)
         self.sparsities = torch.tensor(options.sparsities, device=self.device)
         self.groups = self.state.groups()
         self.leaves = [leaf for group in self.groups for leaf in group.leaves]
         self.optimizers = [Adam(group.tensors, group.orthogonal, self.device, group.leaves) for group in self.groups]
-        run = Replayed if self.arrangement.replay else lambda function: function
-        self.gradients = run(self._gradients)
-        self.divergence = run(torch.no_grad()(self._divergence))
         self.best: dict[str, torch.Tensor] = {}
         self.best_loss = float("inf")
         self.history: list[tuple[int, float]] = []
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def _adopt(self, arrangement: Arrangement) -> None:
+        """Run steps as ``arrangement`` says, from now on."""
+        self.arrangement = arrangement
+        self.layers = decoder_layers(self.model, self.state) if arrangement.recompute else []
+        run = Replayed if arrangement.replay else lambda function: function
+        self.gradients = run(self._gradients)
+        self.divergence = run(torch.no_grad()(self._divergence))
+        log.info("training runs as %s", arrangement)
+
+    def _shrink(self, error: torch.OutOfMemoryError) -> None:
+        """Run steps in the next smaller arrangement. The error, with a way out, where there is none."""
+        now, smaller = self.arrangement, None
+        if self.processes is None:  # else the other ranks would have to shrink as well
+            with contextlib.suppress(ValueError):
+                smaller = self._fitting(replace(self.options, offload=now.offload), free=now.bytes)
+        if smaller is None or smaller.bytes >= now.bytes:
+            raise torch.OutOfMemoryError(
+                f"a step of {now.rows} sequences at once does not fit the memory, and there is no smaller arrangement: take "
+                "shorter sequences, free some memory, leave rows and recompute to the training, or keep rotations on the "
+                "host by offload=True") from error
+        log.warning("a step of %d sequences at once takes more memory than was estimated; it is done again with %d%s",
+                    now.rows, smaller.rows, " and layers recomputed" if smaller.recompute and not now.recompute else "")
+        self._adopt(smaller)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def __enter__(self) -> _Trainer:
         return self
@@ -226,7 +250,28 @@ class _Trainer:
         o = self.options
         generator = torch.Generator().manual_seed(o.seed * 1_000_003 + step)  # a step's batch does not depend on resuming
         picked = self.tokens[torch.randint(len(self.tokens), (o.batch,), generator=generator)]
-        sparsity = self.sparsities[step % len(self.sparsities)]
+        total, summed = self._summed(picked, self.sparsities[step % len(self.sparsities)])
+        finite = torch.stack([gradient.sum(dtype=torch.float32).isfinite() for gradient in summed]).all()
+        self.skipped += ~finite
+        scale = torch.where(finite & (total > 0), 1 / total, 0)  # of log KL; a step that is skipped moves by its momentum
+        cycle, start = one_cycle(step / o.steps), 0
+        for group, optimizer in zip(self.groups, self.optimizers, strict=True):
+            optimizer.step(summed[start:start + len(group.leaves)], group.lr * cycle, scale)
+            start += len(group.leaves)
+        return total / picked.numel()
+
+    def _summed(self, picked: torch.Tensor, sparsity: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """KL of a step's rows and its gradients, summed over their pieces, which get smaller where memory does not do."""
+        while True:
+            try:
+                return self._summed_as_arranged(picked, sparsity)
+            except torch.OutOfMemoryError as error:
+                # What the failed piece held is held by the traceback.
+                failure = error.with_traceback(None)
+            self._shrink(failure)
+
+    def _summed_as_arranged(self, picked: torch.Tensor, sparsity: torch.Tensor
+                            ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         pieces = picked.split(self.arrangement.rows)
         total, summed = 0.0, []
         for ids in pieces:
@@ -240,14 +285,7 @@ class _Trainer:
                 for held, gradient in zip(summed, gradients, strict=True):
                     held += gradient
             del gradients
-        finite = torch.stack([gradient.sum(dtype=torch.float32).isfinite() for gradient in summed]).all()
-        self.skipped += ~finite
-        scale = torch.where(finite & (total > 0), 1 / total, 0)  # of log KL; a step that is skipped moves by its momentum
-        cycle, start = one_cycle(step / o.steps), 0
-        for group, optimizer in zip(self.groups, self.optimizers, strict=True):
-            optimizer.step(summed[start:start + len(group.leaves)], group.lr * cycle, scale)
-            start += len(group.leaves)
-        return total / picked.numel()
+        return total, summed
 
     def _gradients(self, ids: torch.Tensor, sparsity: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Summed KL and its gradient to each leaf, in the leaf's dtype."""
@@ -337,7 +375,7 @@ def _to_fit(tokens: torch.Tensor, held_out: torch.Tensor) -> list[torch.Tensor]:
     return [held_out] if held_out.numel() >= FITTED else [tokens, held_out]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
     """Within the context the model is in evaluation mode and its weights take no gradients; afterwards it is as it was."""
     mode, grads = model.training, [p.requires_grad for p in model.parameters()]
@@ -350,7 +388,7 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
             p.requires_grad_(needed)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
     """Within the context attention's backward pass adds in a fixed order, so that a training that is resumed is the same."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

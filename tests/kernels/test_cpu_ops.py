@@ -23,12 +23,16 @@ def in_python(monkeypatch):
         pytest.skip("torch's headers are not there, or the compiler is too old for them")
     calls = []
     for name in ("sparse_linear", "quantized_linear", "decode_attention"):
-        def spy(*args, name=name, run=getattr(cpu, name)):
-            calls.append(name)
-            return run(*args)
-
-        monkeypatch.setattr(cpu, name, spy)
+        monkeypatch.setattr(cpu, name, _noting(calls, name, getattr(cpu, name)))
     return calls
+
+
+def _noting(calls, name, run):
+    def call(*args):
+        calls.append(name)
+        return run(*args)
+
+    return call
 
 
 def _linear(dtype, rows, **changes):
@@ -49,10 +53,10 @@ def _quantized(dtype, rows, bits, **changes):
 
 
 def _attention(dtype, batch=2, **changes):
-    drawn = {"q": torch.randn(batch, 4, 1, 64), "keys": torch.randn(batch, 2, 10, 64), "values": torch.randn(batch, 2, 10, 64),
-             "mask": torch.rand(batch, 1, 1, 10) < 0.8, "scale": 0.125, "k": torch.randn(batch, 2, 1, 64),
-             "v": torch.randn(batch, 2, 1, 64), "position": torch.tensor([3]), "cos": torch.randn(batch, 1, 1, 64),
-             "sin": torch.randn(batch, 1, 1, 64)} | changes
+    cache, new, turn = (batch, 2, 10, 64), (batch, 2, 1, 64), (batch, 1, 1, 64)
+    drawn = {"q": torch.randn(batch, 4, 1, 64), "keys": torch.randn(cache), "values": torch.randn(cache),
+             "mask": torch.rand(batch, 1, 1, 10) < 0.8, "scale": 0.125, "k": torch.randn(new), "v": torch.randn(new),
+             "position": torch.tensor([3]), "cos": torch.randn(turn), "sin": torch.randn(turn)} | changes
     return {name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for name, value in drawn.items()}
 
@@ -62,6 +66,7 @@ def _copied(call):
 
 
 NONE = {"bias": None, "residual": None, "eps": None, "gain": None, "weight": torch.randn(64, 48)}
+ALONE = {"adapter": None, "adapter_scales": None, "residual": None}
 PLAIN = [{}, {"k": 20, "threshold": None}, {"eps": None, "gain": None}, {"bias": None}, NONE, NONE | {"threshold": None},
          *(NONE | {"gate": gate, "eps": 0.0} for gate in ("silu", "gelu", "gelu_tanh", "relu"))]
 
@@ -78,8 +83,7 @@ def test_linear(changes, rows, in_python, dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("changes", [{}, {"k": 20, "threshold": None}, {"adapter": None, "adapter_scales": None, "residual": None},
-                                     {"adapter": None, "adapter_scales": None, "residual": None, "gate": "silu"}], ids=range(4))
+@pytest.mark.parametrize("changes", [{}, {"k": 20, "threshold": None}, ALONE, ALONE | {"gate": "silu"}], ids=range(4))
 def test_quantized(changes, bits, rows, in_python, dtype):
     call = _quantized(dtype, rows, bits) | changes
     got = quantized_linear(**call)
@@ -107,8 +111,8 @@ def test_heads_of_a_merged_product(in_python):
     """As a graph hands them over: views into one row for each sequence."""
     merged = torch.randn(3, 1, 8 * 64)
     call = _attention(torch.float32, 3)
-    call |= {"q": merged[..., :256].view(3, 1, 4, 64).transpose(1, 2), "k": merged[..., 256:384].view(3, 1, 2, 64).transpose(1, 2),
-             "v": merged[..., 384:].view(3, 1, 2, 64).transpose(1, 2)}
+    parts = zip("qkv", merged.split([256, 128, 128], dim=-1), strict=True)
+    call |= {name: part.view(3, 1, -1, 64).transpose(1, 2) for name, part in parts}
     other = _copied(call)
     got = decode_attention(**call)
     assert not in_python and torch.equal(got, PYTHON.decode_attention(**other)) and torch.equal(call["keys"], other["keys"])
@@ -125,22 +129,20 @@ def test_what_is_not_plain_is_answered(call):
     assert torch.equal(got, expected)
 
 
+NAN = float("nan")
 WRONG = [
-    _linear(torch.float32, 1, k=0), _linear(torch.float32, 1, k=65), _linear(torch.float32, 1, k=20),
-    _linear(torch.float32, 1, eps=-1.0), _linear(torch.float32, 1, eps=float("nan")), _linear(torch.float32, 1, threshold=-1.0),
-    _linear(torch.float32, 1, threshold=float("nan")), _linear(torch.float32, 1, gate="swish"),
-    _linear(torch.float32, 1, gate="silu"), _linear(torch.float32, 1, bias=torch.randn(47)),
-    _linear(torch.float32, 1, residual=None), _linear(torch.float32, 1, residual=torch.randn(1, 31)),
-    _linear(torch.float32, 1, residual=torch.randn(2, 32)), _linear(torch.float32, 1, residual=torch.randn(32)),
-    _linear(torch.float32, 1, gain=torch.randn(63)), _linear(torch.float32, 1, weight=torch.randn(63, 48)),
-    _linear(torch.float32, 1, weight=torch.randn(48, 96).T), _linear(torch.float32, 1, weight=torch.randn(96)),
-    _linear(torch.float32, 1) | {"weight": torch.randn(96, 48).half()}, _linear(torch.float32, 1) | {"gain": torch.randn(64).double()},
-    _linear(torch.float32, 1) | {"x": torch.tensor(1.0)}, _linear(torch.float32, 1) | {"x": torch.ones(1, 64, dtype=torch.int32)},
+    {"k": 0}, {"k": 65}, {"k": 20}, {"eps": -1.0}, {"eps": NAN}, {"threshold": -1.0}, {"threshold": NAN}, {"gate": "swish"},
+    {"gate": "silu"}, {"bias": torch.randn(47)}, {"residual": None}, {"residual": torch.randn(1, 31)},
+    {"residual": torch.randn(2, 32)}, {"residual": torch.randn(32)}, {"gain": torch.randn(63)},
+    {"weight": torch.randn(63, 48)}, {"weight": torch.randn(48, 96).T}, {"weight": torch.randn(96)},
+    {"weight": torch.randn(96, 48).half()}, {"gain": torch.randn(64).double()}, {"x": torch.tensor(1.0)},
+    {"x": torch.ones(1, 64, dtype=torch.int32)},
 ]
 
 
-@pytest.mark.parametrize("call", WRONG, ids=range(len(WRONG)))
-def test_what_is_wrong_is_said(call):
+@pytest.mark.parametrize("change", WRONG, ids=range(len(WRONG)))
+def test_what_is_wrong_is_said(change):
+    call = _linear(torch.float32, 1) | change
     with pytest.raises((TypeError, ValueError)) as here:
         sparse_linear(**call)
     with pytest.raises(type(here.value)) as there:

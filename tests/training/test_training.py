@@ -361,6 +361,40 @@ def test_rows_of_unlike_lengths_are_named(start):
         train(model, plan, [tokens[0], ids(1, 7)], tokens[1:], QUICK)
 
 
+def short_of_memory(monkeypatch, rows):
+    """As if gradients of more rows at once did not fit. Returns how many were tried at a time."""
+    tried, gradients = [], loop._Trainer._gradients
+
+    def limited(self, ids, sparsity):
+        tried.append(len(ids))
+        if len(ids) > rows:
+            raise torch.OutOfMemoryError("no room")
+        return gradients(self, ids, sparsity)
+
+    monkeypatch.setattr(loop._Trainer, "_gradients", limited)
+    return tried
+
+
+def test_a_step_that_does_not_fit_is_done_again_with_fewer_rows(start, monkeypatch, caplog):
+    """The plan is the one of a training with as many rows from the beginning, and estimates see the same."""
+    model, plan, tokens = start
+    expected = train(model, plan, tokens[:1], tokens[:1], replace(QUICK, rows=2, recompute=True), progress=False)
+    tried = short_of_memory(monkeypatch, 2)
+    trained = train(model, plan, tokens[:1], tokens[:1], QUICK, progress=False)
+    assert trained.provenance["training"]["rows"] == 2 and set(tried) == {4, 2} and tried.count(2) == 2 * QUICK.steps
+    assert "takes more memory than was estimated; it is done again with" in caplog.text
+    assert trained.digest == expected.digest
+    assert estimate(model, plan, tokens[:1], tokens[:1], QUICK).arrangement.rows == 2
+
+
+@pytest.mark.parametrize("change", [{}, {"rows": 4, "recompute": True}])
+def test_a_step_that_fits_in_no_way_says_what_would_help(start, monkeypatch, change):
+    model, plan, tokens = start
+    short_of_memory(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="offload=True"):
+        train(model, plan, tokens[:1], tokens[:1], replace(QUICK, **change), progress=False)
+
+
 def test_the_mask_keeps_k_and_passes_gradients():
     z = torch.randn(5, 7, 40, dtype=torch.float64, requires_grad=True)
     scale, share = torch.randn(40, dtype=torch.float64, requires_grad=True), torch.tensor(0.5, requires_grad=True)
