@@ -197,6 +197,7 @@ class _Trainer:
         self._adopt(smaller)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)  # of the step that was too large
 
     def __enter__(self) -> _Trainer:
         return self
