@@ -1,13 +1,17 @@
 """Lossless decoding: how often drafts are accepted, by sparsity and plan, and what that gives in time.
 
     python bench/lossless.py --text wiki=TEST.txt --chat QUESTIONS.jsonl:0:24 --json bench/results/lossless-MODEL.json
+    python bench/lossless.py --quantize int8 int4 --sparsity 0 0.5 --selection threshold --calibration-windows 0 \\
+        --text wiki=TEST.txt --chat QUESTIONS.jsonl:0:12 --json bench/results/lossless-MODEL.json
     python bench/lossless.py --decode --sparsity 0.5 --chat QUESTIONS.jsonl:0:4 --json bench/results/lossless-MODEL.json
     python bench/lossless.py --decode --shape llama-3-8b --json bench/results/lossless-DEVICE.json
 
-Plans: of SmolLM2 the trained one; ``--plan NAME=FILE`` of others; and always "calibrated", made on the embedded texts. Chat
+Plans: of SmolLM2 the trained one; ``--plan NAME=FILE`` of others; and "calibrated", made on the embedded texts. Chat
 prompts are the first paragraphs of a jsonl file's "text", in the model's chat template; what is decoded there is the dense
 model's own greedy answer. A row is one plan, selection and sparsity on one text:
 
+- quantize: how the weights of drafts are stored; what judges them is the model as it was loaded. "none" is simulated in the
+  dense model, "int8" and "int4" are the backend's own;
 - greedy, sampled_0.8: share of drafts accepted, greedily and at temperature 0.8, each draft the first of its cycle
   (``larosa_fx.study.acceptance``); tokens: positions judged;
 - tokens_per_cycle: what four drafts and their verification bring at the greedy share.
@@ -39,12 +43,14 @@ import provenance
 from decode import MODELS, build
 from larosa_fx import corpus, smollm2
 from larosa_fx.ir import compat
+from larosa_fx.ir.structure import SELECTIONS
+from larosa_fx.kernels.quantization import BITS
 from larosa_fx.loading import encode, encode_prompt, load_model
 from larosa_fx.method.calibrate import calibrate
 from larosa_fx.method.evaluate import windows
 from larosa_fx.method.reference import simulated
 from larosa_fx.plan.plan import Plan, library_versions
-from larosa_fx.study.acceptance import acceptance, tokens_a_cycle
+from larosa_fx.study.acceptance import acceptance, compiled, tokens_a_cycle
 from texts import text_windows
 
 Row = dict[str, object]
@@ -69,6 +75,8 @@ def answered(model, ids: torch.Tensor, tokens: int) -> torch.Tensor:
 def plans(model, tokenizer, args: argparse.Namespace) -> dict[str, Plan]:
     found = {} if args.model else {"trained": Plan.load(smollm2.trained_plan())}
     found |= {name: Plan.load(path) for name, _, path in (spec.partition("=") for spec in args.plan)}
+    if not args.calibration_windows:
+        return found
     batches = windows(encode(tokenizer, corpus.calibration_text()), 512, args.calibration_windows)
     return found | {"calibrated": calibrate(model, batches, selection="threshold", progress=False)}
 
@@ -80,16 +88,17 @@ def accepted(model, tokenizer, args: argparse.Namespace) -> Iterator[Row]:
     if args.chat:
         questions = prompts(tokenizer, args.chat)
         texts["chat"] = [answered(model, ids, args.tokens) for ids in questions], [ids.shape[1] for ids in questions]
-    cases = {(name, selection, sparsity): partial(simulated, model, plan, sparsity, selection=selection)
+    drafts = {"none": simulated, **{bits: partial(compiled, quantize=bits) for bits in BITS}}
+    cases = {(name, selection, sparsity, quantize): partial(drafts[quantize], model, plan, sparsity, selection=selection)
              for name, plan in plans(model, tokenizer, args).items()
-             for selection in (("topk",) if plan.thresholds is None else ("threshold", "topk"))
-             for sparsity in args.sparsity}
+             for selection in args.selection if selection == "topk" or plan.thresholds is not None
+             for quantize in args.quantize for sparsity in args.sparsity}
     for text, (batches, starts) in texts.items():
         found = acceptance(model, cases, batches, start=starts, temperatures=(TEMPERATURE,))
-        for (name, selection, sparsity), share in found.items():
+        for (name, selection, sparsity, quantize), share in found.items():
             yield {"kind": "acceptance", "text": text, "plan": name, "selection": selection, "sparsity": sparsity,
-                   "greedy": share.greedy, f"sampled_{TEMPERATURE}": share.sampled[TEMPERATURE], "tokens": share.tokens,
-                   "tokens_per_cycle": tokens_a_cycle(share.greedy, DRAFTS)}
+                   "quantize": quantize, "greedy": share.greedy, f"sampled_{TEMPERATURE}": share.sampled[TEMPERATURE],
+                   "tokens": share.tokens, "tokens_per_cycle": tokens_a_cycle(share.greedy, DRAFTS)}
 
 
 def decoded(model, questions: list[torch.Tensor], found: dict[str, Plan], args: argparse.Namespace) -> Iterator[Row]:
@@ -137,20 +146,20 @@ def milliseconds(generate: Callable, questions: list[torch.Tensor], args: argpar
 
 
 def case(row: Row) -> tuple:
-    """What a row is a figure of: a later one takes its place."""
+    """What a row is a figure of: a later one takes its place. Rows that name no format are of unquantised weights."""
     keys = ("model", "dtype", "device", "kind", "variant", "text", "plan", "selection", "sparsity", "draft_tokens")
-    return tuple(row.get(key) for key in keys)
+    return (*(row.get(key) for key in keys), row.get("quantize", "none"))
 
 
 def table(rows: list[Row]) -> str:
-    """What was accepted, a line a plan and selection, a column a sparsity: greedy / sampled."""
+    """What was accepted, a line a plan, selection and format, a column a sparsity: greedy / sampled."""
     sparsities = sorted({r["sparsity"] for r in rows})
     lines: dict[tuple, dict[float, str]] = {}
     for r in rows:
-        lines.setdefault((r["text"], r["plan"], r["selection"]), {})[r["sparsity"]] = (
+        lines.setdefault((r["text"], r["plan"], r["selection"], r["quantize"]), {})[r["sparsity"]] = (
             f"{r['greedy']:.3f} / {r[f'sampled_{TEMPERATURE}']:.3f}")
     return tabulate([[*case, *(cells.get(s, "") for s in sparsities)] for case, cells in lines.items()],
-                    ["text", "plan", "selection", *(f"{s:.0%}" for s in sparsities)])
+                    ["text", "plan", "selection", "quantize", *(f"{s:.0%}" for s in sparsities)])
 
 
 def main() -> int:
@@ -159,13 +168,16 @@ def main() -> int:
     parser.add_argument("--gguf-file")
     parser.add_argument("--shape", choices=list(MODELS), help="with --decode, random weights of a known shape instead")
     parser.add_argument("--plan", nargs="*", default=[], metavar="NAME=FILE", help="more plans of the model")
-    parser.add_argument("--calibration-windows", type=int, default=8)
+    parser.add_argument("--calibration-windows", type=int, default=8, help="0 leaves the calibrated plan out")
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE", help="texts whose tokens are drafted")
     parser.add_argument("--chat", metavar="FILE.jsonl:START:STOP", help="questions")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8, help="of each text")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25, 0.4, 0.5, 0.6, 0.75, 0.9])
+    parser.add_argument("--selection", nargs="+", default=list(SELECTIONS), choices=SELECTIONS)
+    parser.add_argument("--quantize", nargs="+", default=["none"], choices=("none", *BITS),
+                        help="how weights of drafts are stored; not with --decode")
     parser.add_argument("--decode", action="store_true", help="time generate instead")
     parser.add_argument("--draft-tokens", type=int, help="with --decode; what measures best where not given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

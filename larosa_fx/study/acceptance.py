@@ -7,14 +7,15 @@ own. That is the first draft of a cycle; the next ones read what drafts have lef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from larosa_fx.ir import compat
+from larosa_fx.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,29 @@ class _Attention:
         return (weights @ before[1] + own * (value - before[1])).transpose(1, 2).contiguous(), None
 
 
+@contextmanager
+def compiled(model: torch.nn.Module, plan: Plan, sparsity: float | None = None, *, selection: str | None = None,
+             quantize: str = "none") -> Iterator[Callable]:
+    """What the backend compiles of ``model``, every token sparsified, from weights folded and stored as ``quantize`` says.
+
+    ``model`` itself stays as it is. LarosaError at the first call where the backend would leave it dense.
+    """
+    plan.attach(model)
+    torch.compiler.reset()
+    options = {"sparsity": sparsity, "selection": selection, "quantize": quantize, "sparsify": "all", "strict": True,
+               "compiler": "eager"}
+    yield torch.compile(model, backend="larosa", dynamic=True, options=options)
+
+
 @torch.no_grad()
 def acceptance(model: torch.nn.Module, drafts: dict[str, Callable[[], AbstractContextManager]], texts: Sequence[Tensor], *,
                start: Sequence[int] | None = None, temperatures: Sequence[float] = (0.8,)) -> dict[str, Accepted]:
     """What share of the drafts of each kind is accepted on texts of input_ids, [1, T] each.
 
-    drafts: by name, what makes the context in which ``model`` computes as a sparse step does, such as
-    ``method.reference.simulated``. start: of each text, how many of its tokens are a prompt, behind which nothing is
-    drafted before its last token; 1 where not given. The dense model's keys, values and logits of all texts are held.
-    ValueError for a model whose layers do not all attend by transformers' interface.
+    drafts: by name, what makes a context whose value computes as a sparse step of ``model`` does, such as
+    ``method.reference.simulated`` and ``compiled``. start: of each text, how many of its tokens are a prompt, behind which
+    nothing is drafted before its last token; 1 where not given. The dense model's keys, values and logits of all texts are
+    held. ValueError for a model whose layers do not all attend by transformers' interface.
     """
     attention, found = _Attention(), {}
     texts = [ids.to(model.device) for ids in texts]
@@ -84,10 +99,10 @@ def acceptance(model: torch.nn.Module, drafts: dict[str, Callable[[], AbstractCo
         tokens = sum(len(target) for target, _ in dense)
         for name, draft in drafts.items():
             equal, overlap = 0, dict.fromkeys(temperatures, 0.0)
-            with draft():
+            with draft() as drafting:
                 for ids, begin, (target, held) in zip(texts, begins, dense, strict=True):
                     attention.held, attention.turn = held, 0
-                    drafted = _logits(model, ids, begin)
+                    drafted = _logits(drafting, ids, begin)
                     equal += (drafted.argmax(-1) == target.argmax(-1)).sum().item()
                     for t in temperatures:
                         overlap[t] += torch.minimum((drafted / t).softmax(-1), (target / t).softmax(-1)).sum().item()
@@ -95,7 +110,7 @@ def acceptance(model: torch.nn.Module, drafts: dict[str, Callable[[], AbstractCo
     return found
 
 
-def _logits(model: torch.nn.Module, ids: Tensor, begin: int) -> Tensor:
+def _logits(model: Callable, ids: Tensor, begin: int) -> Tensor:
     """Of the tokens that follow the first ``begin`` ones, [T - begin, V] in float32."""
     return model(ids, use_cache=False).logits[0, begin - 1:-1].float()
 

@@ -8,29 +8,28 @@ import transformers
 
 import larosa_fx
 from larosa_fx.method.reference import simulated
-from larosa_fx.study.acceptance import acceptance, tokens_a_cycle
+from larosa_fx.study.acceptance import acceptance, compiled, tokens_a_cycle
 from tiny import batches, ids, llama
 
 
 def one_by_one(model, draft, text, start, temperature):
     """(greedy, sampled) acceptance and positions: each draft is a step of its own over a dense cache."""
-    equal, overlap = [], []
-    for at in range(start, text.shape[1]):
-        def step(at=at):
-            cache = transformers.DynamicCache(config=model.config)
-            if at > 1:
-                with torch.no_grad():
-                    model(text[:, : at - 1], past_key_values=cache)
-            return cache
+    def cache(at):
+        filled = transformers.DynamicCache(config=model.config)
+        if at > 1:
+            model(text[:, : at - 1], past_key_values=filled)
+        return filled
 
-        with torch.no_grad():
-            target = model(text[:, at - 1 : at], past_key_values=step()).logits[0, -1]
-            cache = step()
-            with draft():
-                found = model(text[:, at - 1 : at], past_key_values=cache).logits[0, -1]
-        equal.append(bool(found.argmax() == target.argmax()))
-        overlap.append(torch.minimum((found / temperature).softmax(-1), (target / temperature).softmax(-1)).sum().item())
-    return sum(equal), sum(overlap), len(equal)
+    positions = range(start, text.shape[1])
+    with torch.no_grad():
+        targets = [model(text[:, at - 1 : at], past_key_values=cache(at)).logits[0, -1] for at in positions]
+        caches = [cache(at) for at in positions]
+        with draft() as drafting:
+            drafts = [drafting(text[:, at - 1 : at], past_key_values=held).logits[0, -1]
+                      for at, held in zip(positions, caches, strict=True)]
+    target, draft = torch.stack(targets), torch.stack(drafts)
+    overlap = torch.minimum((draft / temperature).softmax(-1), (target / temperature).softmax(-1)).sum()
+    return (draft.argmax(-1) == target.argmax(-1)).sum().item(), overlap.item(), len(positions)
 
 
 @pytest.fixture
@@ -61,6 +60,25 @@ def test_is_that_of_drafts_made_one_by_one(name, selection, request):
             assert found[sparsity].sampled[temperature] == pytest.approx(sampled / tokens, abs=1e-5)
     assert found[0.0].greedy == 1 and found[0.0].sampled[0.8] == pytest.approx(1, abs=1e-5)
     assert found[0.8].sampled[0.8] < found[0.5].sampled[0.8] < 1
+
+
+def test_drafts_of_quantised_weights_are_judged_by_the_model_itself():
+    torch.manual_seed(1)
+    model, text = llama(), ids(1, 14)
+    before = model(text).logits
+    plan = larosa_fx.calibrate(model, batches(), selection="threshold", progress=False)
+    drafts = {(quantize, s): partial(compiled, model, plan, s, quantize=quantize)
+              for quantize in ("none", "int8", "int4") for s in (0.0, 0.5)}
+    found = acceptance(model, drafts | {"simulated": partial(simulated, model, plan, 0.5)}, [text])
+    for case, draft in drafts.items():
+        greedy, sampled, tokens = one_by_one(model, draft, text, 1, 0.8)
+        assert found[case].greedy == pytest.approx(greedy / tokens)
+        assert found[case].sampled[0.8] == pytest.approx(sampled / tokens, abs=1e-5)
+    exact, int8, int4 = (found[quantize, 0.0].sampled[0.8] for quantize in ("none", "int8", "int4"))
+    assert exact == pytest.approx(1, abs=1e-5) and found["none", 0.0].greedy == 1
+    assert int4 < int8 - 0.01 < exact - 0.01
+    assert found["none", 0.5].sampled[0.8] == pytest.approx(found["simulated"].sampled[0.8], abs=1e-5)
+    assert torch.equal(model(text).logits, before)
 
 
 def test_leaves_the_model_as_it_was():
