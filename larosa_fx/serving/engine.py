@@ -81,6 +81,11 @@ class Settings:
         """Whether prompts too need the folded weights: the original ones are gone, or cache other values."""
         return self.options.weights == "replace" or self.options.rotate_cache
 
+    @property
+    def compiles_prompts(self) -> bool:
+        """Whether prompts go through folded weights: they need them, or are to be sparsified themselves."""
+        return self.owns or self.options.sparsify == "all"
+
 
 @dataclass
 class Kept:
@@ -163,7 +168,7 @@ class Engine:
             raise RuntimeError("larosa: this model was enabled with weights='replace' and is compiled already; call it as "
                                "it is, or load the model again")
         self._heed_rehearsals()
-        if not self.settings.owns:  # nothing was given up, nor will be
+        if not self.settings.compiles_prompts:
             return type(self.model).forward(self.model, *args, **kwargs)
         if isinstance(cache := caches.of(kwargs), StaticCache):
             self._check_values(cache)
@@ -193,9 +198,9 @@ class Engine:
 
     @contextlib.contextmanager
     def _owning(self) -> Iterator[None]:
-        """Within it the model's own forward pass is ``forward``, where prompts need the folded weights."""
+        """Within it the model's own forward pass is ``forward``, where prompts go through folded weights."""
         before = self.model.__dict__.get("forward")
-        if not self.settings.owns or before is not None:
+        if not self.settings.compiles_prompts or before is not None:
             yield
             return
         self.model.forward = Method(self.model, "forward", self.forward)
@@ -238,7 +243,7 @@ class Engine:
 
     def _leave(self, reason: str, *args: object, **kwargs: object):
         self._dense(f"{reason}; transformers' own loop runs instead")
-        if self.settings.owns:  # compiling around the compiled forward pass would trace through it
+        if self.settings.compiles_prompts:  # compiling around the compiled forward pass would trace through it
             kwargs["disable_compile"] = True
         with self._owning():
             return self._generate(*args, **kwargs)

@@ -19,6 +19,7 @@ from larosa_fx.compiler import backend
 from larosa_fx.compiler.folds import STORE
 from larosa_fx.compiler.policy import LarosaError
 from larosa_fx.ir import compat
+from larosa_fx.method.reference import simulated
 from larosa_fx.plan.plan import ATTACHED
 from larosa_fx.study import families
 from listeners import Asked, Ranked, Streamed
@@ -516,3 +517,19 @@ def test_a_cache_of_the_models_own_making_is_left_to_it(name, reason, fresh_dyna
     with pytest.warns(UserWarning, match=reason):
         answer = model.generate(prompt, **SETTINGS)
     assert torch.equal(answer, dense.generate(prompt, **SETTINGS))
+
+
+@pytest.mark.parametrize("weights", ["copy", "replace"])
+def test_every_token_is_sparsified_wherever_the_weights_are(weights, fresh_dynamo):
+    (model, dense), x = calibrated(), ids(1, 9)
+    plan = ATTACHED.find(list(model.parameters()))
+    with torch.no_grad(), simulated(dense, plan, plan.sparsity):
+        expected = dense(x).logits
+    larosa_fx.enable(model, weights=weights, sparsify="all", compiler="eager")
+    assert error(model(x).logits, expected) < 1e-4
+    assert error(dense(x).logits, expected) > 1e-2
+    cache = model.generate(x, **SETTINGS, return_dict_in_generate=True).past_key_values
+    with torch.no_grad(), simulated(dense, plan, plan.sparsity):
+        filled = dense(x).past_key_values
+    for layer, other in zip(cache.layers, filled.layers, strict=True):
+        assert error(layer.keys[:, :, :9], other.keys) < 1e-4
