@@ -140,14 +140,17 @@ WRONG = [
 ]
 
 
+def _says_the_same(name, op, call):
+    with pytest.raises((TypeError, ValueError, IndexError)) as here:
+        op(**call)
+    with pytest.raises(type(here.value)) as there:
+        getattr(PYTHON, name)(**call)
+    assert str(here.value) == str(there.value)
+
+
 @pytest.mark.parametrize("change", WRONG, ids=range(len(WRONG)))
 def test_what_is_wrong_is_said(change):
-    call = _linear(torch.float32, 1) | change
-    with pytest.raises((TypeError, ValueError)) as here:
-        sparse_linear(**call)
-    with pytest.raises(type(here.value)) as there:
-        PYTHON.sparse_linear(**call)
-    assert str(here.value) == str(there.value)
+    _says_the_same("sparse_linear", sparse_linear, _linear(torch.float32, 1) | change)
 
 
 @pytest.mark.parametrize("change", [
@@ -156,12 +159,7 @@ def test_what_is_wrong_is_said(change):
     {"weight": torch.ones(64, 64)}, {"weight": torch.ones(64, dtype=torch.int8)}, {"gate": "silu"},
 ], ids=range(10))
 def test_what_is_wrong_with_stored_weights_is_said(change):
-    call = _quantized(torch.float32, 1, 8) | change
-    with pytest.raises((TypeError, ValueError)) as here:
-        quantized_linear(**call)
-    with pytest.raises(type(here.value)) as there:
-        PYTHON.quantized_linear(**call)
-    assert str(here.value) == str(there.value)
+    _says_the_same("quantized_linear", quantized_linear, _quantized(torch.float32, 1, 8) | change)
 
 
 @pytest.mark.parametrize("change", [
@@ -173,11 +171,8 @@ def test_what_is_wrong_with_stored_weights_is_said(change):
 def test_what_is_wrong_with_attention_is_said(change):
     call = _attention(torch.float32) | change
     keys = call["keys"].clone()
-    with pytest.raises((TypeError, ValueError, IndexError)) as here:
-        decode_attention(**call)
-    with pytest.raises(type(here.value)) as there:
-        PYTHON.decode_attention(**call)
-    assert str(here.value) == str(there.value) and torch.equal(call["keys"], keys)
+    _says_the_same("decode_attention", decode_attention, call)
+    assert torch.equal(call["keys"], keys)
 
 
 def test_one_number_of_threads_more_or_less(in_python):
