@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <optional>
 #include <string_view>
 
@@ -24,7 +25,9 @@ using MaybeDouble = std::optional<double>;
 
 constexpr int64_t MOST_ROWS = 16, MOST_CHANNELS = INT32_MAX, DIM = 64;  // MAX_ROWS, MAX_CHANNELS and _DIM in Python
 
-Entries entries = {};
+// Read as one by threads that call while another binds.
+const Entries none = {};
+std::atomic<const Entries*> bound = &none;
 
 // The op of the same name that Python serves.
 template <class Function, class... Arguments>
@@ -89,6 +92,7 @@ struct Site {
 
 Tensor sparse_linear(const Tensor& x, int64_t k, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
                      MaybeDouble eps, std::string_view gate, bool early, const MaybeTensor& gain, MaybeDouble threshold) {
+  const Entries& entries = *bound.load(std::memory_order_acquire);
   const Site site = {x, k, bias, residual, gain, eps, threshold, code_of(gate)};
   if (entries.linear && weight.dim() == 2 && is_plain(weight, x.scalar_type(), weight.sizes())) {
     const int64_t columns = weight.size(1), adapted = weight.size(0) - site.channels;
@@ -106,9 +110,9 @@ Tensor sparse_linear(const Tensor& x, int64_t k, const Tensor& weight, const May
 
 // Columns that share a scale, where a weight [rows, columns] of 8 or 4 bits and its scales are plain; else 0.
 int64_t share_of(const Tensor& weight, const Tensor& scales, int64_t rows, int64_t columns, int64_t bits,
-                 at::ScalarType type) {
+                 at::ScalarType type, int64_t fewest) {
   const int64_t groups = scales.dim() > 1 ? scales.size(1) : 0;
-  if (!groups || columns % groups || columns / groups % entries.fewest) return 0;
+  if (!groups || columns % groups || columns / groups % fewest) return 0;
   const at::DimVector shape = bits == 4 ? at::DimVector{rows, groups, 2} : at::DimVector{rows, groups};
   const bool plain = is_plain(weight, bits == 4 ? at::kByte : at::kChar, {rows, columns * bits / 8}) &&
                      is_plain(scales, type, shape);
@@ -119,14 +123,16 @@ Tensor quantized_linear(const Tensor& x, int64_t k, const Tensor& weight, const 
                         const MaybeTensor& adapter_scales, const MaybeTensor& bias, const MaybeTensor& residual,
                         MaybeDouble eps, std::string_view gate, bool early, const MaybeTensor& gain,
                         MaybeDouble threshold) {
+  const Entries& entries = *bound.load(std::memory_order_acquire);
   const Site site = {x, k, bias, residual, gain, eps, threshold, code_of(gate)};
-  const bool adapts = adapter && adapter_scales && adapter->dim() == 2;
+  const bool adapts = adapter && adapter_scales && adapter->dim() == 2 && adapter->size(0);
   if (entries.quantized && weight.dim() == 2 && !adapter == !adapter_scales && adapts == adapter.has_value()) {
     const auto type = x.scalar_type();
     const int64_t bits = weight.scalar_type() == at::kByte ? 4 : 8, columns = weight.size(1) * 8 / bits;
     const int64_t adapted = adapts ? adapter->size(0) : 0;
-    const int64_t share = share_of(weight, scales, site.channels, columns, bits, type);
-    const int64_t adapter_share = adapts ? share_of(*adapter, *adapter_scales, adapted, columns, 8, type) : entries.fewest;
+    const int64_t share = share_of(weight, scales, site.channels, columns, bits, type, entries.fewest);
+    const int64_t adapter_share =
+        adapts ? share_of(*adapter, *adapter_scales, adapted, columns, 8, type, entries.fewest) : entries.fewest;
     if (share && adapter_share && site.out(columns) % entries.fewest == 0 && site.fits(columns, adapted)) {
       Tensor out = site.result(columns);
       if (!entries.quantized(x.const_data_ptr(), weight.const_data_ptr(), scales.const_data_ptr(), data_of(adapter),
@@ -144,6 +150,7 @@ Tensor quantized_linear(const Tensor& x, int64_t k, const Tensor& weight, const 
 Tensor decode_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const MaybeTensor& mask, double scale,
                         const MaybeTensor& k, const MaybeTensor& v, const MaybeTensor& position, const MaybeTensor& cosine,
                         const MaybeTensor& sine) {
+  const Entries& entries = *bound.load(std::memory_order_acquire);
   const auto type = q.scalar_type();
   const int64_t dtype = code_of(type);
   if (entries.attention && dtype >= 0 && q.is_cpu() && q.numel() && q.dim() == 4 && q.size(2) == 1 && keys.dim() == 4) {
@@ -175,7 +182,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& keys, const Tensor& value
 }  // namespace
 
 // What the ops call from now on; null for nothing, so that Python serves them.
-extern "C" void larosa_bind(const Entries* given) { entries = given ? *given : Entries{}; }
+extern "C" void larosa_bind(const Entries* given) { bound = given ? given : &none; }
 
 TORCH_LIBRARY_IMPL(larosa, CPU, ops) {
   ops.impl("sparse_linear", sparse_linear);

@@ -30,7 +30,16 @@ from larosa_fx.method.thresholds import TEXT, with_thresholds
 from larosa_fx.plan.plan import ATTACHED, LEVELS, Plan
 from larosa_fx.training import checkpoint as files
 from larosa_fx.training.divergence import summed_divergence
-from larosa_fx.training.memory import Arrangement, arrange, decoder_layers, needs, operations, recomputed, requiring_grad
+from larosa_fx.training.memory import (
+    USED,
+    Arrangement,
+    arrange,
+    decoder_layers,
+    needs,
+    operations,
+    recomputed,
+    requiring_grad,
+)
 from larosa_fx.training.options import TrainingOptions
 from larosa_fx.training.replay import Replayed
 from larosa_fx.training.rotation_adam import Adam, precision
@@ -186,7 +195,7 @@ class _Trainer:
         now, smaller = self.arrangement, None
         if self.processes is None:  # else the other ranks would have to shrink as well
             with contextlib.suppress(ValueError):
-                smaller = self._fitting(replace(self.options, offload=now.offload), free=now.bytes)
+                smaller = self._fitting(replace(self.options, offload=now.offload), free=int((now.bytes - 1) / USED))
         if smaller is None or smaller.bytes >= now.bytes:
             raise torch.OutOfMemoryError(
                 f"a step of {now.rows} sequences at once does not fit the memory, and there is no smaller arrangement: take "
@@ -231,10 +240,10 @@ class _Trainer:
 
     def probe(self, repeats: int) -> tuple[float, float]:
         """Seconds of a step and of comparing one piece, means of ``repeats`` behind a first; the state is spoilt."""
-        piece = self.tokens[:self.arrangement.rows].to(self.device)
         with precision("high"), _deterministic(), requiring_grad(self.leaves):
-            return (self._clocked(self._step, repeats),
-                    self._clocked(lambda _: self.divergence(piece, self.sparsities[0]), repeats))
+            step = self._clocked(self._step, repeats)
+            piece = self.tokens[:self.arrangement.rows].to(self.device)  # as many as the step got smaller to
+            return step, self._clocked(lambda _: self.divergence(piece, self.sparsities[0]), repeats)
 
     def _clocked(self, call: Callable[[int], object], repeats: int) -> float:
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
@@ -251,7 +260,7 @@ class _Trainer:
         o = self.options
         generator = torch.Generator().manual_seed(o.seed * 1_000_003 + step)  # a step's batch does not depend on resuming
         picked = self.tokens[torch.randint(len(self.tokens), (o.batch,), generator=generator)]
-        total, summed = self._summed(picked, self.sparsities[step % len(self.sparsities)])
+        total, summed = self._fitted(self._summed, picked, self.sparsities[step % len(self.sparsities)])
         finite = torch.stack([gradient.sum(dtype=torch.float32).isfinite() for gradient in summed]).all()
         self.skipped += ~finite
         scale = torch.where(finite & (total > 0), 1 / total, 0)  # of log KL; a step that is skipped moves by its momentum
@@ -261,18 +270,18 @@ class _Trainer:
             start += len(group.leaves)
         return total / picked.numel()
 
-    def _summed(self, picked: torch.Tensor, sparsity: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """KL of a step's rows and its gradients, summed over their pieces, which get smaller where memory does not do."""
+    def _fitted(self, run: Callable, *arguments: object) -> object:
+        """What ``run`` returns. It works in pieces, which get smaller until memory does."""
         while True:
             try:
-                return self._summed_as_arranged(picked, sparsity)
+                return run(*arguments)
             except torch.OutOfMemoryError as error:
-                # What the failed piece held is held by the traceback.
-                failure = error.with_traceback(None)
+                # What the failed piece held is held by its traceback, and by that of an error that came before it.
+                failure = torch.OutOfMemoryError(str(error))
             self._shrink(failure)
 
-    def _summed_as_arranged(self, picked: torch.Tensor, sparsity: torch.Tensor
-                            ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    def _summed(self, picked: torch.Tensor, sparsity: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """KL of a step's rows and its gradients, summed over their pieces."""
         pieces = picked.split(self.arrangement.rows)
         total, summed = 0.0, []
         for ids in pieces:
@@ -311,9 +320,7 @@ class _Trainer:
         return self.model(ids, use_cache=False).logits
 
     def _validate(self, step: int, bar: tqdm) -> None:
-        pieces = self.held_out.to(self.device).split(self.arrangement.rows)
-        losses = torch.stack([sum(self.divergence(ids, s).clone() for ids in pieces) for s in self.sparsities])
-        losses /= self.held_out.numel()
+        losses = self._fitted(self._validated) / self.held_out.numel()
         loss = self.ranks.hear(losses.log().mean().item())[0]  # what is the best is decided once
         if not self.best and not math.isfinite(loss):
             raise RuntimeError(f"the sparse model's divergence is {losses.tolist()} before training: the model's logits are "
@@ -329,6 +336,11 @@ class _Trainer:
         if self.checkpoint is not None:
             with together(self.processes):
                 self._save(step)
+
+    def _validated(self) -> torch.Tensor:
+        """KL summed over the text that validates, at each sparsity."""
+        pieces = self.held_out.to(self.device).split(self.arrangement.rows)
+        return torch.stack([sum(self.divergence(ids, s).clone() for ids in pieces) for s in self.sparsities])
 
     def _save(self, step: int) -> None:
         if self.first:

@@ -39,6 +39,7 @@ class Replayed:
                 compat.set_generator_state(generator, state)
                 log.warning("%s cannot be replayed from a CUDA graph and runs kernel by kernel: %s",
                             self.function.__name__, str(error).splitlines()[0])
+            if not self.capturable:  # behind the handler: the error holds what the attempt took, which may be most memory
                 return self.function(*inputs)
         graph, held, outputs = self._graphs[kind]
         for static, given in zip(held, inputs, strict=True):

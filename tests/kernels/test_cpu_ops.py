@@ -157,7 +157,8 @@ def test_what_is_wrong_is_said(change):
     {"scales": torch.randn(64, 3)}, {"scales": torch.randn(63, 2)}, {"scales": torch.randn(64, 2).half()},
     {"adapter": None}, {"adapter_scales": None}, {"adapter_scales": torch.randn(32)}, {"residual": None},
     {"weight": torch.ones(64, 64)}, {"weight": torch.ones(64, dtype=torch.int8)}, {"gate": "silu"},
-], ids=range(10))
+    {"adapter": torch.ones(0, 64, dtype=torch.int8), "adapter_scales": torch.ones(0, 1), "residual": None},
+], ids=range(11))
 def test_what_is_wrong_with_stored_weights_is_said(change):
     _says_the_same("quantized_linear", quantized_linear, _quantized(torch.float32, 1, 8) | change)
 

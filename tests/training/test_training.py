@@ -1,6 +1,8 @@
 """Training: less divergence from the dense model, rotations that stay orthogonal, plans that survive their file."""
 
+import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from larosa_fx.method.reference import at_least, largest, mapped, simulated
 from larosa_fx.method.thresholds import with_thresholds
 from larosa_fx.plan.allocate import MOST, byte_sparsity
 from larosa_fx.training import TrainingOptions, estimate, loop, rotation_adam, train
+from larosa_fx.training.memory import Needs, arrange
 from larosa_fx.training.soft_mask import SoftMask
 from larosa_fx.training.state import State
 from tiny import error, ids, llama
@@ -393,6 +396,66 @@ def test_a_step_that_fits_in_no_way_says_what_would_help(start, monkeypatch, cha
     short_of_memory(monkeypatch, 0)
     with pytest.raises(torch.OutOfMemoryError, match="offload=True"):
         train(model, plan, tokens[:1], tokens[:1], replace(QUICK, **change), progress=False)
+
+
+def test_validation_that_does_not_fit_is_done_again_with_fewer_rows(start, monkeypatch):
+    model, plan, tokens = start
+    tried, divergence = [], loop._Trainer._divergence
+
+    def limited(self, ids, sparsity):
+        tried.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return divergence(self, ids, sparsity)
+
+    monkeypatch.setattr(loop._Trainer, "_divergence", limited)
+    trained = train(model, plan, tokens[:1], tokens[:1], replace(QUICK, steps=2), progress=False)
+    assert tried[0] == 4 and set(tried) == {4, 2} and set(tried[2:]) == {2} and trained.provenance["training"]["rows"] == 2
+
+
+def test_an_estimate_compares_as_many_rows_as_fit(start, monkeypatch):
+    model, plan, tokens = start
+    short_of_memory(monkeypatch, 2)
+    compared, divergence = [], loop._Trainer._divergence
+    monkeypatch.setattr(loop._Trainer, "_divergence",
+                        lambda self, ids, sparsity: compared.append(len(ids)) or divergence(self, ids, sparsity))
+    estimate(model, plan, tokens[:1], tokens[:1], QUICK)
+    assert set(compared) == {2}
+
+
+def test_what_a_step_held_that_did_not_fit_is_let_go(start, monkeypatch):
+    """Even where it failed again as another error was being handled."""
+    model, plan, tokens = start
+    held, gradients = [], loop._Trainer._gradients
+
+    def limited(self, ids, sparsity):
+        if len(ids) > 2:
+            logits = self._dense(ids)
+            held.append(weakref.ref(logits))
+            try:
+                raise torch.OutOfMemoryError("no room")
+            except RuntimeError:
+                raise torch.OutOfMemoryError("nor now")  # noqa: B904
+        assert held and not any(found() is not None for found in held)
+        return gradients(self, ids, sparsity)
+
+    monkeypatch.setattr(loop._Trainer, "_gradients", limited)
+    train(model, plan, tokens[:1], tokens[:1], replace(QUICK, steps=1), progress=False)
+
+
+def test_arrangements_get_smaller_down_to_the_smallest():
+    """However little of a step's memory rows account for."""
+    state, trainer = Needs(fixed=0, saved=2**30, inputs=2**26, logits=2**27, scores=0, wide_logits=2**28, layers=32,
+                           stack=2**27, rotations=8 * 2**30, leaves=4 * 2**30, others=0), object.__new__(loop._Trainer)
+    trainer.options, trainer.processes, trainer.device = TrainingOptions(batch=8), None, torch.device("cpu")
+    trainer._fitting = partial(arrange, state, length=2048, operations=1e15, gpu=True)
+    trainer._adopt = lambda arrangement: setattr(trainer, "arrangement", arrangement)
+    trainer.arrangement, sizes = trainer._fitting(trainer.options, free=80 * 2**30), []
+    with pytest.raises(torch.OutOfMemoryError, match="no smaller arrangement"):
+        while True:
+            sizes.append(trainer.arrangement.bytes)
+            trainer._shrink(torch.OutOfMemoryError("no room"))
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == state.peak(1, True, False)
 
 
 def test_the_mask_keeps_k_and_passes_gradients():
