@@ -65,7 +65,8 @@ def compiled(model: torch.nn.Module, plan: Plan, sparsity: float | None = None, 
              quantize: str = "none") -> Iterator[Callable]:
     """What the backend compiles of ``model``, every token sparsified, from weights folded and stored as ``quantize`` says.
 
-    ``model`` itself stays dense, with ``plan`` attached. LarosaError at the first call where the backend would leave it dense.
+    ``model`` itself stays dense, with ``plan`` attached. LarosaError at the first call where the backend would leave it
+    dense.
     """
     plan.attach(model)
     torch.compiler.reset()
