@@ -6,6 +6,7 @@ Where that cannot be used it is built for this process alone.
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import platform
@@ -19,6 +20,10 @@ from pathlib import Path
 from larosa_fx.kernels import cache
 
 log = logging.getLogger(__name__)
+
+
+# What a compiler says of a folder, so that another may do.
+_ELSEWHERE = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)]
 
 
 class IncompleteError(OSError):
@@ -55,6 +60,8 @@ def library(name: str, sources: Sequence[Path], flags: Sequence[str], open_: Cal
         return open_(cache.store(folder, name, key, ".so", content))
     except (OSError, subprocess.SubprocessError) as error:
         reason = error
+    if isinstance(reason, subprocess.CalledProcessError) and not any(map(detail(reason).count, _ELSEWHERE)):
+        raise reason  # the source is too much for the compiler, wherever it is asked
     for folder in cache.temporary():  # the cache's place is full, say, or nothing can be run from there
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix="larosa_fx-") as private:

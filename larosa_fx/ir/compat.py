@@ -585,6 +585,17 @@ def pad_token(generation_config: object) -> torch.Tensor | None:
     return generation_config._pad_token_tensor
 
 
+def keep_outputs(model: torch.nn.Module) -> None:
+    """Install the hooks that keep hidden states and attentions, which transformers does at the first call that asks for
+    them, under a lock that Dynamo cannot trace (transformers 5.17 to 5.24)."""
+    from transformers import PreTrainedModel
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            maybe_install_capturing_hooks(module)
+
+
 def asks_for_more(model: torch.nn.Module, kwargs: Mapping[str, object]) -> bool:
     """Whether a call of a model with these arguments is to return more than logits and a cache."""
     def asked(name: str) -> object:

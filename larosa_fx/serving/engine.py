@@ -61,6 +61,9 @@ class Settings:
         if lossless and any(map(shards.is_split, model.parameters())):
             raise ValueError("lossless=True does not work on a model that is split over several ranks: how many tokens are "
                              "drafted follows from measured times, which differ from rank to rank")
+        if lossless and options.get("sparsify") == "all":
+            raise ValueError("lossless=True gives dense decoding's tokens, and sparsify='all' sparsifies prompts, too; "
+                             "choose one of them")
         if draft_tokens is not None and (isinstance(draft_tokens, bool) or not isinstance(draft_tokens, int)
                                          or draft_tokens < 1 or not lossless):
             raise ValueError(f"draft_tokens is {draft_tokens!r}" + (
@@ -176,7 +179,9 @@ class Engine:
         if caches.begins(cache) and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.all():
             kwargs["attention_mask"] = None
         # What else a model may return, its last hidden state say, is another reader of what is folded: a step has none.
-        for_logits = cache is not None and not args and not compat.asks_for_more(self.model, kwargs)
+        if more := compat.asks_for_more(self.model, kwargs):
+            compat.keep_outputs(self.model)
+        for_logits = cache is not None and not args and not more
         with torch.no_grad(), compat.sizes_stay_apart(), compat.causal_prompts():
             if not for_logits:
                 return self._prompt_of(_outputs)(self.model, *args, **kwargs)
@@ -242,7 +247,8 @@ class Engine:
         return None
 
     def _leave(self, reason: str, *args: object, **kwargs: object):
-        self._dense(f"{reason}; transformers' own loop runs instead")
+        if self.settings.options.sparsify != "all":  # else every pass that the loop makes is sparse
+            self._dense(f"{reason}; transformers' own loop runs instead")
         if self.settings.compiles_prompts:  # compiling around the compiled forward pass would trace through it
             kwargs["disable_compile"] = True
         with self._owning():

@@ -163,7 +163,7 @@ class _Trainer:
         if len(set(ranks.hear(self._saved and self._saved["step"]))) > 1:
             raise files.CheckpointError(f"{checkpoint} is not the same file for all ranks; name one that all of them read")
         if self._saved:  # what runs at once is ranked together: the same rows as before the interruption
-            options = replace(options, rows=self._saved["rows"])
+            options = replace(options, rows=self._saved["rows"], recompute=self._saved.get("recompute", options.recompute))
         self._fitting = partial(arrange, needs(model, self.state, tokens[:1]), length=tokens.shape[1],
                                 operations=operations(model, self.state, tokens.shape[1]), gpu=self.device.type == "cuda")
         arrangement = self._fitting(options, free=free)
@@ -345,7 +345,8 @@ class _Trainer:
     def _save(self, step: int) -> None:
         if self.first:
             files.save(self.checkpoint, {
-                "fingerprint": self.fingerprint, "step": step, "rows": self.arrangement.rows, "state": self.state.snapshot(),
+                "fingerprint": self.fingerprint, "step": step, "rows": self.arrangement.rows,
+                "recompute": self.arrangement.recompute, "state": self.state.snapshot(),
                 "best": self.best, "best_loss": self.best_loss, "history": self.history,
                 "moments": [(o.moments, o.count) for o in self.optimizers], "skipped": self.skipped.item()})
 

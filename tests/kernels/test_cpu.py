@@ -790,6 +790,17 @@ def test_with_a_compiler_that_fails(tmp_path):
     assert list((tmp_path / "cache" / "larosa_fx").iterdir()) == []
 
 
+@needs_compiler
+@pytest.mark.parametrize(("said", "tries"), [("error: no such header", 1), ("fatal error: No space left on device", 3)])
+def test_a_compiler_that_fails_is_asked_elsewhere_only_for_a_folders_sake(said, tries, in_process, tmp_path, monkeypatch):
+    script, notes = tmp_path / "c++", tmp_path / "notes"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho x >>{notes}\necho "{said}" >&2\nexit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(cache, "temporary", lambda: [tmp_path, tmp_path])
+    assert in_process() is None and len(notes.read_text().split()) == tries
+
+
 _RUNTIMES = """
 import torch
 def runtimes():

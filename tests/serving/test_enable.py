@@ -531,5 +531,29 @@ def test_every_token_is_sparsified_wherever_the_weights_are(weights, fresh_dynam
     cache = model.generate(x, **SETTINGS, return_dict_in_generate=True).past_key_values
     with torch.no_grad(), simulated(dense, plan, plan.sparsity):
         filled = dense(x).past_key_values
+        beams = dense.generate(x, **SETTINGS, num_beams=2)
+    assert torch.equal(model.generate(x, **SETTINGS, num_beams=2), beams)  # without a word that it would be dense
     for layer, other in zip(cache.layers, filled.layers, strict=True):
         assert error(layer.keys[:, :, :9], other.keys) < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, {"weights": "copy", "sparsify": "all", "sparsity": 0.0}])
+def test_hidden_states_and_attentions_of_a_call(changes, fresh_dynamo):
+    """The hooks that keep them are installed under a lock, which a compiled call cannot take."""
+    model, dense = calibrated()
+    x = ids(1, 9)
+    larosa_fx.enable(model, compiler="eager", **changes)
+    with torch.no_grad():
+        got, expected = (one(x, output_hidden_states=True) for one in (model, dense))
+    assert len(got.hidden_states) == len(expected.hidden_states) > 1
+    for state, other in zip(got.hidden_states, expected.hidden_states, strict=True):
+        assert error(state, other) < 1e-4
+    assert error(got.logits, expected.logits) < 1e-4
+    if changes:  # else what was folded is read by another graph than a step's
+        assert torch.equal(model.generate(x, **SETTINGS), dense.generate(x, **SETTINGS))
+
+
+def test_lossless_is_not_for_prompts_that_are_sparsified():
+    model, _ = calibrated()
+    with pytest.raises(ValueError, match="choose one of them"):
+        larosa_fx.enable(model, sparsify="all", lossless=True)
