@@ -390,6 +390,29 @@ def test_a_step_that_does_not_fit_is_done_again_with_fewer_rows(start, monkeypat
     assert estimate(model, plan, tokens[:1], tokens[:1], QUICK).arrangement.rows == 2
 
 
+def test_an_interrupted_training_goes_on_as_it_ran(start, tmp_path, monkeypatch):
+    """With the rows, and the recomputation, that a step was found to fit with."""
+    model, plan, tokens = start
+    short_of_memory(monkeypatch, 2)
+    ran, adopt, step = [], loop._Trainer._adopt, loop._Trainer._step
+    monkeypatch.setattr(loop._Trainer, "_adopt",
+                        lambda self, found: ran.append((found.rows, found.recompute)) or adopt(self, found))
+
+    def stop(trainer, n):
+        if n == 25:
+            raise KeyboardInterrupt
+        return step(trainer, n)
+
+    settings = {"options": QUICK, "checkpoint": tmp_path / "checkpoint", "progress": False}
+    with monkeypatch.context() as until, pytest.raises(KeyboardInterrupt):
+        until.setattr(loop._Trainer, "_step", stop)
+        train(model, plan, tokens[:1], tokens[:1], **settings)
+    assert len(ran) > 1
+    last, ran[:] = ran[-1], []
+    train(model, plan, tokens[:1], tokens[:1], **settings)
+    assert ran == [last]
+
+
 @pytest.mark.parametrize("change", [{}, {"rows": 4, "recompute": True}])
 def test_a_step_that_fits_in_no_way_says_what_would_help(start, monkeypatch, change):
     model, plan, tokens = start
