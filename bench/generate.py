@@ -37,6 +37,7 @@ import larosa_fx
 import provenance
 from decode import MODELS, build
 from larosa_fx.ir import compat
+from larosa_fx.kernels.quantization import BITS
 from larosa_fx.plan.plan import library_versions
 
 Row = dict[str, object]
@@ -112,8 +113,7 @@ def main() -> int:
                         help="new ones, after the first prompt; after others only the first number")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mode", default="auto", help="Inductor's, for larosa")
-    parser.add_argument("--quantize", default="none", choices=("none", "int8", "int4"),
-                        help="how larosa stores weights")
+    parser.add_argument("--quantize", default="none", choices=("none", *BITS), help="how larosa stores weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--layers", type=int, help="instead of the model's own number")

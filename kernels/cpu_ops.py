@@ -31,7 +31,7 @@ def attach(kernels: ctypes.CDLL | None) -> None:
     with _lock:
         if (library := _loaded()) is not None:
             library.larosa_bind(None if kernels is None else kernels.larosa_entries())
-            _bound = kernels
+        _bound = kernels
 
 
 def _loaded() -> ctypes.CDLL | None:

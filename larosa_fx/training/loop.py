@@ -30,16 +30,7 @@ from larosa_fx.method.thresholds import TEXT, with_thresholds
 from larosa_fx.plan.plan import ATTACHED, LEVELS, Plan
 from larosa_fx.training import checkpoint as files
 from larosa_fx.training.divergence import summed_divergence
-from larosa_fx.training.memory import (
-    USED,
-    Arrangement,
-    arrange,
-    decoder_layers,
-    needs,
-    operations,
-    recomputed,
-    requiring_grad,
-)
+from larosa_fx.training.memory import Arrangement, arrange, decoder_layers, needs, operations, recomputed, requiring_grad
 from larosa_fx.training.options import TrainingOptions
 from larosa_fx.training.replay import Replayed
 from larosa_fx.training.rotation_adam import Adam, precision
@@ -164,9 +155,9 @@ class _Trainer:
             raise files.CheckpointError(f"{checkpoint} is not the same file for all ranks; name one that all of them read")
         if self._saved:  # what runs at once is ranked together: the same rows as before the interruption
             options = replace(options, rows=self._saved["rows"], recompute=self._saved.get("recompute", options.recompute))
-        self._fitting = partial(arrange, needs(model, self.state, tokens[:1]), length=tokens.shape[1],
+        self._fitting = partial(arrange, needs(model, self.state, tokens[:1]), length=tokens.shape[1], free=free,
                                 operations=operations(model, self.state, tokens.shape[1]), gpu=self.device.type == "cuda")
-        arrangement = self._fitting(options, free=free)
+        arrangement = self._fitting(options)
         if self.processes is not None:  # sums over the ranks in a CUDA graph of a backward pass are untried
             arrangement = replace(ranks.hear(arrangement)[0], replay=False)
         if arrangement.offload:
@@ -195,7 +186,7 @@ class _Trainer:
         now, smaller = self.arrangement, None
         if self.processes is None:  # else the other ranks would have to shrink as well
             with contextlib.suppress(ValueError):
-                smaller = self._fitting(replace(self.options, offload=now.offload), free=int((now.bytes - 1) / USED))
+                smaller = self._fitting(replace(self.options, offload=now.offload), below=now.bytes)
         if smaller is None or smaller.bytes >= now.bytes:
             raise torch.OutOfMemoryError(
                 f"a step of {now.rows} sequences at once does not fit the memory, and there is no smaller arrangement: take "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,13 +75,15 @@ class Needs:
         return state + max(piece, WORKSPACE * self.stack)
 
 
-def arrange(needs: Needs, options: TrainingOptions, length: int, free: int, operations: float, gpu: bool) -> Arrangement:
+def arrange(needs: Needs, options: TrainingOptions, length: int, free: int, operations: float, gpu: bool,
+            below: float = math.inf) -> Arrangement:
     """The fastest arrangement that fits ``free`` bytes: activations kept, layers recomputed, rotations on the host.
 
-    length: tokens a row. operations: of one row. What the options fix is taken as it is. ValueError where nothing fits a
-    GPU; the host's memory is only an estimate, so there the smallest arrangement goes ahead, with a warning.
+    length: tokens a row. operations: of one row. below: bytes that were too many already. What the options fix is taken as
+    it is. ValueError where nothing fits a GPU; the host's memory is only an estimate, so there the smallest arrangement goes
+    ahead, with a warning.
     """
-    budget = int(free * USED)
+    budget = min(int(free * USED), below - 1)
     found = None
     for offload in (False, True) if options.offload is None and gpu else (bool(options.offload),):
         for recompute in (False, True) if options.recompute is None else (options.recompute,):

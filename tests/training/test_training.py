@@ -471,9 +471,9 @@ def test_arrangements_get_smaller_down_to_the_smallest():
     state, trainer = Needs(fixed=0, saved=2**30, inputs=2**26, logits=2**27, scores=0, wide_logits=2**28, layers=32,
                            stack=2**27, rotations=8 * 2**30, leaves=4 * 2**30, others=0), object.__new__(loop._Trainer)
     trainer.options, trainer.processes, trainer.device = TrainingOptions(batch=8), None, torch.device("cpu")
-    trainer._fitting = partial(arrange, state, length=2048, operations=1e15, gpu=True)
+    trainer._fitting = partial(arrange, state, length=2048, operations=1e15, gpu=True, free=80 * 2**30)
     trainer._adopt = lambda arrangement: setattr(trainer, "arrangement", arrangement)
-    trainer.arrangement, sizes = trainer._fitting(trainer.options, free=80 * 2**30), []
+    trainer.arrangement, sizes = trainer._fitting(trainer.options), []
     with pytest.raises(torch.OutOfMemoryError, match="no smaller arrangement"):
         while True:
             sizes.append(trainer.arrangement.bytes)
