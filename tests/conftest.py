@@ -9,6 +9,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on what a hub answers
+os.environ.setdefault("LAROSA_TRACES", "0")  # nor on what earlier runs traced
 
 import larosa_fx
 from tiny import batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
@@ -54,6 +55,7 @@ def reports() -> list[Report]:
 
 class _Calls(threading.local):
     number = 0
+    built: CompiledGraph | None = None
 
 
 _calls = _Calls()
@@ -65,6 +67,26 @@ def calls() -> int:
     Who runs a model and sees this number stand still has run it eagerly, densely: no compiled graph was reached.
     """
     return _calls.number
+
+
+def last_built() -> CompiledGraph | None:
+    """The graph that this thread has compiled last."""
+    return _calls.built
+
+
+def rebuilt(gm: fx.GraphModule, example_inputs: Sequence[object], options: Options) -> CompiledGraph:
+    """A graph that Dynamo made earlier, maybe in another process, compiled; within ``compat.unpickled_graph``."""
+    return CompiledGraph(gm, example_inputs, options, Ranks(None))
+
+
+def structure(options: Options, parameters: Sequence[torch.Tensor]) -> str:
+    """Names what of the plan that counts for these parameters decides a graph; equal in all processes."""
+    path = None if options.plan is None else os.path.abspath(options.plan)
+    found = _structure(_current(path, parameters), options)
+    if found is None:
+        return ""
+    rotation, idle, *others = found
+    return hashlib.sha256(repr((rotation, sorted(idle), *others)).encode()).hexdigest()
 
 
 def _larosa(gm: fx.GraphModule, example_inputs: Sequence[object], *, mode: str | None = None,
@@ -139,21 +161,34 @@ class CompiledGraph:
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[object], options: Options, ranks: Ranks) -> None:
         self.options = options
         self.number = next(_numbers)
-        self._gm = gm
+        self.traced = gm
+        self.code = compat.traced_code()  # of the functions that Dynamo went through
+        self.observer: Callable[[Sequence[object]], None] | None = None  # told what the graph returns
         self._mask = g.parameter_mask(example_inputs)
         self._path = None if options.plan is None else os.path.abspath(options.plan)  # whatever directory is entered later
         self._parameters = [i for i, is_parameter in enumerate(self._mask) if is_parameter]
-        self._split = any(map(shards.is_split, example_inputs))
+        self.split = any(map(shards.is_split, example_inputs))
         self._states: dict[tuple[int, ...], _State] = {}
         self._build(example_inputs, ranks)
         _live.add(self)
+        _calls.built = self
+
+    def fits(self, args: Sequence[object]) -> bool:
+        """Whether the plan that counts for the parameters among ``args`` leads to this graph, as Dynamo asks in a guard."""
+        return self._plan_guard is None or self._plan_guard.holds(args[self._weight])
 
     def __call__(self, *args: object):
+        result = self._run(args)
+        if self.observer is not None:
+            self.observer(result)
+        return result
+
+    def _run(self, args: Sequence[object]):
         global _last_report
         _calls.number += 1
         _last_report = self.report
         parameters = [args[i] for i in self._parameters]
-        if self._split:
+        if self.split:
             parameters = list(map(shards.local, parameters))
         ids = tuple(map(id, parameters))
         state = self._states.get(ids)
@@ -164,7 +199,7 @@ class CompiledGraph:
             STORE.touch(parameters)
             state = self._bind(args, parameters, ids)
         if not state.fits:
-            return self._gm(*args)
+            return self.traced(*args)
         if self._binding is None:
             return self._call(*args)
         if self._cache is not None and not mapped.fits(args[self._cache], state.maps):
@@ -209,7 +244,7 @@ class CompiledGraph:
         plan = self._plan_for(args)
         self._key = _structure(plan, self.options)
         run = Runner(self.options.dump_dir, disabled(self.options.disable))
-        captured = capture(self._gm, self._mask, run)
+        captured = capture(self.traced, self._mask, run)
         self._guard(captured, args)
         decide = partial(policy.decide, captured.structure, plan=plan, weights=captured.weights(args),
                          parameters=[args[i] for i in self._parameters], strict=self.options.strict,
@@ -234,7 +269,7 @@ class CompiledGraph:
     def _dense(self, decision: policy.Decision, run: Runner, args: Sequence[object]
                ) -> tuple[fx.GraphModule, list[object], Report]:
         """The graph as it came, what it is compiled with, and the report."""
-        gm = g.clone(self._gm, self._mask)
+        gm = g.clone(self.traced, self._mask)
         self._binding, self._kept, self._maps = None, [], False
         return gm, list(args), replace(self._report(decision, run), nodes_after=len(gm.graph.nodes))
 
@@ -271,11 +306,12 @@ class CompiledGraph:
 
     def _guard(self, captured: Capture, args: Sequence[object]) -> None:
         """Make Dynamo compile anew where the plan that counts for a site's weights leads to another graph than now."""
-        weights = [node for site in captured.structure.sites for node in weight_placeholders(site)]
+        self._plan_guard, weights = None, [node for site in captured.structure.sites for node in weight_placeholders(site)]
         if not weights:
             return  # dense, whatever the plan
-        position = g.placeholders(captured.gm.graph).index(weights[0])
-        compat.guard(weights[0], _PlanGuard(self.options, self._path, args[position]).holds, "larosa: the plan's structure")
+        self._weight = g.placeholders(captured.gm.graph).index(weights[0])
+        self._plan_guard = _PlanGuard(self.options, self._path, args[self._weight])
+        compat.guard(weights[0], self._plan_guard.holds, "larosa: the plan's structure")
 
     def _rewrite(self, captured: Capture, plan: Plan, run: Runner, report: Report) -> Binding:
         structure = captured.structure

@@ -65,10 +65,13 @@ def copy_dynamo_metadata(source: fx.GraphModule, target: fx.GraphModule, node_ma
             new._dynamo_source = old._dynamo_source
 
 
+_STATIC_INPUT = "_dynamo_static_input_type"
+
+
 def mark_static_placeholder(node: fx.Node) -> None:
     """Tell AOTAutograd that the input of this new placeholder keeps its address, as parameters do (2.11 to 2.13)."""
     node._dynamo_source = None
-    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node.meta["tensor_dict"] = {_STATIC_INPUT: "unguarded"}
 
 
 def parameter_name(node: fx.Node) -> str:
@@ -290,7 +293,7 @@ def guard(node: fx.Node, holds: Callable[[object], bool], why: str) -> bool:
     source, context = getattr(node, "_dynamo_source", None), TracingContext.try_get()
     if source is None or context is None:
         return False
-    name = source.name() if callable(source.name) else source.name
+    name = source_name(source)
 
     def check(builder, guard) -> None:
         # Dynamo's own spelling of where the value is found. Its scope without the arguments of the call that was traced:
@@ -311,6 +314,164 @@ def guard(node: fx.Node, holds: Callable[[object], bool], why: str) -> bool:
 
     context.guards_context.dynamo_guards.add(source.make_guard(check))
     return True
+
+
+#: Guards of Dynamo's on what is the same for a whole process; ``global_state`` says all of it.
+GLOBAL_GUARDS = frozenset(("AUTOGRAD_SAVED_TENSORS_HOOKS", "DEFAULT_DEVICE", "DETERMINISTIC_ALGORITHMS", "GLOBAL_STATE",
+                           "GRAD_MODE", "TORCH_FUNCTION_STATE"))
+OWN_GUARD = "check"  # what Dynamo calls a guard that ``guard`` made, by its function's name
+_SAID_IN_PYTHON = frozenset(("DICT_CONTAINS", "DICT_NOT_CONTAINS", "DUPLICATE_INPUT", "HASATTR", "SHAPE_ENV"))
+
+
+@dataclass(frozen=True)
+class GuardSeen:
+    """One of Dynamo's guards. source: an expression over ``L`` and ``G``; value: what it is now.
+
+    holds: expressions that are true, where Python says all that the guard asks for. key: the attribute or key that is, or is
+    not, there.
+    """
+
+    kind: str
+    source: str
+    value: object
+    holds: tuple[str, ...]
+    key: object
+
+
+def guards_seen(entries: Sequence) -> Iterator[GuardSeen]:
+    """The guards that a ``guard_filter_fn`` is asked about (2.11 to 2.13)."""
+    for entry in entries:
+        guard = entry.orig_guard
+        asked, source = getattr(guard.create_fn, "keywords", {}), source_name(guard.originating_source)
+        if entry.guard_type == "HASATTR" and not asked:  # in older releases the source ends in the attribute
+            found = f"hasattr({source_name(guard.originating_source.base)}, {guard.originating_source.member!r})"
+            yield GuardSeen("HASATTR", source, None, (found if entry.has_value else f"not {found}",), None)
+            continue
+        said = tuple(guard.code_list or ()) if entry.guard_type in _SAID_IN_PYTHON else ()
+        yield GuardSeen(entry.guard_type, source, entry.value, said, asked.get("key", asked.get("attr")))
+
+
+def source(node: fx.Node) -> object:
+    """Where Dynamo takes a placeholder's value from (2.11 to 2.13)."""
+    return node._dynamo_source
+
+
+def source_name(source: object) -> str:
+    """A source as Dynamo writes it; its name is a method in older releases, a property since."""
+    return source.name() if callable(source.name) else source.name
+
+
+def dispatch_keys(tensor: torch.Tensor) -> str:
+    """What torch chooses kernels by; tells inference tensors, conjugates and others from plain ones (2.11 to 2.13)."""
+    return str(torch._C._dispatch_keys(tensor))
+
+
+def global_state() -> tuple:
+    """What a trace depends on that no argument and no module holds (2.11 to 2.13)."""
+    from torch._functorch import config as functorch
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    cuda = torch.backends.cuda
+    devices = ("cpu", "cuda")
+    return (
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(), str(torch.get_default_dtype()),
+        str(torch.get_default_device()), torch.get_num_threads(), torch.get_float32_matmul_precision(),
+        tuple((torch.is_autocast_enabled(device), str(torch.get_autocast_dtype(device))) for device in devices),
+        cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(),
+        cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction,
+        len(_get_current_function_mode_stack()), len(_get_current_dispatch_mode_stack()),
+        torch._dynamo.config.disable, str(torch._dynamo.eval_frame._stance.stance),
+        *(name for config in (torch._dynamo.config, functorch) for name in _unlike_default(config)))
+
+
+def _unlike_default(config: object) -> Iterator[str]:
+    """The settings of a module of torch's that somebody changed, those that are numbers or switches."""
+    for name, value in sorted(config.get_config_copy().items()):
+        if isinstance(value, (bool, int, float, type(None))) and value != config._config[name].default:
+            yield f"{name}={value}"
+
+
+def traced_code() -> list[CodeType]:
+    """The code of all functions that Dynamo has gone through for the graph that it compiles now (2.11 to 2.13)."""
+    from torch._guards import TracingContext
+
+    return list(TracingContext.get_traced_code() or ())
+
+
+_SAID_OF_GRAPH = ("backend_id", "dynamo_compile_id", "dynamo_flat_name_to_original_fqn")
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What an example tensor shows, its sizes as symbols. What it shares memory with is not kept."""
+
+    sizes: tuple
+    strides: tuple
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, example: torch.Tensor) -> _Shown:
+        return cls(tuple(example.shape), example.stride(), example.dtype, example.device)
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty_strided(self.sizes, self.strides, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """A node of a pickled graph, by its name."""
+
+    name: str
+
+
+def pickled_graph(gm: fx.GraphModule) -> bytes:
+    """A Dynamo graph with its example values and sources. Whatever pickle raises where it holds what cannot be pickled
+    (2.11 to 2.13)."""
+    from torch.fx._graph_pickler import GraphPickler
+    from torch.utils._pytree import tree_map_only
+
+    def refs(args: object) -> object:
+        return fx.map_arg(args, lambda node: _Ref(node.name))
+
+    nodes = []
+    for node in gm.graph.nodes:
+        example = tree_map_only(torch.Tensor, _Shown.of, node.meta.get("example_value"))
+        lies = node.meta.get("tensor_dict", {}).get(_STATIC_INPUT)  # whether an input keeps its address, for CUDA graphs
+        nodes.append((node.op, node.target, refs(node.args), refs(node.kwargs), node.name, node.type, example,
+                      getattr(node, "_dynamo_source", None), lies))
+    said = {name: gm.meta[name] for name in _SAID_OF_GRAPH if name in gm.meta}
+    return GraphPickler.dumps((nodes, dict(gm._param_name_to_source), said))
+
+
+@contextlib.contextmanager
+def unpickled_graph(content: bytes) -> Iterator[tuple[fx.GraphModule, list[object]]]:
+    """(graph, example values of its inputs) of ``pickled_graph``, within a context to compile it in (2.11 to 2.13)."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx._graph_pickler import GraphPickler
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._pytree import tree_map_only
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    nodes, parameters, said = GraphPickler.loads(content, mode)
+    graph, made = fx.Graph(), {}
+    with mode, torch.no_grad():
+        for op, target, args, kwargs, name, kind, example, source, lies in nodes:
+            args, kwargs = (fx.node.map_aggregate(x, lambda x: made[x.name] if isinstance(x, _Ref) else x)
+                            for x in (args, kwargs))
+            made[name] = node = graph.create_node(op, target, args, kwargs, name, kind)
+            node.meta["example_value"] = tree_map_only(_Shown, _Shown.tensor, example)
+            if op == "placeholder":
+                node._dynamo_source = source
+                node.meta["tensor_dict"] = {} if lies is None else {_STATIC_INPUT: lies}
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    gm._param_name_to_source, gm.meta = parameters, said
+    gm._source_to_user_stacks = {}  # whose being there is part of the key under which Inductor keeps what it compiled
+    with tracing(TracingContext(mode)):
+        yield gm, [node.meta["example_value"] for node in graph.find_nodes(op="placeholder")]
 
 
 @contextlib.contextmanager
@@ -718,8 +879,17 @@ class _EagerHooks(OrderedDict):
         unseen = torch._dynamo.config.skip_nnmodule_hook_guards and next(iter(self.values()), None) is self._hook
         return 0 if unseen and count == 1 else count
 
+    def only_own(self) -> bool:
+        """Whether there is no hook but ours."""
+        return super().__len__() == 1 and next(iter(self.values())) is self._hook
+
     def __reduce__(self) -> tuple:
         return type(self), (self._hook,), None, None, iter(self.items())
+
+
+def is_own_hooks(hooks: object) -> bool:
+    """Whether these are a module's hooks, and none but one of ``register_eager_pre_hook``."""
+    return isinstance(hooks, _EagerHooks) and hooks.only_own()
 
 
 def tracing() -> bool:

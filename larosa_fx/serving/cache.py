@@ -166,6 +166,11 @@ class Prompt(Cache):
         super().__init__(layers=[_PromptLayer(layer, past) for layer in cache.layers])
         self._past = past
 
+    def advance(self, tokens: int) -> None:
+        """Count what a compiled pass has written."""
+        for layer in self.layers:
+            layer.advance(tokens)
+
     def settle(self, layers: Sequence[StaticLayer]) -> None:
         """Count what was written in the static layers beneath."""
         compat.add_to_all([layer.cumulative_length for layer in layers], filled(self) - self._past)
@@ -190,10 +195,14 @@ class _PromptLayer(CacheLayerMixin):
         positions = torch.arange(tokens, device=self.device) + past
         self.keys.index_copy_(2, positions, key_states)  # as a static cache writes, whose writes the passes know
         self.values.index_copy_(2, positions, value_states)
-        self._filled = self.keys[:, :, :past + tokens]
+        if not torch.compiler.is_compiling():  # else ``advance`` will, so that a trace changes nothing but tensors
+            self.advance(tokens)
         if not past:
             return key_states, value_states
-        return self._filled, self.values[:, :, :past + tokens]
+        return self.keys[:, :, :past + tokens], self.values[:, :, :past + tokens]
+
+    def advance(self, tokens: int) -> None:
+        self._filled = self.keys[:, :, :self.get_seq_length() + tokens]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

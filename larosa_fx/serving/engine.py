@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -19,6 +17,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList, S
 
 from larosa_fx.compiler import backend, folds
 from larosa_fx.compiler.backend import LarosaError
+from larosa_fx.compiler.calls import Calls, compiled, renamed
 from larosa_fx.compiler.folds import STORE, Folded
 from larosa_fx.compiler.options import Options
 from larosa_fx.ir import compat, shards
@@ -33,7 +32,6 @@ from larosa_fx.serving.pace import MOST, Pace
 MODES = {"cuda": "reduce-overhead"}
 
 _TOKEN_BY_TOKEN = ("greedy_search", "sample")
-_names = itertools.count()
 _OURS = (None, "static", "hybrid")  # "hybrid": what some models' files name, and transformers leaves out
 
 
@@ -107,6 +105,12 @@ class Kept:
     unfit: str | None = None
     _made: int = -1  # STORE.made when it was looked through
 
+    def let_go(self) -> None:
+        """Hold no arguments of the steps that have run."""
+        for step in self.steps.values():
+            if isinstance(step, Calls):
+                step.let_go()
+
     def hold(self, parameters: Sequence[torch.Tensor]) -> None:
         if self._made != STORE.made:
             found = STORE.folded_from([p for p in parameters if STORE.is_replaced(p)])
@@ -158,8 +162,11 @@ class Engine:
             strings = StopStringCriteria(kwargs.pop("tokenizer"), config.stop_strings)
             kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), strings])
             kwargs["stop_strings"] = None
-        result = self._generate(inputs, generation_config, *args, streamer=streamer,
-                                custom_generate=partial(self._decode, streamer=streamer, own=own), **kwargs)
+        try:
+            result = self._generate(inputs, generation_config, *args, streamer=streamer,
+                                    custom_generate=partial(self._decode, streamer=streamer, own=own), **kwargs)
+        finally:
+            self._kept.let_go()
         if self.settings.options.weights == "replace":
             self._kept.hold(parameters)
         return result
@@ -184,9 +191,16 @@ class Engine:
         for_logits = cache is not None and not args and not more
         with torch.no_grad(), compat.sizes_stay_apart(), compat.causal_prompts():
             if not for_logits:
-                return self._prompt_of(_outputs)(self.model, *args, **kwargs)
-            kwargs.pop("return_dict", None)
-            return compat.logits_with(cache, self._prompt_of(_logits)(self.model, **kwargs))
+                outputs = self._prompt_of(_outputs)(self.model, *args, **kwargs)
+            else:
+                kwargs.pop("return_dict", None)
+                prompt = self._prompt_of(_logits)
+                outputs = compat.logits_with(cache, prompt(self.model, **kwargs))
+                prompt.let_go()
+        if isinstance(cache, caches.Prompt):
+            tokens = next(kwargs[name] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None)
+            cache.advance(tokens.shape[1])
+        return outputs
 
     def _prompt_of(self, function: Callable) -> Callable:
         """``function`` compiled for any number of tokens."""
@@ -195,7 +209,8 @@ class Engine:
             options = replace(self.settings.options, compiler="eager", mode=None)
             if options.sparsify != "all":
                 options = replace(options, sparsity=0.0)
-            self._prompts[function] = _compiled(function, options, dynamic=True)
+            compile_it = Calls if function is _logits else compiled
+            self._prompts[function] = compile_it(function, options, dynamic=True)
         return self._prompts[function]
 
     def _generate(self, *args: object, **kwargs: object):
@@ -379,7 +394,7 @@ class Engine:
                 compat.prefill(self.model, run.input_ids, run.generation_config, kwargs)
             one_more = torch.cat([run.input_ids, run.input_ids.new_zeros(len(run.input_ids), 1)], dim=1)
             inputs = loop.StepInputs(self.model, kwargs, caches.filled(caches.of(kwargs)), run.length).after(one_more)
-            return backend.rehearse(_renamed(_logits), options, self.model, **inputs).treatment != "dense"
+            return backend.rehearse(renamed(_logits), options, self.model, **inputs).treatment != "dense"
         except RuntimeError as error:
             if not compat.is_trace_failure(error):
                 raise
@@ -453,7 +468,7 @@ class Engine:
         options = replace(self.settings.options, sparsity=sparsity)
         steps, key = self._kept.steps, (options, tokens)
         if key not in steps:
-            steps[key] = _compiled(_logits, options)
+            steps[key] = Calls(_logits, options)
 
         def step(**inputs: object) -> torch.Tensor:
             torch.compiler.cudagraph_mark_step_begin()
@@ -473,7 +488,7 @@ class Engine:
         Over a view whose length is a size the same step can be traced, though no CUDA graph replays it.
         """
         if caches.every_position_stays(cache):
-            return _growing(_compiled(_logits, replace(options, mode=None), dynamic=True))
+            return _growing(Calls(_logits, replace(options, mode=None), dynamic=True))
         reason = f"torch.compile cannot trace a step of this model: {failure}"
         if self.settings.owns:
             raise LarosaError(f"larosa: {reason}. The model's weights were given up for folded ones, so nothing else can "
@@ -549,22 +564,10 @@ def _growing(forward: Callable) -> Callable:
         cache = caches.of(inputs)
         view = caches.Prompt(cache, caches.filled(cache))
         logits = forward(model, **caches.with_cache(loop.masks_up_to(inputs, view.get_seq_length()), view))
+        view.advance(logits.shape[1])
         view.settle(cache.layers)
         return logits
 
     return step
 
 
-def _compiled(function: Callable, options: Options, **settings: object) -> Callable:
-    """``function`` for backend "larosa"."""
-    return torch.compile(_renamed(function), backend="larosa", fullgraph=True, options=asdict(options), **settings)
-
-
-def _renamed(function: Callable) -> Callable:
-    """``function`` with code of its own, and a name of its own.
-
-    Dynamo counts compilations, and limits them, by code. By name it remembers sizes that it has seen, and would make them
-    dynamic where another model, or a step of other tokens, has others.
-    """
-    name = f"{function.__name__}_{next(_names)}"
-    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)

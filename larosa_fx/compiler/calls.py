@@ -1,0 +1,248 @@
+"""A function of a model, compiled, and called without Dynamo where that is as good.
+
+Dynamo reads the function once, for seconds, and asks its guards before every call, for a millisecond. What it found is kept
+here in a form that needs no Dynamo (``guards``, ``kept``): in this process it saves the millisecond, in the next one the
+seconds. Whatever is not known to be as it was goes to Dynamo.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple
+
+import torch
+
+from larosa_fx.compiler import backend, kept
+from larosa_fx.compiler.backend import CompiledGraph
+from larosa_fx.compiler.guards import (
+    Guards,
+    Scope,
+    Standing,
+    Unkept,
+    expression,
+    identity,
+    patterns_of,
+    recorded,
+    sources_of,
+)
+from larosa_fx.compiler.kept import Trace
+from larosa_fx.compiler.options import Options
+from larosa_fx.ir import compat, shards
+
+log = logging.getLogger("larosa_fx")
+
+_INPUTS = "L['inputs']"
+_names = itertools.count()
+
+
+class Calls:
+    """``function(model, **inputs)``, which returns a tensor, compiled by this backend. settings: torch.compile's own.
+
+    A function that changes objects that it is given, tensors apart, is called by way of Dynamo each time.
+    """
+
+    def __init__(self, function: types.FunctionType, options: Options, **settings: object) -> None:
+        self._function, self._options, self._settings = function, options, settings
+        self._compiled = compiled(function, options, guard_filter_fn=self._watch, **settings)
+        self._direct: list[_Direct] = []
+        self._looked: set[tuple] = set()  # kinds of arguments for which kept traces were looked for
+        self._watched = _Watched()
+
+    def let_go(self) -> None:
+        """Hold no arguments, and look at the model anew before the next call; from there to the next ``let_go`` nobody
+        changes it."""
+        for direct in self._direct:
+            direct.let_go()
+
+    def __call__(self, model: torch.nn.Module, **inputs: object) -> torch.Tensor:
+        scope = Scope(self._function.__globals__, {"model": model, "inputs": inputs})
+        for direct in itertools.chain(self._direct, self._kept(model, inputs, scope)):
+            if direct.serves(inputs, scope):
+                return direct()
+        return self._traced(model, inputs, scope)
+
+    # ---- by way of Dynamo ------------------------------------------------------------------------------------------
+
+    def _traced(self, model: torch.nn.Module, inputs: dict[str, object], scope: Scope) -> torch.Tensor:
+        watched = self._watched
+        watched.scope, watched.found, watched.result = scope, None, None
+        try:
+            output = self._compiled(model, **inputs)
+            if watched.found is not None:
+                self._keep(model, inputs, output)
+        finally:
+            if watched.found is not None:
+                watched.found[0].observer = None
+            watched.scope = watched.found = watched.result = None
+        return output
+
+    def _watch(self, entries: Sequence) -> list[bool]:
+        """Dynamo's ``guard_filter_fn``: it is shown all guards once they are known, and drops none."""
+        watched, graph = self._watched, backend.last_built()
+        if watched.scope is not None and graph is not None and not graph.split:
+            try:
+                patterns = patterns_of(graph.traced.graph)
+                guards = recorded(entries, patterns, watched.scope)
+                watched.found = graph, guards, patterns
+                graph.observer = self._observe
+            except Exception as error:  # whatever a model's objects make of being asked: then Dynamo goes on asking
+                log.info("a trace is not kept: %s", error)
+        return [True] * len(entries)
+
+    def _observe(self, result: Sequence[object]) -> None:
+        """The graph has run; Dynamo's own code, which changes what the function changes, has not."""
+        watched = self._watched
+        _, guards, patterns = watched.found
+        watched.result = result, Guards(guards, patterns).reach().now(watched.scope)
+
+    def _keep(self, model: torch.nn.Module, inputs: dict[str, object], output: object) -> None:
+        (graph, guards, patterns), watched = self._watched.found, self._watched
+        if watched.result is None:
+            return
+        result, standing = watched.result
+        position = next((i for i, made in enumerate(result) if made is output), None)
+        try:
+            if position is None or not isinstance(output, torch.Tensor):
+                raise Unkept("the function returns something else than the graph")
+            if not standing.still():
+                raise Unkept("the function changes an object that it is given")
+            trace = Trace(compat.pickled_graph(graph.traced), sources_of(graph.traced.graph), guards, patterns,
+                          kept.codes(graph.code), compat.global_state(), position)
+        except Unkept as error:
+            log.info("a trace is not kept: %s", error)
+            return
+        except Exception as error:  # whatever pickle makes of something in a graph
+            log.info("a trace is not kept: its graph cannot be pickled: %s", error)
+            return
+        self._direct.insert(0, _Direct(trace, graph))
+        if kept.enabled():
+            kept.save(self._name(model, inputs), trace)
+
+    # ---- without Dynamo --------------------------------------------------------------------------------------------
+
+    def _kept(self, model: torch.nn.Module, inputs: Mapping[str, object], scope: Scope) -> Iterator[_Direct]:
+        """What earlier processes kept for such arguments, if it has not been looked for yet."""
+        if (kinds := _kinds(inputs)) in self._looked:
+            return
+        self._looked.add(kinds)
+        if not kept.enabled() or any(map(shards.is_split, model.parameters())):
+            return
+        for trace in kept.load(self._name(model, inputs)):
+            held = Guards(trace.guards, trace.patterns)
+            why = kept.changed(trace.codes) or (None if trace.state == compat.global_state() else "the process's state") or (
+                broken.source if (broken := held.broken(scope)) is not None else None)
+            if why is not None:
+                log.info("a trace that was kept does not fit: %s", why)
+                continue
+            try:
+                direct = _Direct(trace, _built(trace, self._options, scope))
+            except Exception as error:  # the same will come of tracing anew, with what there is to say of it
+                log.info("a trace that was kept cannot be compiled: %s", error)
+                return
+            self._direct.insert(0, direct)
+            yield direct
+            return
+
+    def _name(self, model: torch.nn.Module, inputs: Mapping[str, object]) -> str:
+        parameters = list(model.parameters())
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+        devices = sorted({str(p.device) for p in parameters})
+        return kept.key(self._function.__qualname__, repr(astuple(self._options)), repr(self._settings),
+                        repr(identity(type(model))), repr(shapes), repr(devices),
+                        backend.structure(self._options, parameters), repr(_kinds(inputs)))
+
+
+def _kinds(inputs: Mapping[str, object]) -> tuple:
+    """What arguments are, sizes apart: one, or more."""
+    def kind(value: object) -> object:
+        return tuple(min(2, n) for n in value.shape) if isinstance(value, torch.Tensor) else type(value).__qualname__
+
+    return tuple((name, kind(value)) for name, value in inputs.items())
+
+
+class _Watched(threading.local):
+    """What is seen of one call that Dynamo traces."""
+
+    scope: Scope | None = None
+    found: tuple | None = None
+    result: tuple | None = None
+
+
+def _built(trace: Trace, options: Options, scope: Scope) -> CompiledGraph:
+    values = expression(trace.sources)(scope.arguments, scope.globals)
+    with compat.unpickled_graph(trace.graph) as (gm, examples):
+        inputs = [value if isinstance(value, torch.nn.Parameter) else example
+                  for value, example in zip(values, examples, strict=True)]
+        return backend.rebuilt(gm, inputs, options)
+
+
+class _Direct:
+    """A compiled graph and a trace's way to its inputs."""
+
+    def __init__(self, trace: Trace, graph: CompiledGraph) -> None:
+        self._graph, self._output, self._state = graph, trace.output, trace.state
+        self._guards = Guards(trace.guards, trace.patterns)
+        self._of_inputs = Guards([guard for guard in trace.guards if _INPUTS in guard.source], trace.patterns)
+        self._reach, self._reach_within = self._guards.reach(but=_INPUTS), self._of_inputs.reach()
+        self._given = [i for i, source in enumerate(trace.sources) if _INPUTS in source]
+        self._values = expression(trace.sources)
+        self._given_values = expression([trace.sources[i] for i in self._given])
+        self._args: list[object] = []
+        self._model: Standing | None = None  # as it was when all guards held
+        self._known = False  # whether it was looked at since the last ``let_go``
+        self._inputs: dict[str, object] | None = None
+        self._within: Standing | None = None  # the inputs, when their guards held
+
+    def let_go(self) -> None:
+        self._known, self._inputs, self._within = False, None, None
+        for i in self._given if self._args else ():
+            self._args[i] = None
+
+    def serves(self, inputs: dict[str, object], scope: Scope) -> bool:
+        """Whether the graph computes what the function would, for these arguments."""
+        if not self._known:
+            if compat.global_state() != self._state:
+                return False
+            if self._model is None or not self._model.still():
+                self._model = None
+                if self._guards.broken(scope) is not None:
+                    return False
+                self._args = list(self._values(scope.arguments, scope.globals))
+                self._model = self._reach.now(scope.without("inputs"))
+            self._known = True
+        if self._inputs is None or not (_same(inputs, self._inputs) and self._within.still()):
+            self._inputs = None
+            if self._of_inputs.broken(scope) is not None:
+                return False
+            for i, value in zip(self._given, self._given_values(scope.arguments, scope.globals), strict=True):
+                self._args[i] = value
+            self._inputs, self._within = inputs, self._reach_within.now(scope)
+        return self._graph.fits(self._args)
+
+    def __call__(self) -> torch.Tensor:
+        return self._graph(*self._args)[self._output]
+
+
+def _same(inputs: Mapping[str, object], before: Mapping[str, object]) -> bool:
+    return inputs.keys() == before.keys() and all(inputs[name] is value for name, value in before.items())
+
+
+def compiled(function: types.FunctionType, options: Options, guard_filter_fn: Callable | None = None, **settings: object
+             ) -> Callable:
+    """``torch.compile`` of the whole function by this backend."""
+    given = asdict(options) if guard_filter_fn is None else {**asdict(options), "guard_filter_fn": guard_filter_fn}
+    return torch.compile(renamed(function), backend="larosa", fullgraph=True, options=given, **settings)
+
+
+def renamed(function: Callable) -> Callable:
+    """``function`` with code of its own, and a name of its own.
+
+    Dynamo counts compilations, and limits them, by code. By name it remembers sizes that it has seen, and would make them
+    dynamic where another model, or a step of other tokens, has others.
+    """
+    name = f"{function.__name__}_{next(_names)}"
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)

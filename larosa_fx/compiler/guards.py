@@ -1,0 +1,307 @@
+"""Dynamo's guards as data: all that a trace depended on, said so that another process can tell whether it is so there.
+
+Dynamo notes each thing it looked at while it traced, as an expression over the traced function's arguments (``L``) and the
+globals of the modules it went through (``G``), and what it must be. Here each is written down by what it is, not by where it
+lies in memory: a constant by its value, a class by its name and the file that defines it, a function by its code, a tensor
+by its dtype, device and sizes. Sources: ``torch._dynamo.guards``, by way of ``compat.guards_seen``.
+"""
+
+from __future__ import annotations
+
+import builtins
+import enum
+import functools
+import hashlib
+import importlib
+import operator
+import re
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from larosa_fx.ir import compat
+from larosa_fx.ir import graph as g
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), slice, torch.dtype, torch.device, torch.layout,
+          torch.memory_format)
+_SEQUENCES = (list, tuple, set, frozenset, range)
+
+
+class Unkept(Exception):
+    """What a trace depends on cannot be written down; the message says what."""
+
+
+class Scope:
+    """Where expressions are evaluated: among the arguments of a traced function, and what its module and others hold."""
+
+    def __init__(self, own: Mapping[str, object], arguments: Mapping[str, object]) -> None:
+        self.arguments, self.globals, self._own = arguments, _Globals(own), own
+
+    def without(self, name: str) -> Scope:
+        """The scope without one of the arguments, which it does not hold then."""
+        return Scope(self._own, {other: value for other, value in self.arguments.items() if other != name})
+
+
+class _Globals(dict):
+    """``G``. Dynamo names other modules, and what is built in, in its own way."""
+
+    def __init__(self, own: Mapping[str, object]) -> None:
+        super().__init__()
+        self._own = own
+
+    def __missing__(self, name: str) -> object:
+        if name.startswith("__import_"):
+            return importlib.import_module(name.removeprefix("__import_").replace("_dot_", "."))
+        return vars(builtins) if name.startswith("__builtins_dict__") else self._own[name]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One thing that a trace depended on. source: an expression of Dynamo's. test: a key of ``_TESTS``.
+
+    about: what the test asks for. expected: its answer.
+    """
+
+    source: str
+    test: str
+    about: object
+    expected: object
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A tensor's sizes and strides in a graph; None for those that the graph takes as they come."""
+
+    sizes: tuple[int | None, ...]
+    strides: tuple[int | None, ...]
+
+
+def sources_of(graph: fx.Graph) -> list[str]:
+    """Where the inputs of a Dynamo graph come from, as expressions."""
+    return [compat.source_name(compat.source(node)) for node in g.placeholders(graph)]
+
+
+def patterns_of(graph: fx.Graph) -> dict[str, Pattern]:
+    """The sizes of a Dynamo graph's inputs, by source."""
+    def fixed(sizes: Sequence[int | torch.SymInt]) -> tuple[int | None, ...]:
+        return tuple(None if isinstance(n, torch.SymInt) else n for n in sizes)
+
+    examples = zip(sources_of(graph), map(g.value, g.placeholders(graph)), strict=True)
+    return {source: Pattern(fixed(example.shape), fixed(example.stride())) for source, example in examples
+            if isinstance(example, torch.Tensor)}
+
+
+def recorded(entries: Sequence, patterns: Mapping[str, Pattern], scope: Scope) -> list[Guard]:
+    """The guards of one trace. entries: what Dynamo hands to a ``guard_filter_fn``. Unkept where one cannot be written."""
+    guards = dict.fromkeys(_written(seen, patterns) for seen in compat.guards_seen(entries))
+    found = [guard for guard in guards if guard is not None]
+    held = Guards(found, patterns)
+    if (broken := held.broken(scope)) is not None:  # what cannot be asked here cannot be asked elsewhere
+        raise Unkept(f"{broken.source} is not told by {broken.test}")
+    return found
+
+
+def _written(seen: compat.GuardSeen, patterns: Mapping[str, Pattern]) -> Guard | None:
+    if seen.kind in compat.GLOBAL_GUARDS or seen.kind == compat.OWN_GUARD:
+        return None  # ``compat.global_state`` is kept whole; the plan's structure is asked for apart
+    if seen.holds:
+        return Guard(" and ".join(f"({code})" for code in dict.fromkeys(seen.holds)), "value", None, True)
+    if not seen.source:
+        raise Unkept(f"a guard of the kind {seen.kind}")
+    test = _TEST_OF.get(seen.kind, "identity")
+    if test == "contains" and "(" in seen.source:  # a dictionary that the expression makes anew each time
+        return Guard(f"({seen.key!r} in {seen.source})", "value", None, bool(seen.key in seen.value))
+    pattern = patterns.get(seen.source)
+    answer = _TESTS[test](seen.value, pattern if test == "identity" else seen.key)
+    if answer is None:
+        raise Unkept(f"{seen.source} is a {type(seen.value).__qualname__}, which {seen.kind} tells from others")
+    return Guard(seen.source, test, seen.key, answer)
+
+
+def identity(value: object, pattern: Pattern | None = None) -> tuple | None:
+    """What a value is, equal in another process where it is the same there; None for what cannot be told from others."""
+    if isinstance(value, _PLAIN):
+        return "value", type(value).__name__, repr(value)
+    if isinstance(value, enum.Enum):
+        return "member", identity(type(value)), value.name
+    if isinstance(value, torch.Tensor):
+        sizes, strides = tuple(value.shape), value.stride()
+        if pattern is not None:
+            sizes, strides = (tuple(None if kept is None else n for n, kept in zip(found, fixed, strict=True))
+                              for found, fixed in ((sizes, pattern.sizes), (strides, pattern.strides)))
+        return ("tensor", identity(type(value)), str(value.dtype), str(value.device), value.requires_grad,
+                compat.dispatch_keys(value), sizes, strides)
+    if isinstance(value, types.ModuleType):
+        return "module", value.__name__
+    if isinstance(value, type):
+        return "class", value.__module__, value.__qualname__, source_digest(value.__module__)
+    if isinstance(value, types.FunctionType):
+        return "function", value.__module__, value.__qualname__, code_digest(value.__code__)
+    if isinstance(value, types.CodeType):
+        return "code", value.co_qualname, code_digest(value)
+    if isinstance(value, types.MethodType):
+        return "method", identity(value.__func__), identity(type(value.__self__))
+    if isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)):
+        return "builtin", str(getattr(value, "__module__", None)), value.__qualname__
+    if isinstance(value, _SEQUENCES):
+        held = tuple(map(identity, sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value))
+        return None if None in held else ("sequence", identity(type(value)), held)
+    return None
+
+
+def _keys(value: Mapping, _: object) -> tuple | None:
+    if compat.is_own_hooks(value):  # as it was before the hook was put there
+        return ()
+    found = tuple(map(identity, value))
+    return None if None in found else found
+
+
+_TEST_OF = {"DICT_CONTAINS": "contains", "DICT_KEYS_MATCH": "keys", "DICT_NOT_CONTAINS": "contains",
+            "EMPTY_NN_MODULE_HOOKS_DICT": "keys", "HASATTR": "has", "NOT_PRESENT_IN_GENERIC_DICT": "owns",
+            "SEQUENCE_LENGTH": "length", "TYPE_MATCH": "type"}
+_TESTS: dict[str, Callable[[object, object], object]] = {
+    "contains": lambda value, key: key in value,
+    "has": hasattr,
+    "identity": identity,
+    "keys": _keys,
+    "length": lambda value, _: (identity(type(value)), len(value)),
+    "owns": lambda value, key: key in vars(value),
+    "type": lambda value, _: identity(type(value)),
+    "value": lambda value, _: bool(value),
+}
+
+
+def code_digest(code: types.CodeType) -> str:
+    """Of what a code object does, wherever it stands in its file."""
+    held = hashlib.sha256()
+
+    def add(code: types.CodeType) -> None:
+        held.update(repr((code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
+                          code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)).encode())
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                add(constant)
+            else:
+                held.update(repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant).encode())
+
+    add(code)
+    return held.hexdigest()
+
+
+@functools.cache
+def source_digest(module: str) -> str:
+    """Of the file that a module was imported from, as it is when first asked for; "" for one without a file in Python."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if not file or not file.endswith(".py"):
+        return ""
+    with open(file, "rb") as source:
+        return hashlib.sha256(source.read()).hexdigest()
+
+
+class Guards:
+    """The guards of one trace, to be asked again and again."""
+
+    def __init__(self, guards: Sequence[Guard], patterns: Mapping[str, Pattern]) -> None:
+        self.guards, self._patterns = guards, patterns
+        self._sources = list(dict.fromkeys(guard.source for guard in guards))
+        self._values = expression(self._sources)
+
+    def broken(self, scope: Scope) -> Guard | None:
+        """The first guard that does not hold, if there is one."""
+        try:
+            values = dict(zip(self._sources, self._values(scope.arguments, scope.globals), strict=True))
+        except Exception:  # whatever another structure makes of an expression: find the one
+            return next((guard for guard in self.guards if not self._evaluates(guard, scope)), self.guards[0])
+        return next((guard for guard in self.guards if not self._holds(guard, values[guard.source])), None)
+
+    def _evaluates(self, guard: Guard, scope: Scope) -> bool:
+        try:
+            expression([guard.source])(scope.arguments, scope.globals)
+        except Exception:
+            return False
+        return True
+
+    def _holds(self, guard: Guard, value: object) -> bool:
+        try:
+            about = self._patterns.get(guard.source) if guard.test == "identity" else guard.about
+            return _TESTS[guard.test](value, about) == guard.expected
+        except (AttributeError, TypeError, ValueError):  # another structure
+            return False
+
+    def reach(self, but: str | None = None) -> Reach:
+        """What the guards look at; without those whose expressions hold ``but``."""
+        return Reach([source for source in self._sources if but is None or but not in source])
+
+
+class Reach:
+    """The objects that expressions lead to and through."""
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        found, rest = {}, []
+        for source in sources:
+            owner = None if source.startswith("G[") else _LAST_STEP.fullmatch(source)
+            if owner is None:
+                rest.append(source)
+            else:
+                found |= dict.fromkeys((owner[1], source))
+        self._objects, self._rest = expression(list(found)), expression(rest)
+
+    def now(self, scope: Scope) -> Standing:
+        """All of them as they stand."""
+        objects = {id(x): x for x in self._objects(scope.arguments, scope.globals)}
+        held = [(live, list(live.values() if isinstance(live, dict) else live))
+                for live in map(_contents, objects.values()) if live is not None]
+        return Standing(held, self._rest, scope)
+
+
+class Standing:
+    """Objects and what each held at one time.
+
+    As long as ``still`` is true, expressions that lead through them have the values that they had, and to see that takes a
+    thousandth of a second where to ask them all takes a hundredth.
+    """
+
+    def __init__(self, held: list[tuple[dict | list | tuple, list]], rest: Callable[[Mapping, Mapping], tuple],
+                 scope: Scope) -> None:
+        self._held, self._rest, self._scope = held, rest, scope
+        self._values = rest(scope.arguments, scope.globals)
+
+    def still(self) -> bool:
+        """Whether all of it is the same, object by object."""
+        return self.moved() is None
+
+    def moved(self) -> object:
+        """What is not as it was, if anything is: the first such object, or expressions' values."""
+        for live, before in self._held:
+            now = live.values() if isinstance(live, dict) else live
+            if len(before) != len(now) or not all(map(operator.is_, now, before)):
+                return live
+        try:
+            values = self._rest(self._scope.arguments, self._scope.globals)
+        except Exception as error:
+            return error
+        return None if all(map(_same, values, self._values)) else values
+
+
+_LAST_STEP = re.compile(r"(.+?)(?:\.\w+|\['[^']*'\]|\[\d+\])", re.DOTALL)
+
+
+def _contents(value: object) -> dict | list | tuple | None:
+    if isinstance(value, (dict, list, tuple)):
+        return value
+    return None if isinstance(value, (type, types.FunctionType, types.ModuleType, torch.Tensor)) else getattr(
+        value, "__dict__", None)
+
+
+def _same(now: object, before: object) -> bool:
+    return now is before or (isinstance(now, _PLAIN) and type(now) is type(before) and now == before)
+
+
+def expression(sources: Sequence[str]) -> Callable[[Mapping, Mapping], tuple]:
+    """The values of expressions, given ``L`` and ``G``."""
+    text = "".join(f"{source}, " for source in sources)
+    return eval(f"lambda L, G: ({text})", {"___dict_contains": lambda key, held: key in held, **vars(builtins)})
