@@ -144,7 +144,7 @@ def _end(node: fx.Node) -> fx.Node | None:
 
 def _rope(q: fx.Node, k: fx.Node, memory: effects.Memory) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
     """(q, k, cos, sin) before the rotary embedding, if both had the same, and nothing writes to any of these."""
-    before_q, before_k = _rotated(q), _rotated(k)
+    before_q, before_k = rotated(q), rotated(k)
     if before_q is None or before_k is None or before_q[1:] != before_k[1:]:
         return None
     (x, cos, sin), y = before_q, before_k[0]
@@ -155,7 +155,7 @@ def _rope(q: fx.Node, k: fx.Node, memory: effects.Memory) -> tuple[fx.Node, fx.N
     return (x, y, cos, sin) if for_all_heads and {g.dtype(n) for n in (x, y, cos, sin)} == {g.dtype(q)} else None
 
 
-def _rotated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+def rotated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(x, cos, sin) where node is x * cos + cat((-x[..., d/2:], x[..., :d/2]), -1) * sin."""
     if not g.is_binary(node, g.ADDS) or not all(g.is_binary(term, g.MULS) for term in node.args):
         return None

@@ -25,13 +25,13 @@ def run(ctx: Context) -> PassResult:
     if one or structure.device.type != "cpu" or compat.multiplies_natively(structure.dtype):
         return result
     for product in ctx.graph.find_nodes(op="call_function", target=torch.matmul):
-        if not ex.is_weight(product) and _is_made_of_weights(product.args[1]):
+        if not ex.is_weight(product) and is_made_of_weights(product.args[1]):
             product.target = torch.ops.larosa.wide_matmul.default
             result.count("products")
     return result
 
 
-def _is_made_of_weights(node: fx.Node) -> bool:
+def is_made_of_weights(node: fx.Node) -> bool:
     """A weight, the part of one that pack_adapters packed, or a quantised one made 16 bits wide again."""
     node = g.peel(node, lambda n: g.calls(n, torch.narrow))
     return ex.is_weight(node) or g.calls(node, torch.ops.larosa.dequantized.default)

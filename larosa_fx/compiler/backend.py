@@ -319,7 +319,7 @@ class CompiledGraph:
         try:
             return transform(replace(
                 captured.context, sparsify=self.options.sparsify, rotate_cache=self.options.rotate_cache, report=report,
-                quantize=self.options.quantize,
+                quantize=self.options.quantize, op_by_op=self.options.compiler == "eager",
                 device=Device(pick=partial(pick, rows=self.options.rows)),
                 plan=PlanView(plan.rotation, plan.matrices, plan.k_at(self.options.sparsity),
                               plan.thresholds_at(self.options.sparsity, self.options.selection), plan.idle)), run)

@@ -20,6 +20,7 @@ from larosa_fx.ir.context import Context
 from larosa_fx.ir.graph import PARAMETER, placeholders, value
 from larosa_fx.ir.report import PassResult, SiteReport
 from larosa_fx.passes import (
+    add_in_place,
     canonicalize,
     centre_layer_norms,
     defer_counters,
@@ -32,6 +33,7 @@ from larosa_fx.passes import (
     fuse_sites,
     insert_adapters,
     insert_taps,
+    join_rotary,
     lower_head,
     lower_topk,
     match,
@@ -39,8 +41,10 @@ from larosa_fx.passes import (
     merge_siblings,
     pack_adapters,
     rotate_online,
+    share_values,
     split_adapters,
     widen_products,
+    write_slices,
 )
 
 log = logging.getLogger("larosa_fx")
@@ -101,6 +105,10 @@ COMPILE = (
     Pass(lower_head),
     Pass(widen_products),
     Pass(defer_counters),
+    Pass(share_values),
+    Pass(join_rotary),
+    Pass(write_slices),
+    Pass(add_in_place),
     Pass(fold_weights, needed="without it weights would be folded anew for every token"),
 )
 

@@ -51,7 +51,7 @@ class Context:
 
     gm: rewritten in place. structure: what ``match`` finds. treatment: "fold", "online" or "unrotated", how the plan's
     rotations are carried out here. sparsify, rotate_cache, quantize: see ``larosa_fx.compiler.options``. observe: what
-    calibration's taps call with (site name, activation). inputs: what ``fold_weights`` leaves: for each placeholder of the
+    calibration's taps call with (site name, activation). op_by_op: whether no compiler follows, so that each op is a launch. inputs: what ``fold_weights`` leaves: for each placeholder of the
     rewritten graph the position of an original input, or a recipe.
     """
 
@@ -62,6 +62,7 @@ class Context:
     sparsify: str = "decode"
     rotate_cache: bool = False
     quantize: str = "none"
+    op_by_op: bool = False
     device: Device = field(default_factory=Device)
     report: Report = field(default_factory=Report)
     observe: Callable[[str, object], None] | None = None
