@@ -124,10 +124,9 @@ def _turn_both(graph: fx.Graph, one: _Turned, other: _Turned, signed: fx.Node) -
         x = graph.call_method("view", (x, piece.shape))
         cos, signed = (graph.call_method("transpose", (angles, 1, 2)) for angles in (one.cos, signed))
     both = _turn(graph, where, x, cos, signed)
-    start = 0
-    for turned in (one, other):
-        heads = g.sizes(turned.made)[1]
-        with graph.inserting_before(where):
-            part = graph.call_function(torch.narrow, (both, 2, start, heads))
+    with graph.inserting_before(where):
+        heads = [g.sizes(turned.made)[1] for turned in (one, other)]
+        parts = graph.call_function(torch.split_with_sizes, (both, heads, 2))
+        for i, turned in enumerate((one, other)):
+            part = graph.call_function(operator.getitem, (parts, i))
             _replace(turned.made, graph.call_method("transpose", (part, 1, 2)))
-        start += heads

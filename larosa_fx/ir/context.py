@@ -51,8 +51,9 @@ class Context:
 
     gm: rewritten in place. structure: what ``match`` finds. treatment: "fold", "online" or "unrotated", how the plan's
     rotations are carried out here. sparsify, rotate_cache, quantize: see ``larosa_fx.compiler.options``. observe: what
-    calibration's taps call with (site name, activation). op_by_op: whether no compiler follows, so that each op is a launch. inputs: what ``fold_weights`` leaves: for each placeholder of the
-    rewritten graph the position of an original input, or a recipe.
+    calibration's taps call with (site name, activation). op_by_op: whether no compiler follows, so that each op is a launch.
+    inputs: what ``fold_weights`` leaves: for each placeholder of the rewritten graph the position of an original input, or a
+    recipe.
     """
 
     gm: fx.GraphModule

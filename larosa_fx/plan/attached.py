@@ -28,6 +28,10 @@ class _Entry(Generic[P]):
         """Whether all of the plan's weights are alive and among the tensors with these ids."""
         return all((weight := ref()) is not None and id(weight) in ids for ref in self.weights)
 
+    def shares(self, ids: set[int]) -> bool:
+        """Whether one of the plan's weights is alive and among the tensors with these ids."""
+        return any((weight := ref()) is not None and id(weight) in ids for ref in self.weights)
+
 
 class Attached(Generic[P]):
     """Plans that calibrate attached to live weights, for ``backend="larosa"`` without a path. ``epoch`` counts changes.
@@ -39,11 +43,13 @@ class Attached(Generic[P]):
     def __init__(self) -> None:
         self.epoch = 0
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its entries, oldest first
+        self._all: weakref.WeakSet[_Entry] = weakref.WeakSet()  # those that a weight still has
 
     def attach(self, plan: P, weights: Iterable[torch.Tensor]) -> None:
         weights = list({id(w): w for w in weights}.values())
         self.epoch += 1
         entry = _Entry(plan, [weakref.ref(w) for w in weights], self.epoch)
+        self._all.add(entry)
         ids = set(map(id, weights))
         for weight in weights:
             older = [e for e in self._entries.get(weight, ()) if len(e.weights) != len(ids) or not e.within(ids)]
@@ -54,9 +60,8 @@ class Attached(Generic[P]):
 
         Where there is none, the newest that shares a weight with them, so that what is missing can be said.
         """
-        weights = list(weights)
         ids = set(map(id, weights))
-        entries = {id(e): e for w in weights for e in self._entries.get(w, ())}.values()
+        entries = [entry for entry in self._all if entry.shares(ids)]  # few, where weights are many
         best = max(entries, key=lambda e: (len(e.weights) if e.within(ids) else 0, e.serial), default=None)
         return None if best is None else best.plan
 

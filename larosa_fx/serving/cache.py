@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +27,23 @@ def of(model_kwargs: Mapping[str, object]) -> Cache | None:
 def with_cache(model_kwargs: Mapping[str, object], cache: Cache) -> dict[str, object]:
     """``model_kwargs`` with another cache in the place of theirs."""
     return {name: cache if isinstance(value, Cache) else value for name, value in model_kwargs.items()}
+
+
+def argument_of(model: torch.nn.Module) -> str | None:
+    """Under which name ``generate`` takes a cache for a model; None where it may be a matter of the model's own."""
+    if compat.has_own_generate(model):
+        return None
+    return compat.cache_name(inspect.signature(type(model).forward).parameters)
+
+
+class Later(StaticCache):
+    """What ``generate`` is given for a cache where one of ours takes its place before anything is written.
+
+    So it does not make one, layer by layer, for nothing.
+    """
+
+    def __init__(self) -> None:
+        Cache.__init__(self, layers=[])
 
 
 def every_position_stays(cache: object) -> bool:

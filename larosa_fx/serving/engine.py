@@ -144,7 +144,7 @@ class Engine:
     def __call__(self, inputs: torch.Tensor | None = None, generation_config: object = None, *args: object,
                  streamer: object | None = None, **kwargs: object):
         """``model.generate``, sparsely where it can be; LarosaError under strict where it cannot."""
-        parameters = list(self.model.parameters())
+        parameters = compat.parameters(self.model)
         self._heed_rehearsals()
         attach(self.plan, self.model, parameters)
         folds.check(parameters)  # the weights may have been written to in a way that no call can afford to look for
@@ -153,7 +153,9 @@ class Engine:
         if reason is not None:
             return self._leave(reason, inputs, generation_config, *args, streamer=streamer, **kwargs)
         own = caches.of(kwargs) is None
-        if own and generation_config is not None:
+        if own and config.cache_implementation is None and (name := caches.argument_of(self.model)):
+            kwargs[name] = caches.Later()
+        elif own and generation_config is not None:
             generation_config = copy.deepcopy(generation_config)
             generation_config.cache_implementation = "static"
         elif own:
