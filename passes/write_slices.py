@@ -6,7 +6,6 @@ it. Where a compiler follows, it sees through the positions; a write to a slice 
 
 from __future__ import annotations
 
-
 import torch
 from torch import fx
 

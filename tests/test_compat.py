@@ -31,6 +31,14 @@ def test_untested_versions():
     assert compat.untested_versions(missing) == []
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_the_models_own(tied):
+    model = llama(tie_word_embeddings=tied)
+    model.twice = torch.nn.ModuleList([model.model.layers[1], None])
+    found, expected = compat.parameters(model), list(model.parameters())
+    assert len(found) == len(expected) and all(a is b for a, b in zip(found, expected, strict=True))
+
+
 def test_untested_versions_are_said_once_at_import():
     code = ("import importlib.metadata as m\nreal = m.version\n"
             "m.version = lambda name: '99.1' if name == 'torch' else real(name)\n"

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, StaticCache
+from transformers import GenerationConfig, LlamaConfig, MistralConfig, StaticCache
 
 import larosa_fx
 from larosa_fx.serving import cache as caches
@@ -57,3 +57,26 @@ def test_a_prompt_in_a_cache_of_ones_own_does_not_ask_how_much_is_in_it(monkeypa
     expected = model.generate(going_on, **settings)
     assert torch.equal(model.generate(going_on, past_key_values=own, **settings), expected)
     assert StaticCache in asked and own.get_seq_length() == going_on.shape[1] + 3
+
+
+def test_generate_makes_no_cache_that_is_not_used(monkeypatch):
+    """One of the model's own takes its place, so where a call asks for none in particular none is made."""
+    model, prompt = llama(), ids(1, 9)
+    larosa_fx.calibrate(model, batches(), progress=False)
+    larosa_fx.enable(model, sparsity=0.0, compiler="eager")
+    settings, made = {"max_new_tokens": 2, "pad_token_id": 0, "do_sample": False}, []
+    usual = StaticCache.__init__
+
+    def watched(self, *args, **kwargs):
+        made.append(self)
+        usual(self, *args, **kwargs)
+
+    monkeypatch.setattr(StaticCache, "__init__", watched)
+    expected = model.generate(prompt, **settings)
+    assert len(made) == 1  # the model's own
+    assert torch.equal(model.generate(prompt, GenerationConfig(**settings)), expected)
+    assert len(made) == 1
+    held = model.generate(prompt, return_dict_in_generate=True, **settings).past_key_values
+    assert type(held) is StaticCache and held.get_seq_length() == 10 and len(made) == 1
+    assert torch.equal(model.generate(prompt, cache_implementation="static", **settings), expected)
+    assert len(made) > 1
