@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import os
@@ -77,16 +76,6 @@ def last_built() -> CompiledGraph | None:
 def rebuilt(gm: fx.GraphModule, example_inputs: Sequence[object], options: Options) -> CompiledGraph:
     """A graph that Dynamo made earlier, maybe in another process, compiled; within ``compat.unpickled_graph``."""
     return CompiledGraph(gm, example_inputs, options, Ranks(None))
-
-
-def structure(options: Options, parameters: Sequence[torch.Tensor]) -> str:
-    """Names what of the plan that counts for these parameters decides a graph; equal in all processes."""
-    path = None if options.plan is None else os.path.abspath(options.plan)
-    found = _structure(_current(path, parameters), options)
-    if found is None:
-        return ""
-    rotation, idle, *others = found
-    return hashlib.sha256(repr((rotation, sorted(idle), *others)).encode()).hexdigest()
 
 
 def _larosa(gm: fx.GraphModule, example_inputs: Sequence[object], *, mode: str | None = None,

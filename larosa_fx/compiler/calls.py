@@ -12,7 +12,7 @@ import logging
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 
 import torch
 
@@ -148,12 +148,10 @@ class Calls:
             return
 
     def _name(self, model: torch.nn.Module, inputs: Mapping[str, object]) -> str:
-        parameters = list(model.parameters())
-        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-        devices = sorted({str(p.device) for p in parameters})
-        return kept.key(self._function.__qualname__, repr(astuple(self._options)), repr(self._settings),
-                        repr(identity(type(model))), repr(shapes), repr(devices),
-                        backend.structure(self._options, parameters), repr(_kinds(inputs)))
+        """Of what Dynamo traces: whatever a backend makes of it, with which plan and options, is no part of a trace."""
+        shapes = [(name, tuple(p.shape), str(p.dtype), str(p.device)) for name, p in model.named_parameters()]
+        return kept.key(self._function.__qualname__, repr(self._settings), repr(identity(type(model))), repr(shapes),
+                        repr(_kinds(inputs)))
 
 
 def _kinds(inputs: Mapping[str, object]) -> tuple:

@@ -13,11 +13,12 @@ import enum
 import functools
 import hashlib
 import importlib
+import itertools
 import operator
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from larosa_fx.ir import graph as g
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), slice, torch.dtype, torch.device, torch.layout,
           torch.memory_format)
+_LEAVES = (type, types.FunctionType, types.ModuleType, torch.Tensor)
 _SEQUENCES = (list, tuple, set, frozenset, range)
 
 
@@ -133,12 +135,12 @@ def identity(value: object, pattern: Pattern | None = None) -> tuple | None:
         if pattern is not None:
             sizes, strides = (tuple(None if kept is None else n for n, kept in zip(found, fixed, strict=True))
                               for found, fixed in ((sizes, pattern.sizes), (strides, pattern.strides)))
-        return ("tensor", identity(type(value)), str(value.dtype), str(value.device), value.requires_grad,
+        return ("tensor", _class(type(value)), _text(value.dtype), _text(value.device), value.requires_grad,
                 compat.dispatch_keys(value), sizes, strides)
     if isinstance(value, types.ModuleType):
         return "module", value.__name__
     if isinstance(value, type):
-        return "class", value.__module__, value.__qualname__, source_digest(value.__module__)
+        return _class(value)
     if isinstance(value, types.FunctionType):
         return "function", value.__module__, value.__qualname__, code_digest(value.__code__)
     if isinstance(value, types.CodeType):
@@ -151,6 +153,14 @@ def identity(value: object, pattern: Pattern | None = None) -> tuple | None:
         held = tuple(map(identity, sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value))
         return None if None in held else ("sequence", identity(type(value)), held)
     return None
+
+
+@functools.cache
+def _class(value: type) -> tuple:
+    return "class", value.__module__, value.__qualname__, source_digest(value.__module__)
+
+
+_text = functools.cache(str)
 
 
 def _keys(value: Mapping, _: object) -> tuple | None:
@@ -233,8 +243,10 @@ class Guards:
             return False
 
     def reach(self, but: str | None = None) -> Reach:
-        """What the guards look at; without those whose expressions hold ``but``."""
-        return Reach([source for source in self._sources if but is None or but not in source])
+        """What the guards look at, but for dictionaries of hooks, as Dynamo leaves them out once it has traced; without
+        those whose expressions hold ``but``."""
+        return Reach([source for source in self._sources if not source.endswith("_hooks") and (
+            but is None or but not in source)])
 
 
 class Reach:
@@ -253,48 +265,42 @@ class Reach:
     def now(self, scope: Scope) -> Standing:
         """All of them as they stand."""
         objects = {id(x): x for x in self._objects(scope.arguments, scope.globals)}
-        held = [(live, list(live.values() if isinstance(live, dict) else live))
-                for live in map(_contents, objects.values()) if live is not None]
-        return Standing(held, self._rest, scope)
+        return Standing([held for held in map(_contents, objects.values()) if held is not None], self._rest, scope)
 
 
 class Standing:
-    """Objects and what each held at one time.
+    """Objects, and what each held at one time.
 
     As long as ``still`` is true, expressions that lead through them have the values that they had, and to see that takes a
     thousandth of a second where to ask them all takes a hundredth.
     """
 
-    def __init__(self, held: list[tuple[dict | list | tuple, list]], rest: Callable[[Mapping, Mapping], tuple],
-                 scope: Scope) -> None:
+    def __init__(self, held: Sequence[Collection], rest: Callable[[Mapping, Mapping], tuple], scope: Scope) -> None:
         self._held, self._rest, self._scope = held, rest, scope
+        self._sizes, self._inside = list(map(len, held)), list(itertools.chain.from_iterable(held))
         self._values = rest(scope.arguments, scope.globals)
 
     def still(self) -> bool:
         """Whether all of it is the same, object by object."""
-        return self.moved() is None
-
-    def moved(self) -> object:
-        """What is not as it was, if anything is: the first such object, or expressions' values."""
-        for live, before in self._held:
-            now = live.values() if isinstance(live, dict) else live
-            if len(before) != len(now) or not all(map(operator.is_, now, before)):
-                return live
+        if list(map(len, self._held)) != self._sizes:
+            return False
+        if not all(map(operator.is_, itertools.chain.from_iterable(self._held), self._inside)):
+            return False
         try:
             values = self._rest(self._scope.arguments, self._scope.globals)
-        except Exception as error:
-            return error
-        return None if all(map(_same, values, self._values)) else values
+        except Exception:  # another structure
+            return False
+        return all(map(_same, values, self._values))
 
 
 _LAST_STEP = re.compile(r"(.+?)(?:\.\w+|\['[^']*'\]|\[\d+\])", re.DOTALL)
 
 
-def _contents(value: object) -> dict | list | tuple | None:
-    if isinstance(value, (dict, list, tuple)):
-        return value
-    return None if isinstance(value, (type, types.FunctionType, types.ModuleType, torch.Tensor)) else getattr(
-        value, "__dict__", None)
+def _contents(value: object) -> Collection | None:
+    """What an object holds, and will show when it holds something else."""
+    if not isinstance(value, (dict, list, tuple)):
+        value = None if isinstance(value, _LEAVES) else getattr(value, "__dict__", None)
+    return value.values() if isinstance(value, dict) else value
 
 
 def _same(now: object, before: object) -> bool:

@@ -374,9 +374,9 @@ def source_name(source: object) -> str:
     return source.name() if callable(source.name) else source.name
 
 
-def dispatch_keys(tensor: torch.Tensor) -> str:
+def dispatch_keys(tensor: torch.Tensor) -> int:
     """What torch chooses kernels by; tells inference tensors, conjugates and others from plain ones (2.11 to 2.13)."""
-    return str(torch._C._dispatch_keys(tensor))
+    return torch._C._dispatch_keys(tensor).raw_repr()
 
 
 def global_state() -> tuple:
