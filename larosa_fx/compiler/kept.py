@@ -94,8 +94,9 @@ def _reached(module: str, name: str) -> list[str]:
     found: object = sys.modules.get(module)
     for part in name.split("."):
         found = vars(found).get(part) if isinstance(found, type) else getattr(found, part, None)
-    digests = []
-    while found is not None:
+    digests, seen = [], set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
         found = next((inner for inner in (getattr(found, held, None) for held in ("fget", "__func__")) if inner), found)
         digests.append(code_digest(found.__code__) if isinstance(found, types.FunctionType) else "")
         found = getattr(found, "__wrapped__", None)
