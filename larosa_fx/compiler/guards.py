@@ -13,12 +13,12 @@ import enum
 import functools
 import hashlib
 import importlib
-import itertools
 import operator
 import re
 import sys
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,6 @@ from larosa_fx.ir import graph as g
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), slice, torch.dtype, torch.device, torch.layout,
           torch.memory_format)
-_LEAVES = (type, types.FunctionType, types.ModuleType, torch.Tensor)
 _SEQUENCES = (list, tuple, set, frozenset, range)
 
 
@@ -135,12 +134,12 @@ def identity(value: object, pattern: Pattern | None = None) -> tuple | None:
         if pattern is not None:
             sizes, strides = (tuple(None if kept is None else n for n, kept in zip(found, fixed, strict=True))
                               for found, fixed in ((sizes, pattern.sizes), (strides, pattern.strides)))
-        return ("tensor", _class(type(value)), _text(value.dtype), _text(value.device), value.requires_grad,
+        return ("tensor", identity(type(value)), str(value.dtype), str(value.device), value.requires_grad,
                 compat.dispatch_keys(value), sizes, strides)
     if isinstance(value, types.ModuleType):
         return "module", value.__name__
     if isinstance(value, type):
-        return _class(value)
+        return "class", value.__module__, value.__qualname__, source_digest(value.__module__), methods_digest(value)
     if isinstance(value, types.FunctionType):
         return "function", value.__module__, value.__qualname__, code_digest(value.__code__)
     if isinstance(value, types.CodeType):
@@ -153,14 +152,6 @@ def identity(value: object, pattern: Pattern | None = None) -> tuple | None:
         held = tuple(map(identity, sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value))
         return None if None in held else ("sequence", identity(type(value)), held)
     return None
-
-
-@functools.cache
-def _class(value: type) -> tuple:
-    return "class", value.__module__, value.__qualname__, source_digest(value.__module__)
-
-
-_text = functools.cache(str)
 
 
 def _keys(value: Mapping, _: object) -> tuple | None:
@@ -185,13 +176,23 @@ _TESTS: dict[str, Callable[[object, object], object]] = {
 }
 
 
+_digests: weakref.WeakKeyDictionary[types.CodeType, str] = weakref.WeakKeyDictionary()
+
+
 def code_digest(code: types.CodeType) -> str:
     """Of what a code object does, wherever it stands in its file."""
+    if code not in _digests:
+        _digests[code] = _digest(code)
+    return _digests[code]
+
+
+def _digest(code: types.CodeType) -> str:
     held = hashlib.sha256()
 
     def add(code: types.CodeType) -> None:
         held.update(repr((code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
-                          code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)).encode())
+                          code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount,
+                          code.co_exceptiontable)).encode())
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 add(constant)
@@ -200,6 +201,34 @@ def code_digest(code: types.CodeType) -> str:
 
     add(code)
     return held.hexdigest()
+
+
+def methods_digest(whole: type) -> str:
+    """Of the code of all that a class and its bases define: Dynamo asks for the class, and takes for granted that nobody
+    put another function in a method's place."""
+    if issubclass(whole, _NOT_TRACED):
+        return ""
+    return hashlib.sha256("".join(map(_own_methods, whole.__mro__)).encode()).hexdigest()
+
+
+@functools.cache
+def _own_methods(part: type) -> str:
+    """For one class alone; to be forgotten once all guards were asked, since a class may change."""
+    codes = [(name, found) for name, member in vars(part).items() if (found := _codes(member))]
+    return hashlib.sha256(repr(sorted(codes)).encode()).hexdigest()
+
+
+_NOT_TRACED = (torch.Tensor, *(kind for kind in vars(builtins).values() if isinstance(kind, type) and kind is not object))
+
+
+def _codes(member: object) -> list[str]:
+    """Digests of the functions of a class's member, and of those that they wrap."""
+    inner = [getattr(member, name, None) for name in ("fget", "__func__", "func")]
+    digests, function = [], next((f for f in inner if isinstance(f, types.FunctionType)), member)
+    while isinstance(function, types.FunctionType):
+        digests.append(code_digest(function.__code__))
+        function = getattr(function, "__wrapped__", None)
+    return digests
 
 
 @functools.cache
@@ -223,6 +252,12 @@ class Guards:
     def broken(self, scope: Scope) -> Guard | None:
         """The first guard that does not hold, if there is one."""
         try:
+            return self._broken(scope)
+        finally:
+            _own_methods.cache_clear()
+
+    def _broken(self, scope: Scope) -> Guard | None:
+        try:
             values = dict(zip(self._sources, self._values(scope.arguments, scope.globals), strict=True))
         except Exception:  # whatever another structure makes of an expression: find the one
             return next((guard for guard in self.guards if not self._evaluates(guard, scope)), self.guards[0])
@@ -242,65 +277,98 @@ class Guards:
         except (AttributeError, TypeError, ValueError):  # another structure
             return False
 
-    def reach(self, but: str | None = None) -> Reach:
-        """What the guards look at, but for dictionaries of hooks, as Dynamo leaves them out once it has traced; without
-        those whose expressions hold ``but``."""
-        return Reach([source for source in self._sources if not source.endswith("_hooks") and (
-            but is None or but not in source)])
+    def reach(self, but: str | None = None, classes: bool = True) -> Reach:
+        """What the guards look at; without those whose expressions hold ``but``, and maybe without what classes hold."""
+        return Reach([source for source in self._sources if (but is None or but not in source)
+                      and (classes or "type(" not in source)])
 
 
 class Reach:
     """The objects that expressions lead to and through."""
 
     def __init__(self, sources: Sequence[str]) -> None:
-        found, rest = {}, []
+        self._steps: dict[str, re.Match | None] = {}
         for source in sources:
-            owner = None if source.startswith("G[") else _LAST_STEP.fullmatch(source)
-            if owner is None:
-                rest.append(source)
-            else:
-                found |= dict.fromkeys((owner[1], source))
-        self._objects, self._rest = expression(list(found)), expression(rest)
+            while source is not None and source not in self._steps:
+                # What a call in an expression makes is new each time, and tells nothing about what it was made from.
+                step = self._steps[source] = _LAST_STEP.fullmatch(source) if "(" not in source else None
+                source = step and step["owner"]
+        self._values = expression(list(self._steps))
+        self._asked: Callable[[Mapping, Mapping], tuple] | None = None
 
     def now(self, scope: Scope) -> Standing:
         """All of them as they stand."""
-        objects = {id(x): x for x in self._objects(scope.arguments, scope.globals)}
-        return Standing([held for held in map(_contents, objects.values()) if held is not None], self._rest, scope)
+        values = dict(zip(self._steps, self._values(scope.arguments, scope.globals), strict=True))
+        if self._asked is None:  # of objects of the same classes the same is held
+            self._asked = expression([source for source, step in self._steps.items()
+                                      if step is None or not _is_held(values[step["owner"]], step)])
+        return Standing(values.values(), self._asked, scope)
 
 
 class Standing:
-    """Objects, and what each held at one time.
+    """Objects and what each held at one time.
 
     As long as ``still`` is true, expressions that lead through them have the values that they had, and to see that takes a
     thousandth of a second where to ask them all takes a hundredth.
     """
 
-    def __init__(self, held: Sequence[Collection], rest: Callable[[Mapping, Mapping], tuple], scope: Scope) -> None:
-        self._held, self._rest, self._scope = held, rest, scope
-        self._sizes, self._inside = list(map(len, held)), list(itertools.chain.from_iterable(held))
-        self._values = rest(scope.arguments, scope.globals)
+    def __init__(self, values: Iterable[object], asked: Callable[[Mapping, Mapping], tuple], scope: Scope) -> None:
+        objects = {id(value): value for value in values if not isinstance(value, (*_PLAIN, type, types.ModuleType))}
+        self._objects, self._kinds = list(objects.values()), list(map(type, objects.values()))
+        self._dicts, self._sequences, self._others = [], [], []
+        for value in self._objects:
+            if isinstance(value, (list, tuple)):
+                self._sequences.append((value, list(value)))
+            elif isinstance(value, (torch.Tensor, set, frozenset, types.FunctionType, types.MethodType)):
+                self._others.append((value, _seen_of(value)))
+            for live in (value, getattr(value, "__dict__", None)):
+                if isinstance(live, dict) and not isinstance(value, torch.Tensor):
+                    self._dicts.append((live, list(dict.keys(live)), list(dict.values(live))))
+        self._asked, self._scope = asked, scope
+        self._answers = asked(scope.arguments, scope.globals)
 
     def still(self) -> bool:
         """Whether all of it is the same, object by object."""
-        if list(map(len, self._held)) != self._sizes:
-            return False
-        if not all(map(operator.is_, itertools.chain.from_iterable(self._held), self._inside)):
-            return False
         try:
-            values = self._rest(self._scope.arguments, self._scope.globals)
-        except Exception:  # another structure
+            return (all(map(operator.is_, map(type, self._objects), self._kinds))
+                    and all(len(live) == len(values) and all(map(operator.is_, dict.values(live), values))
+                            and all(map(operator.is_, dict.keys(live), keys)) for live, keys, values in self._dicts)
+                    and all(len(live) == len(before) and all(map(operator.is_, live, before))
+                            for live, before in self._sequences)
+                    and all(all(map(_same, _seen_of(value), before)) for value, before in self._others)
+                    and all(map(_same, self._asked(self._scope.arguments, self._scope.globals), self._answers)))
+        except Exception:  # whatever another structure makes of an expression
             return False
-        return all(map(_same, values, self._values))
 
 
-_LAST_STEP = re.compile(r"(.+?)(?:\.\w+|\['[^']*'\]|\[\d+\])", re.DOTALL)
+_LAST_STEP = re.compile(r"(?P<owner>L\[.+?)(?:\.(?P<name>\w+)|\['[^']*'\]|\[\d+\])", re.DOTALL)
 
 
-def _contents(value: object) -> Collection | None:
-    """What an object holds, and will show when it holds something else."""
-    if not isinstance(value, (dict, list, tuple)):
-        value = None if isinstance(value, _LEAVES) else getattr(value, "__dict__", None)
-    return value.values() if isinstance(value, dict) else value
+def _is_held(owner: object, step: re.Match) -> bool:
+    """Whether what the step from ``owner`` leads to is among what a ``Standing`` sees of ``owner``."""
+    if isinstance(owner, (type, types.ModuleType, torch.Tensor)):
+        return False
+    if step["name"] is None:
+        return type(owner).__getitem__ in (dict.__getitem__, list.__getitem__, tuple.__getitem__)
+    return step["name"] in getattr(owner, "__dict__", ())
+
+
+def _seen_of(value: torch.Tensor | set | frozenset | types.FunctionType | types.MethodType) -> tuple:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device, value.requires_grad, value.ndim, *value.shape, *value.stride()
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, types.FunctionType):
+        cells, defaults, named = value.__closure__ or (), value.__defaults__ or (), value.__kwdefaults__ or {}
+        return (value.__code__, len(cells), *map(_content, cells), len(defaults), *defaults, len(named), *named.values())
+    return len(value), *value
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was put there yet
+        return cell
 
 
 def _same(now: object, before: object) -> bool:
