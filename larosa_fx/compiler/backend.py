@@ -152,6 +152,7 @@ class CompiledGraph:
         self.number = next(_numbers)
         self.traced = gm
         self.code = compat.traced_code()  # of the functions that Dynamo went through
+        self.changes = compat.changes_objects()  # besides computing
         self.observer: Callable[[Sequence[object]], None] | None = None  # told what the graph returns
         self._mask = g.parameter_mask(example_inputs)
         self._path = None if options.plan is None else os.path.abspath(options.plan)  # whatever directory is entered later

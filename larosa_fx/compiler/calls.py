@@ -32,6 +32,7 @@ from larosa_fx.compiler.guards import (
 from larosa_fx.compiler.kept import Trace
 from larosa_fx.compiler.options import Options
 from larosa_fx.ir import compat, shards
+from larosa_fx.ir import graph as g
 
 log = logging.getLogger("larosa_fx")
 
@@ -59,10 +60,14 @@ class Calls:
             direct.let_go()
 
     def __call__(self, model: torch.nn.Module, **inputs: object) -> torch.Tensor:
+        if compat.modes_active():  # what is computed is what they make of it, and no guard that is kept says which they are
+            return self._compiled(model, **inputs)
         scope = Scope(self._function.__globals__, {"model": model, "inputs": inputs})
-        for direct in itertools.chain(self._direct, self._kept(model, inputs, scope)):
-            if direct.serves(inputs, scope):
-                return direct()
+        for direct in itertools.chain(tuple(self._direct), self._kept(model, inputs, scope)):
+            if (args := direct.arguments(inputs, scope)) is not None:
+                if self._direct[0] is not direct:  # which is asked first the next time
+                    self._direct.sort(key=lambda other: other is not direct)
+                return direct(args)
         return self._traced(model, inputs, scope)
 
     # ---- by way of Dynamo ------------------------------------------------------------------------------------------
@@ -85,6 +90,8 @@ class Calls:
         watched, graph = self._watched, backend.last_built()
         if watched.scope is not None and graph is not None and not graph.split:
             try:
+                if graph.changes:
+                    raise Unkept("the function changes an object that it is given")
                 patterns = patterns_of(graph.traced.graph)
                 guards = recorded(entries, patterns, watched.scope)
                 watched.found = graph, guards, patterns
@@ -96,6 +103,8 @@ class Calls:
     def _observe(self, result: Sequence[object]) -> None:
         """The graph has run; Dynamo's own code, which changes what the function changes, has not."""
         watched = self._watched
+        if watched.found is None:  # another thread's call
+            return
         _, guards, patterns = watched.found
         watched.result = result, Guards(guards, patterns).reach().now(watched.scope)
 
@@ -109,7 +118,10 @@ class Calls:
             if position is None or not isinstance(output, torch.Tensor):
                 raise Unkept("the function returns something else than the graph")
             if not standing.still():
-                raise Unkept("the function changes an object that it is given")
+                raise Unkept("something that it depends on changed meanwhile")
+            values = expression(sources_of(graph.traced.graph))(watched.scope.arguments, watched.scope.globals)
+            if not all(map(_alike, values, map(g.value, g.placeholders(graph.traced.graph)))):
+                raise Unkept("its graph takes a number as a tensor")
             trace = Trace(compat.pickled_graph(graph.traced), sources_of(graph.traced.graph), guards, patterns,
                           kept.codes(graph.code), compat.global_state(), position)
         except Unkept as error:
@@ -178,55 +190,78 @@ def _built(trace: Trace, options: Options, scope: Scope) -> CompiledGraph:
         return backend.rebuilt(gm, inputs, options)
 
 
+class _Now(threading.local):
+    """How far a thread has looked at what it calls a graph with, since its last ``let_go``."""
+
+    def __init__(self) -> None:
+        self.known = False  # whether the model was looked at
+        self.args: list[object] | None = None  # None where the graph is not for the model as it is
+        self.inputs: dict[str, object] | None = None
+        self.within: Standing | None = None  # the inputs, when their guards held
+
+
 class _Direct:
     """A compiled graph and a trace's way to its inputs."""
 
     def __init__(self, trace: Trace, graph: CompiledGraph) -> None:
         self._graph, self._output, self._state = graph, trace.output, trace.state
-        self._guards = Guards(trace.guards, trace.patterns)
         self._of_inputs = Guards([guard for guard in trace.guards if _INPUTS in guard.source], trace.patterns)
-        self._reach, self._reach_within = self._guards.reach(but=_INPUTS), self._of_inputs.reach()
+        self._of_model = Guards([guard for guard in trace.guards if _INPUTS not in guard.source], trace.patterns)
+        self._reach, self._reach_within = self._of_model.reach(), self._of_inputs.reach(classes=False)
         self._given = [i for i, source in enumerate(trace.sources) if _INPUTS in source]
-        self._values = expression(trace.sources)
-        self._given_values = expression([trace.sources[i] for i in self._given])
-        self._args: list[object] = []
-        self._model: Standing | None = None  # as it was when all guards held
-        self._known = False  # whether it was looked at since the last ``let_go``
-        self._inputs: dict[str, object] | None = None
-        self._within: Standing | None = None  # the inputs, when their guards held
+        self._own = [i for i, source in enumerate(trace.sources) if _INPUTS not in source]
+        self._given_values, self._own_values = (expression([trace.sources[i] for i in some])
+                                                for some in (self._given, self._own))
+        self._model: tuple[Standing, list[object]] | None = None  # as it was when its guards held, and what of it is given
+        self._now = _Now()
 
     def let_go(self) -> None:
-        self._known, self._inputs, self._within = False, None, None
-        for i in self._given if self._args else ():
-            self._args[i] = None
+        """Hold none of this thread's arguments, and look at the model anew before its next call."""
+        self._now.__init__()
 
-    def serves(self, inputs: dict[str, object], scope: Scope) -> bool:
-        """Whether the graph computes what the function would, for these arguments."""
-        if not self._known:
-            if compat.global_state() != self._state:
-                return False
-            if self._model is None or not self._model.still():
-                self._model = None
-                if self._guards.broken(scope) is not None:
-                    return False
-                self._args = list(self._values(scope.arguments, scope.globals))
-                self._model = self._reach.now(scope.without("inputs"))
-            self._known = True
-        if self._inputs is None or not (_same(inputs, self._inputs) and self._within.still()):
-            self._inputs = None
+    def arguments(self, inputs: dict[str, object], scope: Scope) -> list[object] | None:
+        """What to call the graph with, if it computes what the function would."""
+        now = self._now
+        if not now.known:
+            now.args, now.known = self._from_model(scope), True
+        if now.args is None:
+            return None
+        if now.inputs is None or not (_same(inputs, now.inputs) and now.within.still()):
+            now.inputs = None
             if self._of_inputs.broken(scope) is not None:
-                return False
+                return None
             for i, value in zip(self._given, self._given_values(scope.arguments, scope.globals), strict=True):
-                self._args[i] = value
-            self._inputs, self._within = inputs, self._reach_within.now(scope)
-        return self._graph.fits(self._args)
+                now.args[i] = value
+            if len(set(map(id, now.args))) < len(now.args):  # one tensor in two places, and a graph may write to either
+                return None
+            now.inputs, now.within = inputs, self._reach_within.now(scope)
+        return now.args if self._graph.fits(now.args) else None
 
-    def __call__(self) -> torch.Tensor:
-        return self._graph(*self._args)[self._output]
+    def _from_model(self, scope: Scope) -> list[object] | None:
+        """The graph's inputs as far as they come from the model."""
+        if compat.global_state() != self._state:
+            return None
+        held = self._model
+        if held is None or not held[0].still():
+            self._model = None
+            if self._of_model.broken(scope) is not None:
+                return None
+            own = dict(zip(self._own, self._own_values(scope.arguments, scope.globals), strict=True))
+            held = self._reach.now(scope.without("inputs")), [own.get(i) for i in range(len(self._own) + len(self._given))]
+            self._model = held
+        return list(held[1])
+
+    def __call__(self, args: list[object]) -> torch.Tensor:
+        return self._graph(*args)[self._output]
 
 
 def _same(inputs: Mapping[str, object], before: Mapping[str, object]) -> bool:
     return inputs.keys() == before.keys() and all(inputs[name] is value for name, value in before.items())
+
+
+def _alike(value: object, example: object) -> bool:
+    """Whether a value is what an input of a graph stands for."""
+    return isinstance(value, torch.Tensor) == isinstance(example, torch.Tensor)
 
 
 def compiled(function: types.FunctionType, options: Options, guard_filter_fn: Callable | None = None, **settings: object

@@ -277,10 +277,9 @@ class Guards:
         except (AttributeError, TypeError, ValueError):  # another structure
             return False
 
-    def reach(self, but: str | None = None, classes: bool = True) -> Reach:
-        """What the guards look at; without those whose expressions hold ``but``, and maybe without what classes hold."""
-        return Reach([source for source in self._sources if (but is None or but not in source)
-                      and (classes or "type(" not in source)])
+    def reach(self, classes: bool = True) -> Reach:
+        """What the guards look at; without ``classes``, but for what classes hold."""
+        return Reach([source for source in self._sources if classes or "type(" not in source])
 
 
 class Reach:

@@ -382,9 +382,6 @@ def dispatch_keys(tensor: torch.Tensor) -> int:
 def global_state() -> tuple:
     """What a trace depends on that no argument and no module holds (2.11 to 2.13)."""
     from torch._functorch import config as functorch
-    from torch.overrides import _get_current_function_mode_stack
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
     cuda = torch.backends.cuda
     devices = ("cpu", "cuda")
     return (
@@ -394,9 +391,18 @@ def global_state() -> tuple:
         tuple((torch.is_autocast_enabled(device), str(torch.get_autocast_dtype(device))) for device in devices),
         cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(),
         cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction,
-        len(_get_current_function_mode_stack()), len(_get_current_dispatch_mode_stack()),
         torch._dynamo.config.disable, str(torch._dynamo.eval_frame._stance.stance),
         *(name for config in (torch._dynamo.config, functorch) for name in _unlike_default(config)))
+
+
+def modes_active() -> bool:
+    """Whether a mode of torch's sees what is called, but for the one that sets the default device (2.11 to 2.13)."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return (any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+            or bool(_get_current_dispatch_mode_stack()))
 
 
 def _unlike_default(config: object) -> Iterator[str]:
@@ -411,6 +417,32 @@ def traced_code() -> list[CodeType]:
     from torch._guards import TracingContext
 
     return list(TracingContext.get_traced_code() or ())
+
+
+def changes_objects() -> bool:
+    """Whether the function that Dynamo compiles now leaves objects that it is given, or globals, otherwise than they were;
+    tensors do not count (2.11 to 2.13)."""
+    from torch._dynamo.side_effects import AttributeMutationExisting, ValueMutationExisting
+    from torch._dynamo.symbolic_convert import tls
+
+    translator = getattr(tls, "current_tx", None)
+    if translator is None:
+        return False
+    effects = translator.output.side_effects
+    return any(isinstance(variable.mutation_type, (AttributeMutationExisting, ValueMutationExisting))
+               and not _written_back(variable, effects.store_attr_mutations.get(variable))
+               for variable in effects._get_modified_vars())
+
+
+def _written_back(variable: object, attributes: Mapping[str, object] | None) -> bool:
+    """Whether all that is written to an object is what it holds: transformers sets a global aside for a while so."""
+    from torch._dynamo.variables import UserDefinedObjectVariable
+
+    if type(variable) is not UserDefinedObjectVariable or not attributes:
+        return False
+    held = getattr(variable.value, "__dict__", {})
+    return all(name in held and new.is_python_constant() and type(new.as_python_constant()) is type(held[name])
+               and new.as_python_constant() == held[name] for name, new in attributes.items())
 
 
 _SAID_OF_GRAPH = ("backend_id", "dynamo_compile_id", "dynamo_flat_name_to_original_fqn")

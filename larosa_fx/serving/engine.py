@@ -108,7 +108,7 @@ class Kept:
     def let_go(self) -> None:
         """Hold no arguments of the steps that have run."""
         for step in self.steps.values():
-            if isinstance(step, Calls):
+            if isinstance(step, (Calls, _Growing)):
                 step.let_go()
 
     def hold(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -197,8 +197,10 @@ class Engine:
             else:
                 kwargs.pop("return_dict", None)
                 prompt = self._prompt_of(_logits)
-                outputs = compat.logits_with(cache, prompt(self.model, **kwargs))
-                prompt.let_go()
+                try:
+                    outputs = compat.logits_with(cache, prompt(self.model, **kwargs))
+                finally:
+                    prompt.let_go()
         if isinstance(cache, caches.Prompt):
             tokens = next(kwargs[name] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None)
             cache.advance(tokens.shape[1])
@@ -490,7 +492,7 @@ class Engine:
         Over a view whose length is a size the same step can be traced, though no CUDA graph replays it.
         """
         if caches.every_position_stays(cache):
-            return _growing(Calls(_logits, replace(options, mode=None), dynamic=True))
+            return _Growing(Calls(_logits, replace(options, mode=None), dynamic=True))
         reason = f"torch.compile cannot trace a step of this model: {failure}"
         if self.settings.owns:
             raise LarosaError(f"larosa: {reason}. The model's weights were given up for folded ones, so nothing else can "
@@ -560,16 +562,16 @@ def _logits(model: torch.nn.Module, **inputs: object) -> torch.Tensor:
     return type(model).forward(model, **inputs, return_dict=True).logits
 
 
-def _growing(forward: Callable) -> Callable:
-    """``forward`` over a view of the cache that is as long as what it holds."""
-    def step(model: torch.nn.Module, **inputs: object) -> torch.Tensor:
+class _Growing:
+    """A compiled forward pass over a view of the cache that is as long as what it holds."""
+
+    def __init__(self, forward: Calls) -> None:
+        self._forward, self.let_go = forward, forward.let_go
+
+    def __call__(self, model: torch.nn.Module, **inputs: object) -> torch.Tensor:
         cache = caches.of(inputs)
         view = caches.Prompt(cache, caches.filled(cache))
-        logits = forward(model, **caches.with_cache(loop.masks_up_to(inputs, view.get_seq_length()), view))
+        logits = self._forward(model, **caches.with_cache(loop.masks_up_to(inputs, view.get_seq_length()), view))
         view.advance(logits.shape[1])
         view.settle(cache.layers)
         return logits
-
-    return step
-
-
