@@ -59,6 +59,11 @@ class Calls:
         for direct in self._direct:
             direct.let_go()
 
+    def look_again(self) -> None:
+        """Look at the model before the next call: since the last one somebody may have changed it."""
+        for direct in self._direct:
+            direct.look_again()
+
     def __call__(self, model: torch.nn.Module, **inputs: object) -> torch.Tensor:
         if compat.modes_active():  # what is computed is what they make of it, and no guard that is kept says which they are
             return self._compiled(model, **inputs)
@@ -191,13 +196,15 @@ def _built(trace: Trace, options: Options, scope: Scope) -> CompiledGraph:
 
 
 class _Now(threading.local):
-    """How far a thread has looked at what it calls a graph with, since its last ``let_go``."""
+    """What a thread calls a graph with, and how far it has looked at that since its last ``let_go``."""
 
     def __init__(self) -> None:
         self.known = False  # whether the model was looked at
-        self.args: list[object] | None = None  # None where the graph is not for the model as it is
-        self.inputs: dict[str, object] | None = None
-        self.within: Standing | None = None  # the inputs, when their guards held
+        self.own: tuple[object, ...] | None = None  # the graph's inputs that are the model's; None where the graph is for another
+        self.given: tuple[object, ...] = ()  # its other inputs
+        self.args: list[object] | None = None  # all of them
+        self.inputs: dict[str, object] | None = None  # the function's own
+        self.within: Standing | None = None  # those, when their guards held
 
 
 class _Direct:
@@ -208,36 +215,41 @@ class _Direct:
         self._of_inputs = Guards([guard for guard in trace.guards if _INPUTS in guard.source], trace.patterns)
         self._of_model = Guards([guard for guard in trace.guards if _INPUTS not in guard.source], trace.patterns)
         self._reach, self._reach_within = self._of_model.reach(), self._of_inputs.reach(classes=False)
-        self._given = [i for i, source in enumerate(trace.sources) if _INPUTS in source]
-        self._own = [i for i, source in enumerate(trace.sources) if _INPUTS not in source]
-        self._given_values, self._own_values = (expression([trace.sources[i] for i in some])
-                                                for some in (self._given, self._own))
-        self._model: tuple[Standing, list[object]] | None = None  # as it was when its guards held, and what of it is given
+        given, own = ([source for source in trace.sources if (_INPUTS in source) == wanted] for wanted in (True, False))
+        self._order = list(map([*own, *given].index, trace.sources))
+        self._given, self._own = expression(given), expression(own)
+        self._model: tuple[Standing, tuple[object, ...]] | None = None  # as it was when its guards held, and what of it is given
         self._now = _Now()
 
     def let_go(self) -> None:
         """Hold none of this thread's arguments, and look at the model anew before its next call."""
         self._now.__init__()
 
+    def look_again(self) -> None:
+        """Look at the model anew before this thread's next call."""
+        self._now.known = False
+
     def arguments(self, inputs: dict[str, object], scope: Scope) -> list[object] | None:
         """What to call the graph with, if it computes what the function would."""
         now = self._now
         if not now.known:
-            now.args, now.known = self._from_model(scope), True
-        if now.args is None:
+            now.own, now.known, now.args = self._from_model(scope), True, None
+        if now.own is None:
             return None
         if now.inputs is None or not (_same(inputs, now.inputs) and now.within.still()):
-            now.inputs = None
+            now.inputs = now.args = None
             if self._of_inputs.broken(scope) is not None:
                 return None
-            for i, value in zip(self._given, self._given_values(scope.arguments, scope.globals), strict=True):
-                now.args[i] = value
-            if len(set(map(id, now.args))) < len(now.args):  # one tensor in two places, and a graph may write to either
+            now.given, now.within = self._given(scope.arguments, scope.globals), self._reach_within.now(scope)
+            now.inputs = inputs
+        if now.args is None:
+            values = *now.own, *now.given
+            if len(set(map(id, values))) < len(values):  # one tensor in two places, and a graph may write to one of them
                 return None
-            now.inputs, now.within = inputs, self._reach_within.now(scope)
+            now.args = [values[i] for i in self._order]
         return now.args if self._graph.fits(now.args) else None
 
-    def _from_model(self, scope: Scope) -> list[object] | None:
+    def _from_model(self, scope: Scope) -> tuple[object, ...] | None:
         """The graph's inputs as far as they come from the model."""
         if compat.global_state() != self._state:
             return None
@@ -246,10 +258,9 @@ class _Direct:
             self._model = None
             if self._of_model.broken(scope) is not None:
                 return None
-            own = dict(zip(self._own, self._own_values(scope.arguments, scope.globals), strict=True))
-            held = self._reach.now(scope.without("inputs")), [own.get(i) for i in range(len(self._own) + len(self._given))]
+            held = self._reach.now(scope.without("inputs")), self._own(scope.arguments, scope.globals)
             self._model = held
-        return list(held[1])
+        return held[1]
 
     def __call__(self, args: list[object]) -> torch.Tensor:
         return self._graph(*args)[self._output]

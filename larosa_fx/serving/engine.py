@@ -434,7 +434,7 @@ class Engine:
         if reason:
             self._dense(reason)
             sparsity = 0.0
-        loop.decode(self._step(sparsity), inputs, run, logits, undo)
+        loop.decode(self._step(sparsity, watched=run.watched), inputs, run, logits, undo)
         return {"drafting": None, **({"reason": reason} if reason else {})}
 
     def _losslessly(self, inputs: loop.StepInputs, run: loop.Run, logits: torch.Tensor, cache: StaticCache,
@@ -444,7 +444,8 @@ class Engine:
             asked = self.settings.options.sparsity
             self._pace = Pace(self.model.device, self.plan.sparsity if asked is None else asked, adapts=asked is None,
                               tokens=self.settings.draft_tokens)
-        steps = drafting.Steps(self._step, self._step(0.0), partial(self._step, 0.0))
+        step = partial(self._step, watched=run.watched)
+        steps = drafting.Steps(step, step(0.0), partial(step, 0.0))
         drafting.decode(steps, inputs, run, logits, cache, self._pace, undo, self._dense)
         return {"drafting": self._pace.report}
 
@@ -466,9 +467,10 @@ class Engine:
         view.settle(cache.layers)
         return logits, caches.filled(view)
 
-    def _step(self, sparsity: float | None, tokens: int = 1) -> loop.Step:
+    def _step(self, sparsity: float | None, tokens: int = 1, *, watched: bool) -> loop.Step:
         """The compiled forward pass of so many tokens of a sequence. Each has code of its own, so that its graph fits it
-        alone. All engines of a model share them."""
+        alone. All engines of a model share them. watched: whether somebody's own code runs in between, which may change the
+        model."""
         options = replace(self.settings.options, sparsity=sparsity)
         steps, key = self._kept.steps, (options, tokens)
         if key not in steps:
@@ -476,6 +478,8 @@ class Engine:
 
         def step(**inputs: object) -> torch.Tensor:
             torch.compiler.cudagraph_mark_step_begin()
+            if watched and isinstance(steps[key], (Calls, _Growing)):
+                steps[key].look_again()
             try:
                 return steps[key](self.model, **inputs)
             except RuntimeError as error:
@@ -566,7 +570,7 @@ class _Growing:
     """A compiled forward pass over a view of the cache that is as long as what it holds."""
 
     def __init__(self, forward: Calls) -> None:
-        self._forward, self.let_go = forward, forward.let_go
+        self._forward, self.let_go, self.look_again = forward, forward.let_go, forward.look_again
 
     def __call__(self, model: torch.nn.Module, **inputs: object) -> torch.Tensor:
         cache = caches.of(inputs)

@@ -49,6 +49,12 @@ class Run:
     def length(self) -> int:
         return self.input_ids.shape[1]
 
+    @property
+    def watched(self) -> bool:
+        """Whether code of a user's own runs between two steps."""
+        asked = (*self.logits_processor, *self.stopping_criteria, self.streamer)
+        return any(type(one).__module__.partition(".")[0] not in ("builtins", "transformers", "larosa_fx") for one in asked)
+
     def keep(self, ranked: Tensor, logits: Tensor) -> None:
         """Keep the logits of one more token, behind and before the processors, if that is asked for."""
         if self.scores is not None:
