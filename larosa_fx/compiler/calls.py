@@ -200,11 +200,11 @@ class _Now(threading.local):
 
     def __init__(self) -> None:
         self.known = False  # whether the model was looked at
-        self.own: tuple[object, ...] | None = None  # the graph's inputs that are the model's; None where the graph is for another
+        self.own: tuple[object, ...] | None = None  # the graph's inputs that are the model's; None where it is for another
         self.given: tuple[object, ...] = ()  # its other inputs
         self.args: list[object] | None = None  # all of them
         self.inputs: dict[str, object] | None = None  # the function's own
-        self.within: Standing | None = None  # those, when their guards held
+        self.within: Standing | None = None  # those, when their guards held the second time
 
 
 class _Direct:
@@ -218,7 +218,7 @@ class _Direct:
         given, own = ([source for source in trace.sources if (_INPUTS in source) == wanted] for wanted in (True, False))
         self._order = list(map([*own, *given].index, trace.sources))
         self._given, self._own = expression(given), expression(own)
-        self._model: tuple[Standing, tuple[object, ...]] | None = None  # as it was when its guards held, and what of it is given
+        self._model: tuple[Standing, tuple[object, ...]] | None = None  # as it was when its guards held, and its inputs
         self._now = _Now()
 
     def let_go(self) -> None:
@@ -236,15 +236,17 @@ class _Direct:
             now.own, now.known, now.args = self._from_model(scope), True, None
         if now.own is None:
             return None
-        if now.inputs is None or not (_same(inputs, now.inputs) and now.within.still()):
+        again = now.inputs is not None and _same(inputs, now.inputs)
+        if not (again and now.within is not None and now.within.still()):
             now.inputs = now.args = None
             if self._of_inputs.broken(scope) is not None:
                 return None
-            now.given, now.within = self._given(scope.arguments, scope.globals), self._reach_within.now(scope)
-            now.inputs = inputs
+            now.given, now.inputs = self._given(scope.arguments, scope.globals), inputs
+            now.within = self._reach_within.now(scope) if again else None  # a prompt comes once, a step's inputs come again
         if now.args is None:
             values = *now.own, *now.given
-            if len(set(map(id, values))) < len(values):  # one tensor in two places, and a graph may write to one of them
+            tensors = [id(value) for value in values if isinstance(value, torch.Tensor)]
+            if len(set(tensors)) < len(tensors):  # one tensor in two places, and a graph may write to one of them
                 return None
             now.args = [values[i] for i in self._order]
         return now.args if self._graph.fits(now.args) else None

@@ -13,6 +13,7 @@ import enum
 import functools
 import hashlib
 import importlib
+import itertools
 import operator
 import re
 import sys
@@ -134,7 +135,7 @@ def identity(value: object, pattern: Pattern | None = None) -> tuple | None:
         if pattern is not None:
             sizes, strides = (tuple(None if kept is None else n for n, kept in zip(found, fixed, strict=True))
                               for found, fixed in ((sizes, pattern.sizes), (strides, pattern.strides)))
-        return ("tensor", identity(type(value)), str(value.dtype), str(value.device), value.requires_grad,
+        return ("tensor", identity(type(value)), _text(value.dtype), _text(value.device), value.requires_grad,
                 compat.dispatch_keys(value), sizes, strides)
     if isinstance(value, types.ModuleType):
         return "module", value.__name__
@@ -152,6 +153,9 @@ def identity(value: object, pattern: Pattern | None = None) -> tuple | None:
         held = tuple(map(identity, sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value))
         return None if None in held else ("sequence", identity(type(value)), held)
     return None
+
+
+_text = functools.cache(str)
 
 
 def _keys(value: Mapping, _: object) -> tuple | None:
@@ -278,8 +282,10 @@ class Guards:
             return False
 
     def reach(self, classes: bool = True) -> Reach:
-        """What the guards look at; without ``classes``, but for what classes hold."""
-        return Reach([source for source in self._sources if classes or "type(" not in source])
+        """What the guards look at, but for dictionaries of hooks, which Dynamo, too, looks at only when it traces; without
+        ``classes``, but for what classes hold."""
+        return Reach([source for source in self._sources if not source.endswith("_hooks") and (
+            classes or "type(" not in source)])
 
 
 class Reach:
@@ -314,30 +320,42 @@ class Standing:
     def __init__(self, values: Iterable[object], asked: Callable[[Mapping, Mapping], tuple], scope: Scope) -> None:
         objects = {id(value): value for value in values if not isinstance(value, (*_PLAIN, type, types.ModuleType))}
         self._objects, self._kinds = list(objects.values()), list(map(type, objects.values()))
-        self._dicts, self._sequences, self._others = [], [], []
+        self._tensors = [value for value in self._objects if isinstance(value, torch.Tensor)]
+        self._others = [(value, _seen_of(value)) for value in self._objects if isinstance(value, _SEEN)]
+        held = [value for value in self._objects if isinstance(value, (list, tuple))]
         for value in self._objects:
-            if isinstance(value, (list, tuple)):
-                self._sequences.append((value, list(value)))
-            elif isinstance(value, (torch.Tensor, set, frozenset, types.FunctionType, types.MethodType)):
-                self._others.append((value, _seen_of(value)))
-            for live in (value, getattr(value, "__dict__", None)):
-                if isinstance(live, dict) and not isinstance(value, torch.Tensor):
-                    self._dicts.append((live, list(dict.keys(live)), list(dict.values(live))))
+            if not isinstance(value, torch.Tensor):
+                for live in filter(_is_dict, (value, getattr(value, "__dict__", None))):
+                    held += [dict.keys(live), dict.values(live)]
+        self._held, self._sizes, self._inside = held, list(map(len, held)), list(itertools.chain.from_iterable(held))
+        self._shown = _shown(self._tensors)
         self._asked, self._scope = asked, scope
         self._answers = asked(scope.arguments, scope.globals)
 
     def still(self) -> bool:
         """Whether all of it is the same, object by object."""
         try:
-            return (all(map(operator.is_, map(type, self._objects), self._kinds))
-                    and all(len(live) == len(values) and all(map(operator.is_, dict.values(live), values))
-                            and all(map(operator.is_, dict.keys(live), keys)) for live, keys, values in self._dicts)
-                    and all(len(live) == len(before) and all(map(operator.is_, live, before))
-                            for live, before in self._sequences)
+            return (list(map(len, self._held)) == self._sizes
+                    and all(map(operator.is_, itertools.chain.from_iterable(self._held), self._inside))
+                    and all(map(operator.is_, map(type, self._objects), self._kinds))
+                    and _shown(self._tensors) == self._shown
                     and all(all(map(_same, _seen_of(value), before)) for value, before in self._others)
                     and all(map(_same, self._asked(self._scope.arguments, self._scope.globals), self._answers)))
         except Exception:  # whatever another structure makes of an expression
             return False
+
+
+_SEEN = (set, frozenset, types.FunctionType, types.MethodType)
+_kind_of = operator.attrgetter("dtype", "device", "requires_grad", "shape")
+_strides_of = operator.methodcaller("stride")
+
+
+def _shown(tensors: Sequence[torch.Tensor]) -> tuple[list, list]:
+    return list(map(_kind_of, tensors)), list(map(_strides_of, tensors))
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 _LAST_STEP = re.compile(r"(?P<owner>L\[.+?)(?:\.(?P<name>\w+)|\['[^']*'\]|\[\d+\])", re.DOTALL)
@@ -352,9 +370,7 @@ def _is_held(owner: object, step: re.Match) -> bool:
     return step["name"] in getattr(owner, "__dict__", ())
 
 
-def _seen_of(value: torch.Tensor | set | frozenset | types.FunctionType | types.MethodType) -> tuple:
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.device, value.requires_grad, value.ndim, *value.shape, *value.stride()
+def _seen_of(value: set | frozenset | types.FunctionType | types.MethodType) -> tuple:
     if isinstance(value, types.MethodType):
         return value.__func__, value.__self__
     if isinstance(value, types.FunctionType):
