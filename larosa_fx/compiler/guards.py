@@ -99,6 +99,7 @@ def patterns_of(graph: fx.Graph) -> dict[str, Pattern]:
 
 def recorded(entries: Sequence, patterns: Mapping[str, Pattern], scope: Scope) -> list[Guard]:
     """The guards of one trace. entries: what Dynamo hands to a ``guard_filter_fn``. Unkept where one cannot be written."""
+    _own_methods.cache_clear()
     guards = dict.fromkeys(_written(seen, patterns) for seen in compat.guards_seen(entries))
     found = [guard for guard in guards if guard is not None]
     held = Guards(found, patterns)
@@ -142,7 +143,7 @@ def identity(value: object, pattern: Pattern | None = None) -> tuple | None:
     if isinstance(value, type):
         return "class", value.__module__, value.__qualname__, source_digest(value.__module__), methods_digest(value)
     if isinstance(value, types.FunctionType):
-        return "function", value.__module__, value.__qualname__, code_digest(value.__code__)
+        return "function", value.__module__, value.__qualname__, _function_digest(value)
     if isinstance(value, types.CodeType):
         return "code", value.co_qualname, code_digest(value)
     if isinstance(value, types.MethodType):
@@ -152,7 +153,7 @@ def identity(value: object, pattern: Pattern | None = None) -> tuple | None:
     if isinstance(value, _SEQUENCES):
         held = tuple(map(identity, sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value))
         return None if None in held else ("sequence", identity(type(value)), held)
-    return None
+    return None if (name := compat.op_name(value)) is None else ("operator", name)
 
 
 _text = functools.cache(str)
@@ -178,6 +179,13 @@ _TESTS: dict[str, Callable[[object, object], object]] = {
     "type": lambda value, _: identity(type(value)),
     "value": lambda value, _: bool(value),
 }
+
+
+def _function_digest(function: types.FunctionType) -> str:
+    """Of a function's code and of the values that arguments have which are not given, which not every release guards."""
+    given = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items())
+    return f"{code_digest(function.__code__)} {[identity(value) for value in given]}" if given else code_digest(
+        function.__code__)
 
 
 _digests: weakref.WeakKeyDictionary[types.CodeType, str] = weakref.WeakKeyDictionary()
@@ -218,7 +226,8 @@ def methods_digest(whole: type) -> str:
 @functools.cache
 def _own_methods(part: type) -> str:
     """For one class alone; to be forgotten once all guards were asked, since a class may change."""
-    codes = [(name, found) for name, member in vars(part).items() if (found := _codes(member))]
+    codes = [(name, found) for name, member in vars(part).items()
+             if (found := _codes(member)) and (part, name) not in compat.PATCHED_BY_DYNAMO]
     return hashlib.sha256(repr(sorted(codes)).encode()).hexdigest()
 
 
@@ -230,7 +239,7 @@ def _codes(member: object) -> list[str]:
     inner = [getattr(member, name, None) for name in ("fget", "__func__", "func")]
     digests, function = [], next((f for f in inner if isinstance(f, types.FunctionType)), member)
     while isinstance(function, types.FunctionType):
-        digests.append(code_digest(function.__code__))
+        digests.append(_function_digest(function))
         function = getattr(function, "__wrapped__", None)
     return digests
 
@@ -255,6 +264,7 @@ class Guards:
 
     def broken(self, scope: Scope) -> Guard | None:
         """The first guard that does not hold, if there is one."""
+        _own_methods.cache_clear()
         try:
             return self._broken(scope)
         finally:

@@ -62,10 +62,11 @@ class Trace:
 
 def codes(traced: Sequence[types.CodeType]) -> list[Code]:
     """What tells whether the functions that these belong to are still the same. Unkept where one stands in no file."""
-    modules = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
+    modules = {os.path.abspath(file): name for name, module in list(sys.modules.items())
+               if isinstance(file := getattr(module, "__file__", None), str)}
     found = []
     for code in dict.fromkeys(traced):
-        module = modules.get(code.co_filename)
+        module = modules.get(os.path.abspath(code.co_filename))  # a script's is as it was called
         if module is None:
             if code.co_filename.startswith("<frozen ") or code.co_qualname.startswith("__create_fn__."):
                 continue  # Python's own, or written by dataclasses for a class whose file a guard looks at

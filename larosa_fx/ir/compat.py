@@ -364,6 +364,10 @@ def guards_seen(entries: Sequence) -> Iterator[GuardSeen]:
         yield GuardSeen(entry.guard_type, source, entry.value, said, asked.get("key", asked.get("attr")))
 
 
+#: What Dynamo itself puts something in the place of, once it compiles, to count a class's instances (2.11 to 2.13).
+PATCHED_BY_DYNAMO = frozenset(((torch.nn.Module, "__init__"), (torch.nn.Module, "__setstate__")))
+
+
 def source(node: fx.Node) -> object:
     """Where Dynamo takes a placeholder's value from (2.11 to 2.13)."""
     return node._dynamo_source
@@ -372,6 +376,13 @@ def source(node: fx.Node) -> object:
 def source_name(source: object) -> str:
     """A source as Dynamo writes it; its name is a method in older releases, a property since."""
     return source.name() if callable(source.name) else source.name
+
+
+def op_name(value: object) -> str | None:
+    """The name of one of torch's registered operators; None for anything else (2.11 to 2.13)."""
+    from torch._ops import OpOverload, OpOverloadPacket
+
+    return str(value) if isinstance(value, (OpOverload, OpOverloadPacket)) else None
 
 
 def dispatch_keys(tensor: torch.Tensor) -> int:

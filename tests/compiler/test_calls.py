@@ -242,7 +242,7 @@ def test_code_that_stands_in_no_file_is_not_kept():
         kept.codes([space["scale"].__code__])
 
 
-@pytest.mark.parametrize("value", [object(), [object()], {1: 2}], ids=str)
+@pytest.mark.parametrize("value", [object(), [object()], {1: 2}], ids=["an object", "a list of one", "a dictionary"])
 def test_what_cannot_be_told_from_others_has_no_identity(value):
     assert guards.identity(value) is None
 

@@ -1,17 +1,19 @@
 """What a model computes after a change is what its code says then, though it was traced, or its trace kept, before."""
 
 import functools
+import subprocess
+import sys
 import threading
 import types
 
 import pytest
-import tiny
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import larosa_fx
+import tiny
 from larosa_fx.compiler import calls
 
 GUARDED_SINCE = pytest.mark.skipif(torch.__version__ < "2.12", reason="this release of Dynamo does not see it either")
@@ -151,7 +153,8 @@ def test_traces_are_used(enabled, used, monkeypatch):
 
 @pytest.mark.parametrize("before, after", [
     (made(True), LlamaMLP.forward), (made(True), made(False)), (lambda self, x: 2 * mlp(self, x), LlamaMLP.forward),
-    (wrapped(LlamaMLP.forward), LlamaMLP.forward), (by_default, by_other_default), (LlamaMLP.forward, made(True)), (scaled(2), scaled(3))])
+    (wrapped(LlamaMLP.forward), LlamaMLP.forward), (by_default, by_other_default), (LlamaMLP.forward, made(True)),
+    (scaled(2), scaled(3))])
 def test_another_process_has_another_method(enabled, used, monkeypatch, before, after):
     monkeypatch.setattr(LlamaMLP, "forward", before)
     first = logits(enabled())
@@ -211,6 +214,19 @@ def test_what_a_step_notes_is_of_that_step(enabled, monkeypatch):
         found.append(NOTED.last)
     assert found[0] is not None and found[1] is not None and found[0] is not found[1]
     torch.testing.assert_close(*found)
+
+
+def test_compiling_changes_no_class():
+    """Else no first call of a process would find its trace."""
+    script = """
+import torch
+from larosa_fx.compiler.guards import methods_digest, _own_methods
+before = methods_digest(torch.nn.Linear)
+torch.compile(torch.nn.Linear(4, 4), backend="eager")(torch.ones(1, 4))
+_own_methods.cache_clear()
+assert methods_digest(torch.nn.Linear) == before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_modes_are_told_apart(enabled, monkeypatch):
