@@ -11,6 +11,7 @@ import itertools
 import logging
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
@@ -36,6 +37,7 @@ from larosa_fx.ir import graph as g
 
 log = logging.getLogger("larosa_fx")
 
+MISSES = 8  # calls that a kept trace may fail to fit before it is asked no more
 _INPUTS = "L['inputs']"
 _names = itertools.count()
 
@@ -50,7 +52,8 @@ class Calls:
         self._function, self._options, self._settings = function, options, settings
         self._compiled = compiled(function, options, guard_filter_fn=self._watch, **settings)
         self._direct: list[_Direct] = []
-        self._looked: set[tuple] = set()  # kinds of arguments for which kept traces were looked for
+        self._found: dict[tuple, list[Trace]] = {}  # by kinds of arguments, kept traces that are not in use
+        self._misses: Counter[int] = Counter()  # of each of them: how many calls it did not fit
         self._watched = _Watched()
 
     def let_go(self) -> None:
@@ -142,19 +145,23 @@ class Calls:
     # ---- without Dynamo --------------------------------------------------------------------------------------------
 
     def _kept(self, model: torch.nn.Module, inputs: Mapping[str, object], scope: Scope) -> Iterator[_Direct]:
-        """What earlier processes kept for such arguments, if it has not been looked for yet."""
-        if (kinds := _kinds(inputs)) in self._looked:
-            return
-        self._looked.add(kinds)
-        if not kept.enabled() or any(map(shards.is_split, model.parameters())):
-            return
-        for trace in kept.load(self._name(model, inputs)):
+        """What earlier processes kept for such arguments, as far as it is not in use yet."""
+        kinds = _kinds(inputs)
+        if kinds not in self._found:
+            looks = kept.enabled() and not any(map(shards.is_split, model.parameters()))
+            self._found[kinds] = list(kept.load(self._name(model, inputs))) if looks else []
+        found = self._found[kinds]
+        for trace in tuple(found):
             held = Guards(trace.guards, trace.patterns)
             why = kept.changed(trace.codes) or (None if trace.state == compat.global_state() else "the process's state") or (
                 broken.source if (broken := held.broken(scope)) is not None else None)
             if why is not None:
                 log.info("a trace that was kept does not fit: %s", why)
+                self._misses[id(trace)] += 1
+                if self._misses[id(trace)] == MISSES:
+                    found.remove(trace)
                 continue
+            found.remove(trace)
             try:
                 direct = _Direct(trace, _built(trace, self._options, scope))
             except Exception as error:  # the same will come of tracing anew, with what there is to say of it
