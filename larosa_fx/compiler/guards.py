@@ -236,12 +236,18 @@ _NOT_TRACED = (torch.Tensor, *(kind for kind in vars(builtins).values() if isins
 
 def _codes(member: object) -> list[str]:
     """Digests of the functions of a class's member, and of those that they wrap."""
-    inner = [getattr(member, name, None) for name in ("fget", "__func__", "func")]
-    digests, function = [], next((f for f in inner if isinstance(f, types.FunctionType)), member)
-    while isinstance(function, types.FunctionType):
-        digests.append(_function_digest(function))
-        function = getattr(function, "__wrapped__", None)
-    return digests
+    return [_function_digest(found) for found in wrapped(member) if isinstance(found, types.FunctionType)]
+
+
+def wrapped(member: object) -> list[object]:
+    """What a name holds, without the property or method around it, and what that says it wraps, one after the other."""
+    found = []
+    while member is not None and all(member is not other for other in found):
+        inside = (getattr(member, held, None) for held in ("fget", "__func__", "func"))
+        member = next((inner for inner in inside if isinstance(inner, types.FunctionType)), member)
+        found.append(member)
+        member = getattr(member, "__wrapped__", None)
+    return found
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from larosa_fx.compiler.guards import Guard, Pattern, Unkept, code_digest, source_digest
+from larosa_fx.compiler.guards import Guard, Pattern, Unkept, code_digest, source_digest, wrapped
 from larosa_fx.kernels import cache
 
 log = logging.getLogger("larosa_fx")
@@ -95,13 +95,7 @@ def _reached(module: str, name: str) -> list[str]:
     found: object = sys.modules.get(module)
     for part in name.split("."):
         found = vars(found).get(part) if isinstance(found, type) else getattr(found, part, None)
-    digests, seen = [], set()
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        found = next((inner for inner in (getattr(found, held, None) for held in ("fget", "__func__")) if inner), found)
-        digests.append(code_digest(found.__code__) if isinstance(found, types.FunctionType) else "")
-        found = getattr(found, "__wrapped__", None)
-    return digests or [""]
+    return [code_digest(f.__code__) if isinstance(f, types.FunctionType) else "" for f in wrapped(found)] or [""]
 
 
 def key(*parts: str) -> str:
@@ -114,13 +108,18 @@ def key(*parts: str) -> str:
 def save(name: str, trace: Trace) -> None:
     """Keep a trace on disk. Where that cannot be done it is not kept."""
     try:
+        content = zlib.compress(pickle.dumps(trace), 1)
+    except Exception as error:  # whatever a key of a model's dictionaries makes of it
+        log.info("a trace is not kept: it cannot be pickled: %s", error)
+        return
+    try:
         folder = cache.folder()
         slots = [cache.find(folder, "trace", cache.key(name, str(slot)), ".bin") for slot in range(SLOTS)]
         free = next((i for i, path in enumerate(slots) if path is None), None)
         if free is None:
             free = min(range(SLOTS), key=lambda i: slots[i].stat().st_mtime)
             slots[free].unlink()
-        cache.store(folder, "trace", cache.key(name, str(free)), ".bin", zlib.compress(pickle.dumps(trace), 1))
+        cache.store(folder, "trace", cache.key(name, str(free)), ".bin", content)
     except OSError as error:
         log.info("a trace is not kept: %s", error)
 

@@ -197,12 +197,22 @@ def test_nothing_is_kept_where_nothing_should_be(traces, monkeypatch):
     assert not list(traces.glob("trace-*"))
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(traces, monkeypatch):
-    def full(*args):
-        raise OSError(28, os.strerror(28))
+def _full(*args):
+    raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(kept.cache, "store", full)
-    assert torch.equal(logits(enabled()), logits(enabled()))
+
+def _unpicklable(trace):
+    raise TypeError("cannot pickle 'module' object")
+
+
+@pytest.mark.parametrize("where, what", [(kept.cache, "store"), (kept.cache, "folder"), (kept.pickle, "dumps")],
+                         ids=["full", "no folder", "cannot be pickled"])
+def test_what_cannot_be_kept_is_no_error(traces, monkeypatch, where, what):
+    with monkeypatch.context() as patch:
+        patch.setattr(where, what, _unpicklable if what == "dumps" else _full)
+        found = logits(enabled())
+    assert not list(traces.glob("trace-*"))
+    assert torch.equal(found, logits(enabled()))
 
 
 def test_arguments_are_let_go():
@@ -233,6 +243,14 @@ def test_a_source_file_that_was_edited_is_another(tmp_path, monkeypatch):
     assert kept.changed(found) == "my_helpers (its file)"
     del sys.modules["my_helpers"]
     guards.source_digest.cache_clear()
+
+
+def test_a_function_that_says_it_wraps_itself_has_an_end():
+    def scale(x):
+        return x * 2
+
+    scale.__wrapped__ = scale
+    assert guards.wrapped(scale) == [scale]
 
 
 def test_code_that_stands_in_no_file_is_not_kept():
