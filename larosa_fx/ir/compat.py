@@ -393,6 +393,7 @@ def dispatch_keys(tensor: torch.Tensor) -> int:
 def global_state() -> tuple:
     """What a trace depends on that no argument and no module holds (2.11 to 2.13)."""
     from torch._functorch import config as functorch
+
     cuda = torch.backends.cuda
     devices = ("cpu", "cuda")
     return (
