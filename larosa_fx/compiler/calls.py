@@ -50,7 +50,7 @@ class Calls:
 
     def __init__(self, function: types.FunctionType, options: Options, **settings: object) -> None:
         self._function, self._options, self._settings = function, options, settings
-        self._compiled = compiled(function, options, guard_filter_fn=self._watch, **settings)
+        self._compiled: Callable | None = None
         self._direct: list[_Direct] = []
         self._found: dict[tuple, list[Trace]] = {}  # by kinds of arguments, kept traces that are not in use
         self._misses: Counter[int] = Counter()  # of each of them: how many calls it did not fit
@@ -68,6 +68,10 @@ class Calls:
             direct.look_again()
 
     def __call__(self, model: torch.nn.Module, **inputs: object) -> torch.Tensor:
+        if self._compiled is None:
+            # Guards that are shown are made twice, for nothing where ranks share a model: what these exchange is not kept.
+            split = any(map(shards.is_split, compat.parameters(model)))
+            self._compiled = compiled(self._function, self._options, None if split else self._watch, **self._settings)
         if compat.modes_active():  # what is computed is what they make of it, and no guard that is kept says which they are
             return self._compiled(model, **inputs)
         scope = Scope(self._function.__globals__, {"model": model, "inputs": inputs})
