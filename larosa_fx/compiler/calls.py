@@ -51,6 +51,7 @@ class Calls:
     def __init__(self, function: types.FunctionType, options: Options, **settings: object) -> None:
         self._function, self._options, self._settings = function, options, settings
         self._compiled: Callable | None = None
+        self._split = False  # whether ranks share the model
         self._direct: list[_Direct] = []
         self._found: dict[tuple, list[Trace]] = {}  # by kinds of arguments, kept traces that are not in use
         self._misses: Counter[int] = Counter()  # of each of them: how many calls it did not fit
@@ -70,9 +71,10 @@ class Calls:
     def __call__(self, model: torch.nn.Module, **inputs: object) -> torch.Tensor:
         if self._compiled is None:
             # Guards that are shown are made twice, for nothing where ranks share a model: what these exchange is not kept.
-            split = any(map(shards.is_split, compat.parameters(model)))
-            self._compiled = compiled(self._function, self._options, None if split else self._watch, **self._settings)
-        if compat.modes_active():  # what is computed is what they make of it, and no guard that is kept says which they are
+            self._split = any(map(shards.is_split, compat.parameters(model)))
+            self._compiled = compiled(self._function, self._options, None if self._split else self._watch, **self._settings)
+        # Under a mode of torch's what is computed is what the mode makes of it, and no guard that is kept says which it is.
+        if self._split or compat.modes_active():
             return self._compiled(model, **inputs)
         scope = Scope(self._function.__globals__, {"model": model, "inputs": inputs})
         for direct in itertools.chain(tuple(self._direct), self._kept(model, inputs, scope)):
@@ -100,13 +102,11 @@ class Calls:
     def _watch(self, entries: Sequence) -> list[bool]:
         """Dynamo's ``guard_filter_fn``: it is shown all guards once they are known, and drops none."""
         watched, graph = self._watched, backend.last_built()
-        if watched.scope is not None and graph is not None and not graph.split:
+        if watched.scope is not None and graph is not None:
             try:
                 if graph.changes:
                     raise Unkept("the function changes an object that it is given")
-                patterns = patterns_of(graph.traced.graph)
-                guards = recorded(entries, patterns, watched.scope)
-                watched.found = graph, guards, patterns
+                watched.found = graph, recorded(entries, patterns_of(graph.traced.graph), watched.scope)
                 graph.observer = self._observe
             except Exception as error:  # whatever a model's objects make of being asked: then Dynamo goes on asking
                 log.info("a trace is not kept: %s", error)
@@ -117,24 +117,24 @@ class Calls:
         watched = self._watched
         if watched.found is None:  # another thread's call
             return
-        _, guards, patterns = watched.found
-        watched.result = result, Guards(guards, patterns).reach().now(watched.scope)
+        watched.result = result, watched.found[1].reach().now(watched.scope)
 
     def _keep(self, model: torch.nn.Module, inputs: dict[str, object], output: object) -> None:
-        (graph, guards, patterns), watched = self._watched.found, self._watched
+        watched = self._watched
         if watched.result is None:
             return
-        result, standing = watched.result
+        (graph, guards), (result, standing) = watched.found, watched.result
+        sources = sources_of(graph.traced.graph)
         position = next((i for i, made in enumerate(result) if made is output), None)
         try:
             if position is None or not isinstance(output, torch.Tensor):
                 raise Unkept("the function returns something else than the graph")
             if not standing.still():
                 raise Unkept("something that it depends on changed meanwhile")
-            values = expression(sources_of(graph.traced.graph))(watched.scope.arguments, watched.scope.globals)
+            values = expression(sources)(watched.scope.arguments, watched.scope.globals)
             if not all(map(_alike, values, map(g.value, g.placeholders(graph.traced.graph)))):
                 raise Unkept("its graph takes a number as a tensor")
-            trace = Trace(compat.pickled_graph(graph.traced), sources_of(graph.traced.graph), guards, patterns,
+            trace = Trace(compat.pickled_graph(graph.traced), sources, guards.guards, guards.patterns,
                           kept.codes(graph.code), compat.global_state(), position)
         except Unkept as error:
             log.info("a trace is not kept: %s", error)
@@ -152,8 +152,7 @@ class Calls:
         """What earlier processes kept for such arguments, as far as it is not in use yet."""
         kinds = _kinds(inputs)
         if kinds not in self._found:
-            looks = kept.enabled() and not any(map(shards.is_split, model.parameters()))
-            self._found[kinds] = list(kept.load(self._name(model, inputs))) if looks else []
+            self._found[kinds] = list(kept.load(self._name(model, inputs))) if kept.enabled() else []
         found = self._found[kinds]
         for trace in tuple(found):
             held = Guards(trace.guards, trace.patterns)

@@ -84,7 +84,7 @@ class Pattern:
 
 def sources_of(graph: fx.Graph) -> list[str]:
     """Where the inputs of a Dynamo graph come from, as expressions."""
-    return [compat.source_name(compat.source(node)) for node in g.placeholders(graph)]
+    return list(map(compat.input_source, g.placeholders(graph)))
 
 
 def patterns_of(graph: fx.Graph) -> dict[str, Pattern]:
@@ -97,15 +97,14 @@ def patterns_of(graph: fx.Graph) -> dict[str, Pattern]:
             if isinstance(example, torch.Tensor)}
 
 
-def recorded(entries: Sequence, patterns: Mapping[str, Pattern], scope: Scope) -> list[Guard]:
+def recorded(entries: Sequence, patterns: Mapping[str, Pattern], scope: Scope) -> Guards:
     """The guards of one trace. entries: what Dynamo hands to a ``guard_filter_fn``. Unkept where one cannot be written."""
     _own_methods.cache_clear()
-    guards = dict.fromkeys(_written(seen, patterns) for seen in compat.guards_seen(entries))
-    found = [guard for guard in guards if guard is not None]
-    held = Guards(found, patterns)
-    if (broken := held.broken(scope)) is not None:  # what cannot be asked here cannot be asked elsewhere
+    found = dict.fromkeys(_written(seen, patterns) for seen in compat.guards_seen(entries))
+    guards = Guards([guard for guard in found if guard is not None], patterns)
+    if (broken := guards.broken(scope)) is not None:  # what cannot be asked here cannot be asked elsewhere
         raise Unkept(f"{broken.source} is not told by {broken.test}")
-    return found
+    return guards
 
 
 def _written(seen: compat.GuardSeen, patterns: Mapping[str, Pattern]) -> Guard | None:
@@ -264,7 +263,7 @@ class Guards:
     """The guards of one trace, to be asked again and again."""
 
     def __init__(self, guards: Sequence[Guard], patterns: Mapping[str, Pattern]) -> None:
-        self.guards, self._patterns = guards, patterns
+        self.guards, self.patterns = guards, patterns
         self._sources = list(dict.fromkeys(guard.source for guard in guards))
         self._values = expression(self._sources)
 
@@ -292,7 +291,7 @@ class Guards:
 
     def _holds(self, guard: Guard, value: object) -> bool:
         try:
-            about = self._patterns.get(guard.source) if guard.test == "identity" else guard.about
+            about = self.patterns.get(guard.source) if guard.test == "identity" else guard.about
             return _TESTS[guard.test](value, about) == guard.expected
         except (AttributeError, TypeError, ValueError):  # another structure
             return False

@@ -81,12 +81,9 @@ def parameter_name(node: fx.Node) -> str:
     the traced function calls the module, which is no part of the name: an argument (``L['self']``), one of ``*args``
     (``L['args'][0]``, where a decorator wraps forward) or a global (``G['model']``). Never used to decide anything.
     """
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", None)
-    if callable(name):  # a method in older releases, a property since
-        name = name()
-    if not isinstance(name, str):
+    if getattr(node, "_dynamo_source", None) is None:
         return str(node.target)
+    name = input_source(node)
     root, chain = re.fullmatch(r"(\w\['[^']*'\](?:\[\d+\])?|)(.*)", name, re.DOTALL).groups()
     keys = re.findall(r"[\w/-]+", re.sub(r"\._(modules|parameters|buffers)\b", "", chain))
     return ".".join(keys or re.findall(r"'(.*)'", root)) or str(node.target)
@@ -306,7 +303,7 @@ def guard(node: fx.Node, holds: Callable[[object], bool], why: str) -> bool:
     source, context = getattr(node, "_dynamo_source", None), TracingContext.try_get()
     if source is None or context is None:
         return False
-    name = source_name(source)
+    name = _source_name(source)
 
     def check(builder, guard) -> None:
         # Dynamo's own spelling of where the value is found. Its scope without the arguments of the call that was traced:
@@ -355,9 +352,9 @@ def guards_seen(entries: Sequence) -> Iterator[GuardSeen]:
     """The guards that a ``guard_filter_fn`` is asked about (2.11 to 2.13)."""
     for entry in entries:
         guard = entry.orig_guard
-        asked, source = getattr(guard.create_fn, "keywords", {}), source_name(guard.originating_source)
+        asked, source = getattr(guard.create_fn, "keywords", {}), _source_name(guard.originating_source)
         if entry.guard_type == "HASATTR" and not asked:  # in older releases the source ends in the attribute
-            found = f"hasattr({source_name(guard.originating_source.base)}, {guard.originating_source.member!r})"
+            found = f"hasattr({_source_name(guard.originating_source.base)}, {guard.originating_source.member!r})"
             yield GuardSeen("HASATTR", source, None, (found if entry.has_value else f"not {found}",), None)
             continue
         said = tuple(guard.code_list or ()) if entry.guard_type in _SAID_IN_PYTHON else ()
@@ -368,12 +365,12 @@ def guards_seen(entries: Sequence) -> Iterator[GuardSeen]:
 PATCHED_BY_DYNAMO = frozenset(((torch.nn.Module, "__init__"), (torch.nn.Module, "__setstate__")))
 
 
-def source(node: fx.Node) -> object:
-    """Where Dynamo takes a placeholder's value from (2.11 to 2.13)."""
-    return node._dynamo_source
+def input_source(node: fx.Node) -> str:
+    """Where Dynamo takes a placeholder's value from, as an expression (2.11 to 2.13)."""
+    return _source_name(node._dynamo_source)
 
 
-def source_name(source: object) -> str:
+def _source_name(source: object) -> str:
     """A source as Dynamo writes it; its name is a method in older releases, a property since."""
     return source.name() if callable(source.name) else source.name
 
