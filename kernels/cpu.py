@@ -155,26 +155,29 @@ def refuses(x: Tensor, columns: int, group: int, adapter: int, gate: str, adapte
 
 def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None,
                      adapter_scales: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float | None,
-                     gate: str, gain: Tensor | None, threshold: float | None) -> Tensor | None:
+                     gate: str, gain: Tensor | None, threshold: float | None, chosen: Tensor | None = None) -> Tensor | None:
     """The op of the same name (see ``ops``), for checked arguments; None if this case, or this machine, is not served.
 
-    The same inputs on the same number of threads give the same bits. MemoryError where there is no room for the scratch.
+    The same inputs on the same number of threads give the same bits. IndexError where ``chosen`` names a channel that x does
+    not have. MemoryError where there is no room for the scratch.
     """
     channels, bits = x.shape[-1], 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
-    adapted = 0 if adapter is None else len(adapter)
+    adapted, stream = (0, 0) if adapter is None else (len(adapter), residual.shape[-1])
+    picked = 0 if chosen is None else len(chosen)
     group, adapter_group = columns // scales.shape[1], columns // adapter_scales.shape[1] if adapted else GROUP
     if columns == 0 or channels > reference.MAX_CHANNELS or refuses(x, columns, group, adapted, gate, adapter_group):
         return None
     return _site("quantized_linear", library().larosa_quantized,
-                 (x, weight, scales, adapter, adapter_scales, bias, residual, gain),
-                 (x.shape[:-1].numel(), channels, adapted, columns, bits, group, adapter_group, k), columns, eps, gate,
-                 threshold)
+                 (x, weight, scales, adapter, adapter_scales, bias, residual, gain, chosen),
+                 (x.shape[:-1].numel(), channels, adapted, stream, picked, columns, bits, group, adapter_group, k), columns,
+                 eps, gate, threshold)
 
 
 def _site(op: str, function: Callable, tensors: Sequence[Tensor | None], sizes: Sequence[int], columns: int,
           eps: float | None, gate: str, threshold: float | None) -> Tensor:
-    """Call a C function that computes a site of ``tensors``, x the first. MemoryError that names ``op`` for lack of room."""
+    """Call a C function that computes a site of ``tensors``, x the first. IndexError for chosen channels that x does not
+    have, MemoryError that names ``op`` for lack of room."""
     x = tensors[0]
     out = x.new_empty((*x.shape[:-1], columns // 2 if gate else columns))
     inputs = [None if t is None else t.contiguous() for t in tensors]
@@ -183,6 +186,8 @@ def _site(op: str, function: Callable, tensors: Sequence[Tensor | None], sizes: 
         -1.0 if threshold is None else threshold, -1.0 if eps is None else eps, reference.GATE_CODES[gate], _DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
+    if error == 1:
+        raise reference.chosen_error(x)
     if error:
         raise MemoryError(f"{op}: no memory for the partial sums")
     return out
@@ -282,7 +287,7 @@ def _open(path: Path) -> ctypes.CDLL:
         library.larosa_gemv.argtypes, library.larosa_gemv.restype = [p, p, p, p, n, n, n, n, n, n], ctypes.c_int
         library.larosa_linear.argtypes = [p, p, p, p, p, p, n, n, n, n, n, ctypes.c_double, ctypes.c_double, n, n, n]
         library.larosa_linear.restype = ctypes.c_int
-        library.larosa_quantized.argtypes = [*[p] * 9, *[n] * 8, ctypes.c_double, ctypes.c_double, n, n, n]
+        library.larosa_quantized.argtypes = [*[p] * 10, *[n] * 10, ctypes.c_double, ctypes.c_double, n, n, n]
         library.larosa_quantized.restype = ctypes.c_int
         library.larosa_dense.argtypes, library.larosa_dense.restype = [p, p, p, n, n, n, n, n], ctypes.c_int
         library.larosa_attention.argtypes = [*[p] * 10, *[n] * 8, ctypes.c_double, n, n]

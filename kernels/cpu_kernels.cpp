@@ -57,14 +57,17 @@ extern "C" int larosa_linear(const void* x, const void* weight, const void* bias
 // The same over weights of 8 bits, int8 [channels, columns] with scales [channels, columns / share], or 4, two to a byte,
 // with scale and offset side by side, [channels, columns / share, 2]; the adapter apart, int8 [adapted, columns] with scales
 // [adapted, columns / adapter_share]. Both shares, and what lies on either side of a gate, are multiples of FEWEST.
+// With an adapter residual is [rows, stream]: adapted - picked rows of the adapter, a multiple of stream, multiply it, over
+// and over, and the last ones x's channels chosen [picked]. Returns 1 if one of those is out of range.
 extern "C" int larosa_quantized(const void* x, const void* weight, const void* scales, const void* adapter,
                                 const void* adapter_scales, const void* bias, const void* residual, const void* gain,
-                                void* out, int64_t rows, int64_t channels, int64_t adapted, int64_t columns, int64_t bits,
-                                int64_t share, int64_t adapter_share, int64_t k, double threshold, double eps, int64_t gate,
-                                int64_t dtype, int64_t threads) {
+                                const int64_t* chosen, void* out, int64_t rows, int64_t channels, int64_t adapted,
+                                int64_t stream, int64_t picked, int64_t columns, int64_t bits, int64_t share,
+                                int64_t adapter_share, int64_t k, double threshold, double eps, int64_t gate, int64_t dtype,
+                                int64_t threads) {
   auto f = dtype == FP32 ? quantized<Float> : dtype == FP16 ? quantized<Half> : quantized<BFloat>;
-  return f(x, weight, scales, adapter, adapter_scales, adapted, out, rows, columns, bits, share, adapter_share,
-           {bias, residual, gain, channels, k, threshold, eps, gate}, threads);
+  return f(x, weight, scales, adapter, adapter_scales, {adapted, stream, chosen, picked}, out, rows, columns, bits, share,
+           adapter_share, {bias, residual, gain, channels, k, threshold, eps, gate}, threads);
 }
 
 // x [rows, channels], weight [columns, channels] -> out [rows, columns]. Returns 0, or 2 if there is no memory for x in

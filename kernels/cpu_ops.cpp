@@ -75,15 +75,16 @@ struct Site {
   const int64_t channels = x.dim() ? x.size(-1) : 0, rows = channels ? x.numel() / channels : 0;
   const double least = threshold.value_or(-1), norm = eps.value_or(-1);
 
-  // Whether it is plain around a weight of so many columns and an adapter of so many rows.
-  bool fits(int64_t columns, int64_t adapted) const {
+  // Whether it is plain around a weight of so many columns and an adapter of so many rows, which the residual, of width
+  // ``stream``, belongs to.
+  bool fits(int64_t columns, int64_t adapted, int64_t stream) const {
     if (dtype < 0 || gate < 0 || rows < 1 || rows > MOST_ROWS || k < 1 || k > channels || columns < 1) return false;
     if (adapted < 0 || channels + adapted > MOST_CHANNELS || (adapted && !residual)) return false;
     if ((eps && !(norm >= 0)) || (threshold && !(least >= 0 && k == channels))) return false;
     if (gate && (adapted || columns % 2)) return false;
     const auto type = x.scalar_type();
     return is_plain(x, type, x.sizes()) && is_plain(bias, type, {columns}) && is_plain(gain, type, {channels}) &&
-           is_plain(residual, type, with_last(x.sizes(), adapted ? adapted : out(columns)));
+           is_plain(residual, type, with_last(x.sizes(), adapted ? stream : out(columns)));
   }
 
   int64_t out(int64_t columns) const { return gate ? columns / 2 : columns; }
@@ -96,7 +97,7 @@ Tensor sparse_linear(const Tensor& x, int64_t k, const Tensor& weight, const May
   const Site site = {x, k, bias, residual, gain, eps, threshold, code_of(gate)};
   if (entries.linear && weight.dim() == 2 && is_plain(weight, x.scalar_type(), weight.sizes())) {
     const int64_t columns = weight.size(1), adapted = weight.size(0) - site.channels;
-    if (site.fits(columns, adapted)) {
+    if (site.fits(columns, adapted, adapted)) {
       Tensor out = site.result(columns);
       if (!entries.linear(x.const_data_ptr(), weight.const_data_ptr(), data_of(bias), data_of(residual), data_of(gain),
                           out.mutable_data_ptr(), site.rows, site.channels, adapted, columns, k, site.least, site.norm,
@@ -122,28 +123,34 @@ int64_t share_of(const Tensor& weight, const Tensor& scales, int64_t rows, int64
 Tensor quantized_linear(const Tensor& x, int64_t k, const Tensor& weight, const Tensor& scales, const MaybeTensor& adapter,
                         const MaybeTensor& adapter_scales, const MaybeTensor& bias, const MaybeTensor& residual,
                         MaybeDouble eps, std::string_view gate, bool early, const MaybeTensor& gain,
-                        MaybeDouble threshold) {
+                        MaybeDouble threshold, const MaybeTensor& chosen) {
   const Entries& entries = *bound.load(std::memory_order_acquire);
   const Site site = {x, k, bias, residual, gain, eps, threshold, code_of(gate)};
   const bool adapts = adapter && adapter_scales && adapter->dim() == 2 && adapter->size(0);
-  if (entries.quantized && weight.dim() == 2 && !adapter == !adapter_scales && adapts == adapter.has_value()) {
+  const int64_t picked = chosen ? chosen->numel() : 0;
+  const int64_t stream = adapts && residual && residual->dim() ? residual->size(-1) : 0;
+  if (entries.quantized && weight.dim() == 2 && !adapter == !adapter_scales && adapts == adapter.has_value() &&
+      (adapts || !chosen) && is_plain(chosen, at::kLong, {picked})) {
     const auto type = x.scalar_type();
     const int64_t bits = weight.scalar_type() == at::kByte ? 4 : 8, columns = weight.size(1) * 8 / bits;
     const int64_t adapted = adapts ? adapter->size(0) : 0;
     const int64_t share = share_of(weight, scales, site.channels, columns, bits, type, entries.fewest);
     const int64_t adapter_share =
         adapts ? share_of(*adapter, *adapter_scales, adapted, columns, 8, type, entries.fewest) : entries.fewest;
-    if (share && adapter_share && site.out(columns) % entries.fewest == 0 && site.fits(columns, adapted)) {
+    const bool carries = !adapts || (stream > 0 && adapted - picked >= stream && (adapted - picked) % stream == 0);
+    if (share && adapter_share && carries && site.out(columns) % entries.fewest == 0 &&
+        site.fits(columns, adapted, stream)) {
       Tensor out = site.result(columns);
       if (!entries.quantized(x.const_data_ptr(), weight.const_data_ptr(), scales.const_data_ptr(), data_of(adapter),
                              data_of(adapter_scales), data_of(bias), data_of(residual), data_of(gain),
-                             out.mutable_data_ptr(), site.rows, site.channels, adapted, columns, bits, share, adapter_share,
-                             k, site.least, site.norm, site.gate, site.dtype, at::get_num_threads()))
+                             (const int64_t*)data_of(chosen), out.mutable_data_ptr(), site.rows, site.channels, adapted,
+                             stream, picked, columns, bits, share, adapter_share, k, site.least, site.norm, site.gate,
+                             site.dtype, at::get_num_threads()))
         return out;
     }
   }
   return in_python(quantized_linear, "larosa_python::quantized_linear", x, k, weight, scales, adapter, adapter_scales, bias,
-                   residual, eps, gate, early, gain, threshold);
+                   residual, eps, gate, early, gain, threshold, chosen);
 }
 
 // Of one new token a sequence, q [B, H, 1, d]. More are Python's, which lays them out anew.

@@ -12,7 +12,7 @@ from larosa_fx.kernels import cuda_quantized, cuda_rows, nvrtc
 from larosa_fx.kernels.cuda_linear import flags_of
 from larosa_fx.kernels.cuda_quantized import Shape
 from larosa_fx.kernels.cuda_rows import MAX_ROWS, compiled_rows
-from larosa_fx.kernels.reference import rows_of
+from larosa_fx.kernels.reference import adapter_input, rows_of
 
 _SOURCE = Path(__file__).with_name("quantized_rows.cu")
 _WIDTHS = {16: 1.0, 8: 1.2, 4: 2.0}  # columns that a thread may read, and what a column costs then
@@ -87,13 +87,17 @@ def program(x: Tensor, bits: int, columns: int, group: int, adapter: int, norm: 
 def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor | None = None,
                      adapter_scales: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
                      eps: float | None = None, gate: str = "", early: bool = False, gain: Tensor | None = None,
-                     threshold: float | None = None, *, using: Config | None = None) -> Tensor | None:
+                     threshold: float | None = None, chosen: Tensor | None = None, *, using: Config | None = None
+                     ) -> Tensor | None:
     """Launch on the tensors' device, which must be the current one, with arguments that ``refuses`` has passed.
 
     x: [..., K], of 2 to 8 rows, of which those channels count that reach the threshold, or all without one. None where the
-    kernel cannot be built or launched here, after one warning.
+    kernel cannot be built or launched here, after one warning. The kernel reads what an adapter multiplies as one vector a
+    row: where that is more than the residual, it is put together here, and so is not there early.
     """
     rows = rows_of(x)
+    if adapter is not None and len(adapter) != residual.shape[-1]:
+        residual, early = adapter_input(x, residual, len(adapter), chosen), False
     shape = cuda_quantized.shape_of_call(x, x.shape[-1], weight, scales, adapter, bias, residual, eps, gate, early, gain,
                                          threshold)
     c = using or _config(shape, compiled_rows(rows), x.device)

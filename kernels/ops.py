@@ -147,9 +147,10 @@ def _(x, k, weight, bias=None, residual=None, eps=None, gate="", early=False, ga
 # ---- quantized_linear ----------------------------------------------------------------------------------------------
 
 def _quantized_linear_on_cpu(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None,
-                             gate="", early=False, gain=None, threshold=None):
-    reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
-    return cpu.quantized_linear(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
+                             gate="", early=False, gain=None, threshold=None, chosen=None):
+    around = adapter, adapter_scales, bias, residual, eps, gate, gain, threshold, chosen
+    reference.check_quantized(x, k, weight, scales, *around)
+    return cpu.quantized_linear(x, k, weight, scales, *around)
 
 
 quantized_linear = _op(reference.quantized_linear, _quantized_linear_on_cpu)
@@ -157,30 +158,34 @@ quantized_linear = _op(reference.quantized_linear, _quantized_linear_on_cpu)
 
 @_on_gpu("quantized_linear")
 def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
-      gain=None, threshold=None):
-    reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
+      gain=None, threshold=None, chosen=None):
+    reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold,
+                              chosen)
     from larosa_fx.kernels import cuda_quantized, cuda_quantized_rows
 
     bits = 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
     rows, adapter_group = (0, None) if adapter is None else (len(adapter), columns // adapter_scales.shape[1])
     parts = x, bits, columns, columns // scales.shape[1], rows, eps is not None, gate
-    around = weight, scales, adapter, adapter_scales, bias, residual, eps, gate, early, gain, threshold
     if not cuda_quantized.refuses(*parts, adapter_group):
         with torch.cuda.device(x.device):
-            return cuda_quantized.quantized_linear(x, k, *around)
+            if rows and rows != residual.shape[-1]:  # the kernel reads one vector, which the one in front of it makes
+                residual, early = reference.adapter_input(x, residual, rows, chosen), False
+            return cuda_quantized.quantized_linear(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate,
+                                                   early, gain, threshold)
     drops = bool(threshold)
     if (drops or k == x.shape[-1]) and not cuda_quantized_rows.refuses(*parts, drops, adapter_group):
         with torch.cuda.device(x.device):
-            return cuda_quantized_rows.quantized_linear(x, *around)
+            return cuda_quantized_rows.quantized_linear(x, weight, scales, adapter, adapter_scales, bias, residual, eps,
+                                                        gate, early, gain, threshold, chosen)
     return None
 
 
 @torch.library.register_fake("larosa::quantized_linear")
 def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residual=None, eps=None, gate="", early=False,
-      gain=None, threshold=None):
+      gain=None, threshold=None, chosen=None):
     columns = reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain,
-                                        threshold)
+                                        threshold, chosen)
     return x.new_empty((*x.shape[:-1], columns))
 
 

@@ -26,7 +26,8 @@ class Site(Protocol):
     example: x, [..., K], which may be a fake tensor. rows: of x; where they are symbolic, to compare them is to guard on
     them, so the answer holds for the graph, and other numbers compile anew. columns: N of the weight, [K, N]. format: the
     name of the weight's format. group: columns that share a scale in it. adapter_rows: of a residual adapter behind the
-    weight's own. normed: an RMSNorm in front.
+    weight's own, 0 for none; adapter_width of them, or multiples, multiply the residual's channels, and adapter_chosen,
+    the last ones, channels of x. normed: an RMSNorm in front.
     gate: the activation between the two halves, or "". threshold: None for Top-K. dense: all channels are read.
 
     What ``defect`` asks for besides: kernel, the name of the one that was picked. bias, residual, gain: whatever stands for
@@ -39,6 +40,8 @@ class Site(Protocol):
     columns: int
     format: str
     adapter_rows: int
+    adapter_width: int
+    adapter_chosen: int
     normed: bool
     gate: str
     threshold: float | None
@@ -138,6 +141,12 @@ def _flags(site: Site) -> dict[str, bool]:
                                 threshold)
 
 
+def _quantized_flags(site: Site) -> dict[str, bool]:
+    """What an adapter multiplies is put together in front of these kernels where it is more than the residual."""
+    flags = _flags(site)
+    return flags | {"early": flags["early"] and site.adapter_rows == site.adapter_width}
+
+
 def _triton(site: Site) -> str:
     try:
         from larosa_fx.kernels import triton_gemv, triton_topk
@@ -173,9 +182,9 @@ TABLE = (
     Kernel("NVRTC sparse_rows", "cuda", True, ("dense",), _HALF, takes=8, pays=2, dense=8, declines=_rows, topk=False,
            program=lambda site: cuda_rows.program(*_parts(site), _flags(site))),
     Kernel("NVRTC quantized_linear", "cuda", True, tuple(BITS), _HALF, takes=1, pays=1, dense=1, declines=_quantized,
-           program=lambda site: cuda_quantized.program(*_quantized_parts(site), _flags(site))),
+           program=lambda site: cuda_quantized.program(*_quantized_parts(site), _quantized_flags(site))),
     Kernel("NVRTC quantized_rows", "cuda", True, tuple(BITS), _HALF, takes=8, pays=1, dense=8, declines=_quantized_rows,
-           topk=False, program=lambda site: cuda_quantized_rows.program(*_quantized_parts(site), _flags(site))),
+           topk=False, program=lambda site: cuda_quantized_rows.program(*_quantized_parts(site), _quantized_flags(site))),
     Kernel("Triton gather", "cuda", False, ("dense",), (*_HALF, torch.float32), takes=reference.GATHER_ROWS, pays=1, dense=1,
            declines=_triton),
     Kernel("C++ sparse_linear", "cpu", True, ("dense",), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=8, dense=8,

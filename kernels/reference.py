@@ -99,6 +99,11 @@ def index_error(weight: Tensor) -> IndexError:
     return IndexError(f"sparse_gemv: indices must lie in 0..{weight.shape[0] - 1}, the rows of weight")
 
 
+def chosen_error(x: Tensor) -> IndexError:
+    """What ``quantized_linear`` raises on a CPU for an entry of chosen that names no channel of x."""
+    return IndexError(f"quantized_linear: chosen must lie in 0..{x.shape[-1] - 1}, the channels of x")
+
+
 def check_linear(
     x: Tensor, k: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str,
     gain: Tensor | None, threshold: float | None = None,
@@ -129,7 +134,7 @@ def _check_site(
     if gate and gate not in GATES:
         raise ValueError(f"{op}: gate must be one of {', '.join(GATES)} or empty, got {gate!r}")
     channels = x.shape[-1]
-    adapted = 0 if residual is None else residual.shape[-1]
+    adapted = _width(residual)
     if rows not in (channels, channels + adapted):
         raise ValueError(
             f"{op}: weight must have a row for each of the {channels} channels of x, and may have one for "
@@ -153,6 +158,11 @@ def _check_site(
         )
     _check_alike(op, x, bias=bias, residual=residual, gain=gain)
     return out
+
+
+def _width(tensor: Tensor | None) -> int | torch.SymInt:
+    """The last dimension of a tensor; 0 where there is none."""
+    return 0 if tensor is None or tensor.dim() == 0 else tensor.shape[-1]
 
 
 def _check_alike(op: str, x: Tensor, **tensors: Tensor | None) -> None:
@@ -185,23 +195,46 @@ def check_format(weight: Tensor, scales: Tensor, op: str) -> tuple[int, int]:
 def check_quantized(
     x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None, adapter_scales: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str, gain: Tensor | None,
-    threshold: float | None = None,
+    threshold: float | None = None, chosen: Tensor | None = None,
 ) -> int:
-    """Raise TypeError or ValueError unless ``quantized_linear`` is defined for these; the columns of its result."""
+    """Raise TypeError or ValueError unless ``quantized_linear`` is defined for these; the columns of its result.
+
+    What ``chosen`` holds is not looked at: on a GPU that would wait for the answer.
+    """
     op = "quantized_linear"
+    check_select(x, k)
     rows, columns = check_format(weight, scales, op)
+    if rows != x.shape[-1]:
+        raise ValueError(f"{op}: weight must have a row for each of the {x.shape[-1]} channels of x, got {rows}")
     if (adapter is None) != (adapter_scales is None):
         raise ValueError(f"{op}: adapter and adapter_scales go together")
     if adapter is not None:
         if adapter.dtype != torch.int8:
             raise TypeError(f"{op}: adapter must be torch.int8, got {adapter.dtype}")
         more, width = check_format(adapter, adapter_scales, op)
-        if width != columns or residual is None or residual.shape[-1] != more:
-            raise ValueError(f"{op}: adapter must be [D, {columns}] with a residual of [..., D], "
+        stream, picked = _width(residual), _check_chosen(op, x, chosen)
+        if width != columns or stream < 1 or more - picked < stream or (more - picked) % stream:
+            behind = f" + {picked}" if chosen is not None else ""
+            raise ValueError(f"{op}: adapter must be [C D{behind}, {columns}], C at least 1, with a residual of [..., D], "
                              f"got {tuple(adapter.shape)} and {None if residual is None else tuple(residual.shape)}")
-        rows += more
+        rows += stream
+    elif chosen is not None:
+        raise ValueError(f"{op}: chosen needs an adapter, whose last rows the chosen channels of x multiply")
     _check_alike(op, x, scales=scales, adapter_scales=adapter_scales)
     return _check_site(op, x, k, rows, columns, bias, residual, eps, gate, gain, threshold)
+
+
+def _check_chosen(op: str, x: Tensor, chosen: Tensor | None) -> int | torch.SymInt:
+    """Raise TypeError or ValueError unless ``chosen`` can name channels of x; how many it names."""
+    if chosen is None:
+        return 0
+    if chosen.dtype != torch.int64:
+        raise TypeError(f"{op}: chosen must be torch.int64, got {chosen.dtype}")
+    if chosen.dim() != 1:
+        raise ValueError(f"{op}: chosen must be [E], got {tuple(chosen.shape)}")
+    if chosen.device != x.device:
+        raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {chosen.device}")
+    return chosen.shape[0]
 
 
 def check_dense(x: Tensor, weight: Tensor) -> None:
@@ -421,25 +454,44 @@ def quantized_linear(
     early: bool = False,
     gain: Tensor | None = None,
     threshold: float | None = None,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """``sparse_linear`` over weights of 8 or 4 bits, as ``larosa_fx.kernels.quantization`` stores them.
 
     Args:
         weight, scales: [K, N] int8 with [K, N / group], or [K, N / 2] uint8 with [K, N / group, 2], scales in x's dtype.
-        adapter, adapter_scales: the residual adapter, [D, N] int8 with [D, N / group]; it needs a residual [..., D].
-        The others are those of ``sparse_linear``, which chooses the same channels.
+        adapter, adapter_scales: the residual adapter, [C D + E, N] int8 with [C D + E, N / group], C at least 1. Its first
+            C D rows multiply the residual, [..., D], which it needs, C times over; the E rows behind them the channels
+            ``chosen`` of x.
+        chosen: [E] int64, channels of x as it is given, without gain and norm, whether or not the selection keeps them;
+            None for E = 0. It needs an adapter.
+        The others are those of ``sparse_linear``, which chooses the same channels. ``early`` says nothing about the chosen
+        channels, which are there when x is.
 
     Returns:
         y, [..., N] or [..., N/2], in x's dtype; the weights are taken as they are stored, sums are float32, rounded once.
 
     Raises:
         TypeError, ValueError: as the other ops, naming the argument.
+        IndexError: an entry of ``chosen`` is not in 0..K-1, on a CPU. A GPU does not look: the caller answers for them.
     """
-    check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold)
+    check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold, chosen)
     exact = dequantize(weight, scales)
     if adapter is not None:
         exact = torch.cat([exact, dequantize(adapter, adapter_scales)])
+        residual = adapter_input(x, residual, len(adapter), chosen)
     return linear_around(_selected(k, threshold), x, exact.to(_wide(x.dtype)), bias, residual, eps, gate, gain)
+
+
+def adapter_input(x: Tensor, residual: Tensor, rows: int, chosen: Tensor | None) -> Tensor:
+    """What ``quantized_linear`` multiplies an adapter of so many rows by, [..., rows]."""
+    if chosen is None:
+        parts = [residual] * (rows // residual.shape[-1])
+    else:
+        if x.is_cpu and ((chosen < 0) | (chosen >= x.shape[-1])).any():
+            raise chosen_error(x)
+        parts = [residual] * ((rows - len(chosen)) // residual.shape[-1]) + [x.index_select(-1, chosen)]
+    return residual if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def dequantized(weight: Tensor, scales: Tensor) -> Tensor:
@@ -610,6 +662,9 @@ def decode_attention(
     if cos is not None:
         q, k = (x * cos + torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1) * sin for x in (q, k))
     if k is not None:
+        for name, cache in (("keys", keys), ("values", values)):
+            if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+                raise ValueError(f"decode_attention: {name} must not be expanded: it is written to; make a copy")
         keys.index_copy_(2, position, k)
         values.index_copy_(2, position, v)
     grouped = q.shape[1] != keys.shape[1]

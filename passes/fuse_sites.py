@@ -65,7 +65,8 @@ def run(ctx: Context) -> PassResult:
 def _reads_what_was_read(more: SparseSite, bare: SparseSite, memory: effects.Memory) -> bool:
     """Whether the inputs of the extended site hold, where it runs, what they held where the nodes that it takes in ran.
 
-    Its weights do: nothing writes to parameters in a graph that is folded.
+    Its weights do: nothing writes to parameters in a graph that is folded. What an adapter reads of x, its product reads
+    behind the site's own.
     """
     reads_x = bare.product if more.x is bare.x else bare.x  # the product, or the norm before it
     reads_residual = more.adapter.product if more.adapter else more.output

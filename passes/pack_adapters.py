@@ -9,6 +9,9 @@ a weight enters a branch alone.
 The same product takes in what rounding leaves over in a few rows of h4, S: [r, r, x_S] . [A_8; A - A_8; (W - W_q)_S], W_q
 the weight in its few bits. A model makes its massive activations there, one channel of thousands, and the rounding of
 that channel's row is noise in all that attends to the token (``ir.expressions.strongest`` finds it without data).
+
+A product of many rows reads [r, r, x_S] as a tensor. The site's op reads r and x where they lie: to put it together is a
+launch of its own, and nothing of it would be there before x is.
 """
 
 from __future__ import annotations
@@ -48,21 +51,19 @@ def run(ctx: Context) -> PassResult:
             made = _made_by(site, sites)
             with graph.inserting_before(add):  # behind x, which the product may read
                 rows = ex.weight_call(graph, ex.in_two, adapter, quantised.group, quantised.dtype)
-                read = [residual, residual]
+                read, chosen, count = [residual, residual], None, 0
                 if made is not None:
-                    exact, weight = _exact(sparse), sparse.weight
-                    chosen = ex.weight_call(graph, ex.strongest, *(ex.unrotated(graph, w) for w in (made, exact)), STRONGEST)
+                    exact, weight, count = _exact(sparse), sparse.weight, STRONGEST
+                    chosen = ex.weight_call(graph, ex.strongest, *(ex.unrotated(graph, w) for w in (made, exact)), count)
                     more = ex.weight_call(graph, ex.left_over, exact, chosen, weight.bits, weight.group, weight.dtype)
                     rows = graph.call_function(torch.cat, ([rows, more], 0))
                     read.append(graph.call_function(torch.index_select, (sparse.x, -1, chosen)))
-                    result.count("rows left over", STRONGEST)
+                    result.count("rows left over", count)
                 stored, matrix = quantised.emit(graph, rows)
-                read = graph.call_function(torch.cat, (read, -1))
-                product = graph.call_function(torch.matmul, (read, matrix))
+                product = graph.call_function(torch.matmul, (graph.call_function(torch.cat, (read, -1)), matrix))
             product.meta = dict(adapted.meta)
             adapted.replace_all_uses_with(product)
-            length = 2 * width + (STRONGEST if made is not None else 0)
-            site.sparse = replace(sparse, beside=Adapter(stored, product, read, length))
+            site.sparse = replace(sparse, beside=Adapter(stored, product, residual, 2 * width + count, chosen, count))
             result.count("adapters")
             continue
         with graph.inserting_after(leaves[-1]):

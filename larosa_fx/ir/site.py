@@ -112,7 +112,8 @@ class QuantizedFormat:
     def call(self, site: SparseSite, gain: fx.Node | None) -> tuple[object, tuple]:
         adapter, (k, threshold) = site.adapter.stored if site.adapter else (None, None), site.selection
         return torch.ops.larosa.quantized_linear.default, (
-            site.x, k, *site.stored, *adapter, site.bias, site.residual, site.eps, site.gate, site.early, gain, threshold)
+            site.x, k, *site.stored, *adapter, site.bias, site.residual, site.eps, site.gate, site.early, gain, threshold,
+            site.adapter.chosen if site.adapter else None)
 
 
 GROUPS = (128, 64, 32)  # columns that may share a scale
@@ -128,13 +129,19 @@ def format_of(quantize: str, dtype: torch.dtype, columns: int, pairs: int = 0) -
 
 @dataclass(frozen=True)
 class Adapter:
-    """A residual adapter, [D, N], beside a site. ``stored``: its tensors; of a format that packs, [K + D, N], the site's
-    own rows in front. ``product``: what multiplies the residual by it."""
+    """A residual adapter, [rows, N], beside a site.
+
+    stored: its tensors; of a format that packs, [K + D, N], the site's own rows in front. product: what multiplies the
+    residual by it. residual: the stream, [..., D], which its rows multiply as often as they hold D. chosen: the channels of
+    the site's x, ``count`` of them, that its last rows multiply.
+    """
 
     stored: tuple[fx.Node, ...]
     product: fx.Node
     residual: fx.Node
     rows: int
+    chosen: fx.Node | None = None
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,14 @@ class SparseSite:
     @property
     def adapter_rows(self) -> int:
         return self.adapter.rows if self.adapter else 0
+
+    @property
+    def adapter_width(self) -> int:
+        return int(g.sizes(self.adapter.residual)[-1]) if self.adapter else 0
+
+    @property
+    def adapter_chosen(self) -> int:
+        return self.adapter.count if self.adapter else 0
 
     @property
     def normed(self) -> bool:

@@ -104,7 +104,13 @@ class Launches(torch.fx.Interpreter):
     def _of(target, args):
         x, rows = args[0], rows_of(args[0])
         module = cuda_linear if target is LINEAR else cuda_quantized
-        shape = module.shape_of_call(*(args if target is LINEAR else args[:5] + args[6:]))
+        if target is QUANTIZED:
+            *args, _ = args
+            adapter, residual = args[4], args[7]
+            if adapter is not None and len(adapter) != residual.shape[-1]:
+                args[10] = False  # what the adapter multiplies is put together in front of the kernel
+            del args[5]
+        shape = module.shape_of_call(*args)
         if rows == 1:
             return module._SOURCE.name, module.constants(shape, module.config(shape, 132))
         module = cuda_rows if target is LINEAR else cuda_quantized_rows

@@ -56,10 +56,10 @@ def _stored(dtype):
 
 
 def _quantized(dtype):
-    adapter, scales = quantize(torch.randn(32, 96), 8, 32, torch.float32)
+    adapter, scales = quantize(torch.randn(2 * 32 + 8, 96), 8, 32, torch.float32)
     return {"x": torch.randn(1, 64).to(dtype), "k": 20, **_stored(dtype), "adapter": adapter,
             "adapter_scales": scales.to(dtype), "bias": torch.randn(96).to(dtype),
-            "residual": torch.randn(1, 32).to(dtype), "eps": 1e-5}
+            "residual": torch.randn(1, 32).to(dtype), "eps": 1e-5, "chosen": torch.randint(64, (8,))}
 
 
 def _dense(dtype):
@@ -217,6 +217,7 @@ def test_attention_refuses(device):
         (TypeError, "mask must be torch.bool, got torch.float32", {"mask": good["mask"].float()}),
         (ValueError, r"mask must be \[2 or 1, 1, 1, 10\], got \(1, 1, 1, 9\)", {"mask": good["mask"][..., :9]}),
         (ValueError, "one device", {"keys": keys.to("meta")}),
+        (ValueError, "values must not be expanded", {"values": good["values"][:1].expand(keys.shape)}),
     ]:
         before = keys.clone()
         with pytest.raises(error, match=match):
@@ -253,6 +254,21 @@ def test_index_that_names_no_row(index, rows, dtype, device):
         else:
             y = gemv(*arguments)
             assert y[0].isnan().all() and (y[1:] == 3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 3, 20])
+@pytest.mark.parametrize("channel", [-1, 64, 2**31, 2**32, -(2**40)])
+def test_a_chosen_channel_that_x_does_not_have(channel, rows, dtype):
+    """A CPU raises, by the kernels and by plain torch alike; a GPU does not look."""
+    arguments = _quantized(dtype) | {"x": torch.randn(rows, 64).to(dtype), "residual": torch.randn(rows, 32).to(dtype)}
+    for at in (0, 7):
+        arguments["chosen"][at] = channel
+        for op in (quantized_linear, torch.ops.larosa_python.quantized_linear, reference.quantized_linear):
+            with pytest.raises(IndexError, match=r"quantized_linear: chosen must lie in 0\.\.63, the channels of x"):
+                op(**arguments)
+        arguments["chosen"][at] = 63
+    assert quantized_linear(**arguments).shape == (rows, 96)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -43,13 +43,13 @@ def _linear(dtype, rows, **changes):
     return {name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in drawn.items()}
 
 
-def _quantized(dtype, rows, bits, **changes):
-    call = _linear(dtype, rows, **changes)
+def _quantized(dtype, rows, bits, times=1, chosen=0):
+    call = _linear(dtype, rows)
     weight, scales = quantize(torch.randn(64, 64), bits, 32, dtype)
-    adapter, adapter_scales = quantize(torch.randn(32, 64), 8, 64, dtype)
+    adapter, adapter_scales = quantize(torch.randn(32 * times + chosen, 64), 8, 64, dtype)
     del call["weight"]
     return call | {"bias": torch.randn(64).to(dtype), "weight": weight, "scales": scales, "adapter": adapter,
-                   "adapter_scales": adapter_scales}
+                   "adapter_scales": adapter_scales, "chosen": torch.randint(64, (chosen,)) if chosen else None}
 
 
 def _attention(dtype, batch=2, **changes):
@@ -90,6 +90,28 @@ def test_quantized(changes, bits, rows, in_python, dtype):
     assert not in_python
     expected = PYTHON.quantized_linear(**call)
     assert in_python == ["quantized_linear"] and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("times, chosen", [(1, 8), (2, 0), (2, 8), (3, 5)])
+@pytest.mark.parametrize("changes", [{}, {"k": 20, "threshold": None}, {"eps": None, "gain": None}], ids=range(3))
+def test_adapters_over_more_than_the_residual(changes, times, chosen, bits, rows, in_python, dtype):
+    """The bits of both, and of an adapter over a residual that holds all of it."""
+    call = _quantized(dtype, rows, bits, times, chosen) | changes
+    got = quantized_linear(**call)
+    parts = [call["residual"]] * times + ([call["x"].index_select(-1, call["chosen"])] if chosen else [])
+    assert torch.equal(got, quantized_linear(**call | {"residual": torch.cat(parts, -1), "chosen": None}))
+    assert not in_python
+    assert torch.equal(got, PYTHON.quantized_linear(**call)) and in_python == ["quantized_linear"]
+
+
+def test_chosen_channels_that_are_not_plain_are_answered(in_python):
+    call = _quantized(torch.float32, 2, 8, 2, 8)
+    got = quantized_linear(**call)
+    assert torch.equal(quantized_linear(**call | {"chosen": call["chosen"].repeat_interleave(2)[::2]}), got)
+    assert torch.equal(quantized_linear(**call | {"residual": call["residual"].T.contiguous().T}), got)
+    assert in_python == ["quantized_linear"] * 2
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -161,6 +183,16 @@ def test_what_is_wrong_is_said(change):
 ], ids=range(11))
 def test_what_is_wrong_with_stored_weights_is_said(change):
     _says_the_same("quantized_linear", quantized_linear, _quantized(torch.float32, 1, 8) | change)
+
+
+@pytest.mark.parametrize("change", [
+    {"chosen": torch.arange(7)}, {"chosen": torch.arange(41)}, {"chosen": torch.arange(72)}, {"chosen": None},
+    {"chosen": torch.arange(8).int()}, {"chosen": torch.arange(8)[None]}, {"chosen": torch.arange(8) - 1},
+    {"chosen": torch.arange(8) + 57}, {"residual": torch.randn(1, 24)}, {"residual": torch.randn(1, 0)},
+    {"residual": torch.tensor(1.0)}, {"residual": None}, {"adapter": None, "adapter_scales": None},
+], ids=range(13))
+def test_what_is_wrong_with_an_adapter_is_said(change):
+    _says_the_same("quantized_linear", quantized_linear, _quantized(torch.float32, 1, 8, 2, 8) | change)
 
 
 @pytest.mark.parametrize("change", [

@@ -18,6 +18,8 @@ class Site:
     columns: int = 64
     format: str = "dense"
     adapter_rows: int = 0
+    adapter_width: int = 0
+    adapter_chosen: int = 0
     normed: bool = False
     gate: str = ""
     threshold: float | None = None

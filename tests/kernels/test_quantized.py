@@ -105,17 +105,21 @@ def test_groups_must_divide_the_columns():
         quantize(torch.zeros(4, 100), 8, 64, torch.float32)
 
 
-def case(bits, group, channels, columns, dtype, device, *, gate="", norm=False, adapter=0, residual=False, bias=False,
-         gain=False, seed=0):
-    """(keyword arguments of the op but for its selection, what is stored in float64)."""
+def case(bits, group, channels, columns, dtype, device, *, gate="", norm=False, adapter=0, times=1, chosen=0, residual=False,
+         bias=False, gain=False, seed=0):
+    """(keyword arguments of the op but for its selection, what is stored in float64). adapter: the channels of a residual
+    that an adapter multiplies, so many times, and so many chosen ones of x."""
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     stored, scales = quantize(rand(channels, columns) / channels**0.5, bits, group, dtype)
     arguments = {"x": rand(1, channels).to(dtype), "weight": stored, "scales": scales}
     exact = {"weight": dequantize(stored, scales).double()}
     if adapter:
-        arguments["adapter"], arguments["adapter_scales"] = quantize(rand(adapter, columns) / adapter**0.5, 8, group, dtype)
+        rows = times * adapter + chosen
+        arguments["adapter"], arguments["adapter_scales"] = quantize(rand(rows, columns) / rows**0.5, 8, group, dtype)
         exact["adapter"] = dequantize(arguments["adapter"], arguments["adapter_scales"]).double()
+    if chosen:
+        arguments["chosen"] = torch.randint(channels, (chosen,), generator=g)
     out = columns // 2 if gate else columns
     if adapter or residual:
         arguments["residual"] = rand(1, adapter or out).to(dtype)
@@ -144,15 +148,20 @@ def oracle(a, exact, k, threshold):
         (gate, up), (_, width) = y.chunk(2, -1), size.chunk(2, -1)
         y, size = GATES[a["gate"]](gate) * up, width * gate.abs() + size.chunk(2, -1)[0] * up.abs()
     if "adapter" in exact:
-        y = y + a["residual"].cpu().double() @ exact["adapter"]
-        size = size + a["residual"].cpu().double().abs() @ exact["adapter"].abs()
+        carried, rows = a["residual"].cpu().double(), len(exact["adapter"])
+        chosen = a["chosen"].tolist() if "chosen" in a else []
+        times = (rows - len(chosen)) // carried.shape[-1]
+        carried = torch.cat([carried] * times + [x[..., i : i + 1].double() for i in chosen], -1)
+        y, size = y + carried @ exact["adapter"], size + carried.abs() @ exact["adapter"].abs()
     elif "residual" in a:
         y = y + a["residual"].cpu().double()
     return y, size
 
 
 AROUND = [{}, {"norm": True, "bias": True}, {"gate": "silu", "norm": True}, {"gate": "relu", "bias": True},
-          {"residual": True}, {"adapter": 256}, {"norm": True, "gain": True}, {"adapter": 64, "gain": True, "bias": True}]
+          {"residual": True}, {"adapter": 256}, {"norm": True, "gain": True}, {"adapter": 64, "gain": True, "bias": True},
+          {"adapter": 128, "times": 2}, {"adapter": 64, "times": 2, "chosen": 8, "bias": True},
+          {"adapter": 64, "chosen": 16, "gain": True}, {"adapter": 64, "times": 3, "chosen": 8}]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -198,8 +207,9 @@ def test_equal_inputs_give_equal_bits(bits, device):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rows", [0, 2, 9, 40])
-def test_any_number_of_rows(rows, dtype, bits, device):
-    a, exact = case(bits, 64, 256, 128, dtype, device, adapter=64)
+@pytest.mark.parametrize("times, chosen", [(1, 0), (2, 0), (1, 8), (2, 8)])
+def test_any_number_of_rows(times, chosen, rows, dtype, bits, device):
+    a, exact = case(bits, 64, 256, 128, dtype, device, adapter=64, times=times, chosen=chosen)
     g = torch.Generator().manual_seed(1)
     a["x"], a["residual"] = (torch.randn(rows, n, generator=g).to(dtype).to(device) for n in (256, 64))
     for k, threshold in ((80, None), (256, 0.7)):
@@ -227,7 +237,11 @@ def test_dequantized_rows(bits):
     ({"gate": "tanh"}, ValueError, "gate must be"),
     ({"bias": torch.zeros(3, dtype=torch.bfloat16)}, ValueError, "bias must be"),
     ({"x": torch.zeros(1, 60, dtype=torch.bfloat16), "k": 60}, ValueError, "weight must have a row"),
-    ({"residual": torch.zeros(1, 3, dtype=torch.bfloat16)}, ValueError, "residual must be")])
+    ({"residual": torch.zeros(1, 3, dtype=torch.bfloat16)}, ValueError, "residual must be"),
+    ({"weight": torch.zeros(0, 64, dtype=torch.int8), "scales": torch.zeros(0, 2, dtype=torch.bfloat16),
+      "adapter": torch.zeros(64, 64, dtype=torch.int8), "adapter_scales": torch.zeros(64, 2, dtype=torch.bfloat16),
+      "residual": torch.zeros(1, 64, dtype=torch.bfloat16)}, ValueError, "weight must have a row"),
+    ({"chosen": torch.arange(8)}, ValueError, "chosen needs an adapter")])
 def test_wrong_arguments_are_named(change, error, words):
     a, _ = case(8, 32, 64, 64, torch.bfloat16, "cpu")
     a = {"k": 64} | a | change
@@ -236,6 +250,55 @@ def test_wrong_arguments_are_named(change, error, words):
     meta = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in a.items()}
     with pytest.raises(error, match=words):
         linear(**meta)
+
+
+@pytest.mark.parametrize("change, error, words", [
+    ({"chosen": torch.arange(8).int()}, TypeError, "chosen must be torch.int64, got torch.int32"),
+    ({"chosen": torch.arange(8)[None]}, ValueError, r"chosen must be \[E\], got \(1, 8\)"),
+    ({"chosen": torch.arange(7)}, ValueError, r"adapter must be \[C D \+ 7, 64\].*got \(72, 64\) and \(1, 32\)"),
+    ({"chosen": torch.arange(72)}, ValueError, "adapter must be"),
+    ({"chosen": torch.arange(73)}, ValueError, "adapter must be"),
+    ({"chosen": None}, ValueError, r"adapter must be \[C D, 64\]"),
+    ({"residual": None}, ValueError, "adapter must be"),
+    ({"residual": torch.zeros(1, 24, dtype=torch.bfloat16)}, ValueError, "adapter must be"),
+    ({"residual": torch.zeros(1, 0, dtype=torch.bfloat16)}, ValueError, "adapter must be"),
+    ({"residual": torch.zeros((), dtype=torch.bfloat16)}, ValueError, "adapter must be"),
+    ({"residual": torch.zeros(2, 32, dtype=torch.bfloat16)}, ValueError, "residual must be"),
+    ({"gate": "silu"}, ValueError, "no adapter behind a gate")])
+def test_a_wrong_adapter_is_named(change, error, words):
+    a, _ = case(8, 32, 64, 64, torch.bfloat16, "cpu", adapter=32, times=2, chosen=8)
+    a = {"k": 64} | a | change
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=words):
+            linear(**{name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in a.items()})
+
+
+def test_chosen_channels_lie_where_x_does():
+    a, _ = case(8, 32, 64, 64, torch.bfloat16, "cpu", adapter=32, chosen=8)
+    with pytest.raises(ValueError, match="one device, got cpu and meta"):
+        linear(**a | {"k": 64, "chosen": a["chosen"].to("meta")})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("times, chosen", [(2, 0), (2, 8)])
+def test_an_adapter_reads_as_one_over_what_is_put_together(times, chosen, bits, rows, device):
+    """Bit for bit."""
+    a, _ = case(bits, 64, 256, 256, torch.bfloat16, device, adapter=64, times=times, chosen=chosen)
+    g = torch.Generator().manual_seed(1)
+    a["x"], a["residual"] = (torch.randn(rows, 1, n, generator=g).bfloat16().to(device) for n in (256, 64))
+    picked = a.pop("chosen", None)
+    parts = [a["residual"]] * times + ([a["x"].index_select(-1, picked)] if chosen else [])
+    together = linear(**a | {"residual": torch.cat(parts, -1)}, k=256, threshold=0.7)
+    assert torch.equal(linear(**a, k=256, threshold=0.7, chosen=picked), together)
+
+
+def test_opcheck():
+    a, _ = case(8, 64, 256, 128, torch.float32, "cpu", adapter=64, times=2, chosen=8)
+    names = ("x", "k", "weight", "scales", "adapter", "adapter_scales", "bias", "residual", "eps", "gate", "early", "gain",
+             "threshold", "chosen")
+    torch.library.opcheck(linear, tuple((a | {"k": 100, "early": False}).get(name) for name in names))
 
 
 def shapes():

@@ -9,7 +9,8 @@ from programs import CASES, assert_close, program, rewrite, rotations, tiny_mode
 from tiny import SIZES, ids
 
 LAYERS = SIZES["num_hidden_layers"]
-SELECT, GEMV, LINEAR = (getattr(torch.ops.larosa, name).default for name in ("topk_select", "sparse_gemv", "sparse_linear"))
+SELECT, GEMV, LINEAR, QUANTIZED = (
+    getattr(torch.ops.larosa, name).default for name in ("topk_select", "sparse_gemv", "sparse_linear", "quantized_linear"))
 
 
 def everything(x, columns, adapter, norm, gate):
@@ -109,6 +110,62 @@ def test_adapters_that_may_run_early():
     assert len(early) == LAYERS - 1  # down_proj's; o_proj's come behind attention
     for x, _, _, _, residual, *_ in (node.args for node in early):
         assert g.calls(x, LINEAR) and x.args[0] is residual and x.args[6] == "silu"
+
+
+def quantised(bits):
+    return lambda p: setattr(p.context, "quantize", bits)
+
+
+def named(node):
+    """The arguments of a ``quantized_linear`` by name."""
+    return dict(zip((a.name for a in QUANTIZED._schema.arguments), node.args, strict=True))
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_quantised_adapters_read_the_stream_where_it_lies(granularity, bits):
+    """So that nothing is launched to put it together, and down_proj's may run early."""
+    p, result = fused("llama", granularity, edit=quantised(bits))
+    sites = [named(node) for node in p.gm.graph.find_nodes(op="call_function", target=QUANTIZED)]
+    assert len(sites) == 4 * LAYERS and result.counts["sites"] == 4 * LAYERS
+    adapted = [site for site in sites if site["adapter"] is not None]
+    assert len(adapted) == result.counts["adapters"] == LAYERS - 1 + LAYERS * (granularity == "block")
+    early = [site for site in adapted if site["early"]]
+    assert len(early) == LAYERS - 1 and not any(site["early"] for site in sites if site["adapter"] is None)
+    for site in early:
+        inner = named(site["x"])
+        assert g.calls(site["x"], QUANTIZED) and inner["gate"] == "silu" and inner["x"] is site["residual"]
+        assert site["chosen"].op == "placeholder"
+    assert all(site["chosen"] is None for site in sites if not site["early"])
+    dense, _ = fused("llama", granularity)
+    assert p.calls(torch.index_select) == 0 and p.calls(torch.cat) == dense.calls(torch.cat)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_product_of_many_rows_reads_the_stream_and_chosen_channels_as_one_tensor(bits):
+    programs = [program("llama", tokens=5) for _ in range(2)]
+    quantised(bits)(programs[1])
+    for p in programs:
+        rewrite(p, "layer", k=halved(p), sparsify="decode", fuses=everything)
+    dense, p = programs
+    assert p.calls(QUANTIZED) == 0 and p.calls(torch.index_select) == LAYERS - 1
+    assert p.calls(torch.cat) == dense.calls(torch.cat) + LAYERS - 1
+
+
+def test_what_chosen_channels_are_read_of_is_not_written_to_before_the_site():
+    """Else the adapter stays outside: it would multiply what was written."""
+    def write(p):
+        (down,) = next(site for site in p.structure.sites if site.kind == "h4").linears
+        with p.gm.graph.inserting_after(down):
+            p.gm.graph.call_method("mul_", (down.args[0], 2.0))
+
+    def edit(p):
+        quantised("int8")(p)
+        write(p)
+
+    p, result = fused("llama", "layer", edit=edit)
+    assert result.counts.get("adapters", 0) == LAYERS - 2 and p.calls(torch.index_select) == 1
+    assert any("something writes to what it reads" in reason for _, reason in result.skipped)
 
 
 def second_reader(p, find):
