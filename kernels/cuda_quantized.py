@@ -1,6 +1,6 @@
 """``quantized_linear`` for one row on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +15,8 @@ from larosa_fx.kernels.reference import GATE_CODES, rows_of
 
 _SOURCE = Path(__file__).with_name("quantized_linear.cu")
 _MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
-_WIDTH = 16  # columns a thread adds up, as in the kernel
-_SECTOR = 64  # columns, 32 bytes of 4-bit weights
+_WIDTH = 8  # the fewest columns of a thread, which columns and groups are multiples of
+_STEPS, _DIGITS = 16, 3  # as in the kernel: coefficients that a warp makes at a time, times 32, and their bytes
 _SHARED = 227 * 1024  # bytes of shared memory that a block of compute capability 9 can have
 
 
@@ -37,51 +37,73 @@ class Shape(NamedTuple):
     early: bool
     gain: bool
     threshold: bool
+    stream: int = 0  # values of the residual that the adapter's rows multiply, over and over
+    chosen: int = 0  # rows behind these, for channels of x that are named
+    wide_residual: bool = False  # it is float32
+    span: int = 0  # rows of the table that the adapter's scales are part of
+    beside: int = 0  # columns of an adapter that x is multiplied by in the same launch
+    fine: bool = False  # of which the second rows are read for large channels only
 
 
 class Config(NamedTuple):
     tile: int  # columns of weight a cluster reads
+    width: int  # of them a thread's
     threads: int
-    batch: int  # rows a thread asks for at a time; as many are in flight besides
+    batch: int  # times 32 rows a warp has in flight
+    resident: int  # blocks that find room on a multiprocessor
     split: int  # blocks of a cluster
+    beside_tile: int = 0  # what tile and batch are of the adapter beside
+    beside_batch: int = 0
 
 
-def config(shape: Shape, sms: int) -> Config:
-    """A tile is whole sectors of 32 bytes, and a row of it is shared out to as many blocks as leave each the least to read.
+def config(shape: Shape, sms: int) -> Config | None:
+    """A tile is whole warps' columns, and its rows are shared out to as many blocks as leave each the least to read; None
+    where groups do not fit a warp's columns.
 
     Clusters of four and more need neighbouring multiprocessors, of which an H200 has fewer than it has in all: where some
-    wait for others to end, the site takes twice as long. Measured on an H200 for the four sites of Llama-3-8B.
+    wait for others to end, the site takes twice as long.
     """
     halves = 2 if shape.gate else 1
-    sectors = -(-shape.columns // halves // _SECTOR)
+    across = shape.columns // halves
 
-    def per_tile(split: int) -> int:
+    def made(width: int, split: int) -> Config:
         at_once = sms if split <= 2 else sms * 7 // 8
-        return -(-sectors // max(1, at_once // split))
+        per_tile = -(-(-(-across // (8 * width))) // max(1, at_once // split))
+        return Config(8 * width * halves * per_tile, width, threads=512, batch=4 if width == 8 else 2, resident=1, split=split)
 
-    def made(split: int) -> Config:
-        tile = _SECTOR * halves * per_tile(split)
-        if shape.channels > 8192:
-            return Config(tile, threads=1024, batch=1, split=split)
-        return Config(tile, threads=512, batch=4 if tile > 2 * _SECTOR * split else 2, split=split)
+    def fits(width: int) -> bool:
+        warp = 8 * width
+        return (shape.group % warp == 0 or warp == shape.group or warp == 2 * shape.group) and (
+            not shape.gate or across % min(warp, shape.group) == 0)
 
-    split = min((1, 2, 4, 8), key=lambda n: (shared_bytes(shape, made(n)) > _SHARED, per_tile(n) / n))
-    return made(split)
+    found = [made(width, split) for width in (16, 8) if fits(width) for split in (1, 2, 4, 8)]
+    return min(found, key=lambda c: (shared_bytes(shape, c) > _SHARED, c.tile / c.split, c.split - c.width / 64), default=None)
 
 
 def shared_bytes(shape: Shape, c: Config) -> int:
     """Shared memory of a block, as quantized_linear.cu lays it out."""
-    lanes = c.tile // _WIDTH
-    parts = c.threads // 32 if lanes < 32 and lanes & lanes - 1 == 0 else c.threads // lanes
-    histogram = 0 if shape.threshold else 2 * 8192
-    return (histogram + 4 * shape.channels + 4 * parts * (c.tile + 4) + 4 * c.tile + 2 * shape.adapter
-            + 8 * (c.threads // 32) + 16)
+    warps = c.threads // 32
+    entry = 2 if shape.full and not shape.fine else 4
+    listed = (0 if shape.threshold else 2 * 8192) + -(-shape.channels // 32) * 32 * entry
+    carried = -(-shape.stream // 8) * 16 if shape.adapter else 0
+    digits = warps * _STEPS * max(1, 8 * c.width // shape.group) * _DIGITS * 32
+    outputs = c.tile // (2 if shape.gate else 1) // c.split
+
+    def partials(tile: int, outputs: int) -> int:
+        deep = warps // (tile // (8 * c.width))
+        return 4 * deep * c.split * (tile // c.split // outputs) * (outputs + 4)
+
+    partial = max(partials(c.tile, outputs), partials(c.beside_tile, c.beside_tile // c.split) if shape.beside else 0)
+    return listed + carried + digits + partial + shape.chosen * (outputs + 1) * 4 + 8 * warps + 16
 
 
 def constants(shape: Shape, c: Config) -> dict[str, int]:
     """The macros that quantized_linear.cu is compiled with."""
-    return constants_of(shape) | {"TILE": c.tile, "THREADS": c.threads, "BATCH": c.batch, "SPLIT": c.split,
-                                  "SHARED": shared_bytes(shape, c)}
+    return constants_of(shape) | {
+        "STREAM": shape.stream, "CHOSEN": shape.chosen, "WIDE_RESIDUAL": int(shape.wide_residual), "BESIDE": shape.beside,
+        "FINE": int(shape.fine), "ADAPTER_SPAN": shape.span, "TILE": c.tile, "WIDTH": c.width, "THREADS": c.threads, "BATCH": c.batch,
+        "RESIDENT": c.resident, "SPLIT": c.split, "BESIDE_TILE": c.beside_tile or c.tile, "BESIDE_BATCH": c.beside_batch or 1,
+        "SHARED": shared_bytes(shape, c)}
 
 
 def constants_of(shape: Shape) -> dict[str, int]:
@@ -93,33 +115,43 @@ def constants_of(shape: Shape) -> dict[str, int]:
 
 
 def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str,
-            adapter_group: int | None = None) -> str:
+            adapter_group: int | None = None, stream: int | None = None, chosen: int = 0) -> str:
     """Why the kernel does not take x, [..., K], which may be a fake tensor, a weight of so many columns and an adapter of so
-    many ``rows``; "" where it does. adapter_group: the columns that share one of its scales, where they are not ``group``.
+    many ``rows``; "" where it does.
+
+    adapter_group: the columns that share one of its scales, where they are not ``group``. stream: values of the residual,
+    where it is repeated. chosen: rows of the adapter that are for channels of x.
     """
     if rows_of(x) != 1:
         return "it takes one row"
-    if reason := refused_parts(x, columns, group, _WIDTH, rows, norm, gate, adapter_group):
+    if reason := refused_parts(x, columns, group, _WIDTH, rows - chosen, norm, gate, adapter_group):
         return reason
-    shape = shape_of(x, bits, columns, group, rows, norm, gate, flags_of(x, 0, rows, None, None, False, None, None))
+    shape = shape_of(x, bits, columns, group, rows, norm, gate, flags_of(x, 0, rows, None, None, False, None, None), stream,
+                     chosen)
+    if shape.stream % 8:
+        return f"a residual's values must be a multiple of 8, not {shape.stream}"
     c = config(shape, nvrtc.properties(x.device).multi_processor_count)
-    if c.tile // _WIDTH > c.threads or shared_bytes(shape, c) > nvrtc.properties(x.device).shared_memory_per_block_optin:
+    if c is None:
+        return f"groups of {group} columns do not fit a warp's"
+    if shared_bytes(shape, c) > nvrtc.properties(x.device).shared_memory_per_block_optin:
         return "a row's list does not fit into shared memory"
     return ""
 
 
-def program(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, bool]
-           ) -> nvrtc.Program:
+def program(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, bool],
+            stream: int | None = None, chosen: int = 0) -> nvrtc.Program:
     """Of the kernel that ``quantized_linear`` launches for these, which ``refuses`` has passed; flags: of ``flags_of``."""
-    shape = shape_of(x, bits, columns, group, rows, norm, gate, flags)
+    shape = shape_of(x, bits, columns, group, rows, norm, gate, flags, stream, chosen)
     return _program(shape, x.device, config(shape, nvrtc.properties(x.device).multi_processor_count))
 
 
-def shape_of(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, bool]
-             ) -> Shape:
+def shape_of(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, bool],
+             stream: int | None = None, chosen: int = 0) -> Shape:
     """What a kernel for x, [..., K], is compiled for."""
-    return Shape(channels=x.shape[-1], columns=columns, bits=bits, group=group, adapter=rows, half=x.dtype == torch.float16,
-                 gate=gate, norm=norm, **flags)
+    adapter = rows - chosen
+    return Shape(channels=x.shape[-1], columns=columns, bits=bits, group=group, adapter=adapter,
+                 stream=(adapter if stream is None else stream) if rows else 0, chosen=chosen,
+                 half=x.dtype == torch.float16, gate=gate, norm=norm, **flags)
 
 
 def refused_parts(x: Tensor, columns: int, group: int, width: int, rows: int, norm: bool, gate: str,
@@ -145,50 +177,73 @@ def refused_parts(x: Tensor, columns: int, group: int, width: int, rows: int, no
 def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None = None,
                      adapter_scales: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
                      eps: float | None = None, gate: str = "", early: bool = False, gain: Tensor | None = None,
-                     threshold: float | None = None, *, using: Config | None = None) -> Tensor | None:
+                     threshold: float | None = None, chosen: Tensor | None = None, *, beside: Tensor | None = None,
+                     beside_scales: Tensor | None = None, fine: float = 0.0, using: Config | None = None
+                     ) -> Tensor | None:
     """Launch on the tensors' device, which must be the current one, with arguments that ``refuses`` has passed.
 
     None where the kernel cannot be built or launched here, after one warning.
     """
-    shape = shape_of_call(x, k, weight, scales, adapter, bias, residual, eps, gate, early, gain, threshold)
+    shape = shape_of_call(x, k, weight, scales, adapter, bias, residual, eps, gate, early, gain, threshold, chosen)
+    if beside is not None:
+        shape = shape._replace(beside=beside.shape[1], fine=fine > 0)
+        adapter, adapter_scales = beside, beside_scales
+    scales = by_group(scales, whole=True)
+    if adapter_scales is not None:
+        adapter_scales = by_group(adapter_scales, whole=False)
+        shape = shape._replace(span=adapter_scales.stride(1))
     c = using or config(shape, nvrtc.properties(x.device).multi_processor_count)
     kernel = _kernel(shape, x.device, c)
     if kernel is None:
         return None
-    return launch(kernel, shape, -(-shape.columns // c.tile) * c.split, x, weight, scales, adapter, adapter_scales, bias,
-                  residual, gain, k, eps, threshold)
+    return launch(kernel, shape, c, (x, weight, scales, adapter, adapter_scales, bias, residual, gain, chosen), k, eps,
+                  threshold, fine)
 
 
 def shape_of_call(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None, bias: Tensor | None,
                   residual: Tensor | None, eps: float | None, gate: str, early: bool, gain: Tensor | None,
-                  threshold: float | None) -> Shape:
+                  threshold: float | None, chosen: Tensor | None = None) -> Shape:
     """What the kernel is compiled for that computes ``quantized_linear`` of these."""
     bits = 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
-    rows = 0 if adapter is None else adapter.shape[0]
+    rows = 0 if adapter is None else len(adapter)
     return shape_of(x, bits, columns, columns // scales.shape[1], rows, eps is not None, gate,
-                    flags_of(x, k, rows, bias, residual, early, gain, threshold))
+                    flags_of(x, k, rows - (0 if chosen is None else len(chosen)), bias, residual, early, gain, threshold),
+                    None if residual is None else residual.shape[-1], 0 if chosen is None else len(chosen)
+                    )._replace(wide_residual=residual is not None and residual.dtype == torch.float32)
 
 
-#: Parameters of the kernels over 8- and 4-bit weights: x, weight, scales, adapter, its scales, bias, residual, gain, y; a
-#: number; eps, threshold.
-SIGNATURE = (*[POINTER] * 9, INT, FLOAT, FLOAT)
+def by_group(scales: Tensor, *, whole: bool) -> Tensor:
+    """The scales, [rows, groups] or [rows, groups, 2], with those of one group together in memory; a copy if need be.
+
+    whole: they must not be some rows of a larger table.
+    """
+    rows, pair = len(scales), scales.shape[2:].numel()
+    first, group, *last = scales.stride()
+    lies_so = first == pair and last in ([], [1]) and group % pair == 0 and (group == rows * pair or not whole)
+    return scales if lies_so else scales.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def launch(kernel: nvrtc.Kernel, shape: Shape, blocks: int, x: Tensor, weight: Tensor, scales: Tensor,
-           adapter: Tensor | None, adapter_scales: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-           gain: Tensor | None, number: int, eps: float | None, threshold: float | None) -> Tensor | None:
-    """y of a kernel with SIGNATURE; None where it cannot be launched."""
+#: Parameters of the kernel: x, weight, scales, adapter, its scales, bias, residual, gain, chosen, y, what is beside; a number;
+#: eps, threshold, fine.
+_SIGNATURE = (*[POINTER] * 11, INT, FLOAT, FLOAT, FLOAT)
+
+
+def launch(kernel: nvrtc.Kernel, shape: Shape, c: Config, tensors: Sequence[Tensor | None], k: int, eps: float | None,
+           threshold: float | None, fine: float) -> tuple[Tensor, Tensor | None] | None:
+    x = tensors[0]
     y = x.new_empty((*x.shape[:-1], shape.columns // (2 if shape.gate else 1)))
-    inputs = [None if t is None else nvrtc.aligned(t)
-              for t in (x, weight, scales, adapter, adapter_scales, bias, residual, gain)]
-    pointers = [0 if t is None else t.data_ptr() for t in inputs]
-    launched = kernel.launch((blocks, 1, 1), *pointers, y.data_ptr(), number, 0.0 if eps is None else eps, threshold or 0.0)
-    return y if launched else None
+    beside = x.new_empty((*x.shape[:-1], shape.beside), dtype=torch.float32) if shape.beside else None
+    tables = tensors[2], tensors[4]
+    inputs = [None if t is None else t if any(t is s for s in tables) else nvrtc.aligned(t) for t in tensors]
+    pointers = [0 if t is None else t.data_ptr() for t in (*inputs, y, beside)]
+    blocks = -(-shape.columns // c.tile) * c.split + (-(-shape.beside // c.beside_tile) * c.split if shape.beside else 0)
+    launched = kernel.launch((blocks, 1, 1), *pointers, k, 0.0 if eps is None else eps, threshold or 0.0, fine)
+    return (y if beside is None else (y, beside)) if launched else None
 
 
 def _program(shape: Shape, device: torch.device, c: Config) -> nvrtc.Program:
-    return nvrtc.Program.of(_SOURCE, constants(shape, c), device, SIGNATURE, threads=c.threads,
+    return nvrtc.Program.of(_SOURCE, constants(shape, c), device, _SIGNATURE, threads=c.threads,
                             shared=shared_bytes(shape, c))
 
 

@@ -12,6 +12,7 @@ from larosa_fx.kernels import cuda_quantized, cuda_rows, nvrtc
 from larosa_fx.kernels.cuda_linear import flags_of
 from larosa_fx.kernels.cuda_quantized import Shape
 from larosa_fx.kernels.cuda_rows import MAX_ROWS, compiled_rows
+from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
 from larosa_fx.kernels.reference import adapter_input, rows_of
 
 _SOURCE = Path(__file__).with_name("quantized_rows.cu")
@@ -104,8 +105,12 @@ def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor 
     kernel = _kernel(shape, compiled_rows(rows), x.device, c)
     if kernel is None:
         return None
-    return cuda_quantized.launch(kernel, shape, -(-shape.columns // c.tile) * c.split, x, weight, scales, adapter,
-                                 adapter_scales, bias, residual, gain, rows, eps, threshold)
+    return cuda_quantized.launch(kernel, shape, -(-shape.columns // c.tile) * c.split,
+                                 (x, weight, scales, adapter, adapter_scales, bias, residual, gain), rows, eps, threshold)
+
+
+#: Parameters of the kernel: x, weight, scales, adapter, its scales, bias, residual, gain, y; a number; eps, threshold.
+_SIGNATURE = (*[POINTER] * 9, INT, FLOAT, FLOAT)
 
 
 def constants(shape: Shape, rows: int, c: Config) -> dict[str, int]:
@@ -122,7 +127,7 @@ def _config(shape: Shape, rows: int, device: torch.device) -> Config | None:
 
 
 def _program(shape: Shape, rows: int, device: torch.device, c: Config) -> nvrtc.Program:
-    return nvrtc.Program.of(_SOURCE, constants(shape, rows, c), device, cuda_quantized.SIGNATURE, threads=c.threads,
+    return nvrtc.Program.of(_SOURCE, constants(shape, rows, c), device, _SIGNATURE, threads=c.threads,
                             shared=cuda_rows.shared_bytes(shape, rows, c))
 
 

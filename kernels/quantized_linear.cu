@@ -1,246 +1,477 @@
 // ``quantized_linear`` for one row: a whole sparse site over 8- or 4-bit weights in one launch. See larosa_fx.kernels.ops.
 //
 // A row of the weight belongs to one input channel, so its scale multiplies that channel's value, and a row that is not
-// listed is not read. Rows are a quarter to a half as long as in 16 bits: a tile of one block would be shorter than the
-// memory's sectors serve well. So the SPLIT blocks of a cluster share a tile, each reads every SPLIT-th listed row of it,
-// and the sums meet in the cluster's shared memory, always in the same order: equal inputs give equal bits.
+// listed is not read. Tensor cores multiply what is stored as it is, by integers: a warp takes 32 listed rows at a time, and
+// what multiplies a row, value times scale, is a number of 24 bits in three digits to the base 256, which are three of the
+// eight columns of an operand. So a weight costs an instruction or less, where a float of each would cost three, and sums are
+// exact until they are scaled: equal inputs give equal bits.
+//
+// The unit of these numbers is a part in 2^23 of the largest of a warp's. The coefficients of at most STEPS times 32 rows are
+// made at a time, while the first of their weights are on their way. NaN or infinity in any of them makes all of their sums
+// NaN. A coefficient below 1e-30 is a multiple of 1e-37.
+//
+// The SPLIT blocks of a cluster share a tile, each takes every SPLIT-th step of its rows, and the sums meet in the cluster's
+// shared memory, always in the same order.
+//
+// BESIDE: in the same launch further blocks multiply x as it is by a residual adapter, whose result a later site adds: an
+// adapter reads all of its rows, so its blocks have work while the others choose theirs.
 //
 // Compiled at run time with these constants, besides those of selection.cuh: COLUMNS (N), BITS (8 or 4), GROUP (columns
-// that share a scale), ADAPTER (rows of the residual adapter, in 8 bits), TILE (columns a cluster reads, a multiple of 32),
-// BATCH (rows a thread asks for at a time), SPLIT (blocks of a cluster), SHARED (bytes of shared memory), and the flags FULL,
-// BIAS, RESIDUAL, EARLY and GAIN, as sparse_linear.cu describes them.
+// that share a scale), ADAPTER (rows of a residual adapter, in 8 bits, for a residual of STREAM values that is repeated as
+// often as it takes), CHOSEN (rows of 8 bits behind these, for channels of x that are named), TILE (columns a cluster reads),
+// WIDTH (of them a thread's, 8 or 16), BATCH (times 32 rows a warp has in flight), RESIDENT (blocks that find room on a
+// multiprocessor), SPLIT (blocks of a cluster), SHARED (bytes of shared memory), the flags FULL, BIAS, RESIDUAL, EARLY
+// and GAIN, as sparse_linear.cu describes them, and WIDE_RESIDUAL (the residual is float32). BESIDE is the number of columns
+// of the adapter beside, 0 without, BESIDE_TILE and BESIDE_BATCH are what TILE and BATCH are to the others; it has two rows of
+// 8 bits for a channel, and FINE says that the second is read where x reaches a multiple of its root mean square.
 //
 // 8 bits: w = s q, q signed. 4 bits: w = s u + m, u = 0..15, two to a byte, the lower column in the lower half; s and m,
-// 16 bits each, lie side by side.
+// 16 bits each, lie side by side. The scales of all rows for one group of columns lie together: those of listed rows, which
+// are near each other, are a few lines of memory then. Of the adapter's these are ADAPTER_SPAN.
 
 #include "cluster.cuh"
 #include "selection.cuh"
 
 constexpr int OUT_COLUMNS = GATE ? COLUMNS / 2 : COLUMNS;
 constexpr int OUT_TILE = GATE ? TILE / 2 : TILE;
-constexpr int WIDTH = 16;             // columns a thread adds up: 16 bytes of 8-bit weights, 8 bytes of 4-bit ones
-constexpr int LANES = TILE / WIDTH;   // threads that read a row
-constexpr int GROUPS = THREADS / LANES;  // rows read side by side
-constexpr bool IN_WARP = LANES < 32 && (LANES & LANES - 1) == 0;
-constexpr int FOLD = fold(THREADS / TILE);  // neighbouring threads that add up a column of the block, a power of two
-constexpr int EACH_OUT = OUT_TILE / SPLIT;  // outputs that a block of the cluster finishes
-static_assert(OUT_TILE % SPLIT == 0, "outputs that no block would finish");
-constexpr int PARTS = IN_WARP ? WARPS : GROUPS;  // partial sums of a column that meet in shared memory
+constexpr int WARP_COLUMNS = 8 * WIDTH;
+constexpr int TILES = WIDTH / 2;  // of 16 columns that a warp multiplies
+constexpr int STEPS = 16;         // of 32 rows, that coefficients are made for at a time
+constexpr int SETS = WARP_COLUMNS > GROUP ? WARP_COLUMNS / GROUP : 1;  // groups that a warp's columns lie in
+constexpr int DIGITS = 3, PLANES = SETS * DIGITS;
+constexpr int MAIN_BLOCKS = (OUT_COLUMNS + OUT_TILE - 1) / OUT_TILE * SPLIT;
 
-// Shared memory: histogram (for Top-K) | list | partial sums | sums of the block | residual | scalars.
-constexpr int PARTIAL_ROW = TILE + 4;  // lanes that add up a column meet other banks
-constexpr int HISTOGRAM_BYTES = THRESHOLD ? 0 : BINS * 2, PARTIAL_AT = HISTOGRAM_BYTES + CHANNELS * 4;
-constexpr int TOTAL_AT = PARTIAL_AT + PARTS * PARTIAL_ROW * 4, RESIDUAL_AT = TOTAL_AT + TILE * 4;
-static_assert(RESIDUAL_AT + ADAPTER * 2 + sizeof(Scalars) <= SHARED, "the host's layout is not this one");
+// How the warps of a cluster share a tile of COLUMNS_OF_TILE columns, which make OUT outputs: ``across`` side by side, ``deep`` in
+// a block for the same columns.
+template <int COLUMNS_OF_TILE, int OUT>
+struct Warps {
+  static constexpr int across = COLUMNS_OF_TILE / WARP_COLUMNS, deep = WARPS / across;
+  static constexpr int apart = deep * SPLIT;  // from one of a warp's steps of 32 rows to its next
+  static constexpr int out = OUT, outputs = OUT / SPLIT, halves = COLUMNS_OF_TILE / OUT;  // outputs: that a block finishes
+  static constexpr int part = outputs + 4, partials = apart * halves * part;  // sums of warps that meet in it
+  static_assert(COLUMNS_OF_TILE % WARP_COLUMNS == 0 && across <= WARPS, "a warp's columns lie together");
+  static_assert(OUT % WARP_COLUMNS == 0 && OUT % (2 * SPLIT) == 0, "no output is left over, nor a half of two");
+};
+using Main = Warps<TILE, OUT_TILE>;
+using Beside = Warps<BESIDE_TILE, BESIDE_TILE>;
 
+// Shared memory: histogram (for Top-K) | list | residual | coefficients | partial sums | chosen rows and values | scalars.
+constexpr int HISTOGRAM_BYTES = THRESHOLD ? 0 : BINS * 2;
+constexpr int LIST_BYTES = (CHANNELS + 31) / 32 * 32 * (!FULL || FINE ? 4 : 2);
+constexpr int RESIDUAL_AT = HISTOGRAM_BYTES + LIST_BYTES;
+constexpr int DIGITS_AT = RESIDUAL_AT + (ADAPTER ? (STREAM + 7) / 8 * 16 : 0);
+constexpr int PARTIAL_AT = DIGITS_AT + WARPS * STEPS * PLANES * 32;
+constexpr int PARTIALS = BESIDE && Beside::partials > Main::partials ? Beside::partials : Main::partials;
+constexpr int CHOSEN_AT = PARTIAL_AT + PARTIALS * 4;
+constexpr int SCALARS_AT = CHOSEN_AT + CHOSEN * (Main::outputs + 1) * 4;
+
+static_assert(SCALARS_AT + sizeof(Scalars) <= SHARED, "the host's layout is not this one");
+static_assert(SETS <= 2, "an operand has eight columns");
+static_assert(GROUP % WARP_COLUMNS == 0 || WARP_COLUMNS % GROUP == 0, "a thread's columns share their scale");
+
+// A thread's WIDTH columns of a weight row, read once: past L1, and first to leave L2.
 template <int WORDS>
 struct Pack {
   u32 word[WORDS];
-  __device__ __forceinline__ void load(const u8* address, bool wanted, u64 policy) {
+  __device__ __forceinline__ void load(const u8* address, u64 policy) {
     if constexpr (WORDS == 4)
-      asm volatile(
-          "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-          "@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6; }"
-          : "=&r"(word[0]), "=&r"(word[1]), "=&r"(word[2]), "=&r"(word[3])
-          : "l"(address), "r"((u32)wanted), "l"(policy));
+      asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                   : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(address), "l"(policy));
+    else if constexpr (WORDS == 2)
+      asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
+                   : "=r"(word[0]), "=r"(word[1]) : "l"(address), "l"(policy));
     else
-      asm volatile(
-          "{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0;\n"
-          "@p ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %4; }"
-          : "=&r"(word[0]), "=&r"(word[1])
-          : "l"(address), "r"((u32)wanted), "l"(policy));
+      asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
+                   : "=r"(word[0]) : "l"(address), "l"(policy));
   }
 };
 
-constexpr u32 MAGIC = 0x4b000000;  // the float 2^23, whose last bits count units
-constexpr float UNIT = 8388608.f;
+// sum += a b, of 16 columns and 32 rows: a is a thread's part of the weights, four rows to a register, b of the digits.
+template <bool SIGNED>
+__device__ __forceinline__ void multiply(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  if (SIGNED)
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+  else
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
 
-// sum[i] += c q[i] for the 16 signed bytes of a pack. A byte, made unsigned, stands in the last bits of a float.
-__device__ __forceinline__ void add(const Pack<4>& pack, float c, float (&sum)[WIDTH]) {
-#pragma unroll
-  for (int w = 0; w < 4; w++) {
-    const u32 raised = pack.word[w] ^ 0x80808080u;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      sum[4 * w + i] = fmaf(c, __uint_as_float(__byte_perm(raised, MAGIC, 0x7650 + i)) - (UNIT + 128.f), sum[4 * w + i]);
+// Of four words, each four bytes of a row, the four registers that hold a byte of each row.
+__device__ __forceinline__ void transpose(u32 (&out)[4], u32 a, u32 b, u32 c, u32 d) {
+  const u32 low = __byte_perm(a, b, 0x5140), next = __byte_perm(c, d, 0x5140);
+  const u32 high = __byte_perm(a, b, 0x7362), last = __byte_perm(c, d, 0x7362);
+  out[0] = __byte_perm(low, next, 0x5410), out[1] = __byte_perm(low, next, 0x7632);
+  out[2] = __byte_perm(high, last, 0x5410), out[3] = __byte_perm(high, last, 0x7632);
+}
+
+// What a thread has of a warp's sums: columns 2 m and 2 m + 1 of its WIDTH, m = its place among four neighbours, and 4 more.
+struct Sums {
+  float of[TILES / 4][2] = {};
+};
+
+// The products of some rows of a weight of WIDE bits with their values, for this thread's columns.
+//
+// LISTED: the rows are those that ``list`` names, row << 16 | value; else the first ``count``, with ``values`` that begin anew
+// after every PERIOD. ``at`` and ``scales``: of the first row. A row has ROW columns, and the
+// scales of a group of columns lie together, SPAN rows'.
+template <int WIDE, int DEPTH, bool LISTED, int PERIOD, int ROW, int SPAN, class Place>
+struct Product {
+  static constexpr int WORDS = WIDTH * WIDE / 32, PER_GROUP = WIDE == 4 ? 2 : 1, APART = Place::apart;
+  static constexpr int BITS_EACH = WIDE, ROW_BYTES = ROW / 8 * WIDE, GROUP_SCALES = SPAN * PER_GROUP;
+
+  const u8* at;
+  const u16* scales;
+  int next_group;  // 1 where the second of a warp's groups is there
+  u8* digits;      // [STEPS, PLANES, 32], this warp's
+  u64 policy;
+
+  u32* list;
+  const u16* values;
+  int count, steps, begin;  // steps of 32 rows in all, and the first of this warp
+
+  u32 scale[STEPS][SETS];
+  Pack<WORDS> pack[DEPTH][8];
+
+  __device__ __forceinline__ void of(u32* rows, const u16* row_values, int rows_count) {
+    const int warp = threadIdx.x / 32;
+    list = rows, values = row_values, count = rows_count;
+    steps = __shfl_sync(~0u, warp < Place::across * Place::deep ? (count + 31) / 32 : 0, 0);  // a warp's alike
+    begin = __shfl_sync(~0u, warp / Place::across * SPLIT + (int)(blockIdx.x % SPLIT), 0);
   }
-}
 
-// sum[i] += c u[i] for the 16 nibbles of a pack. A nibble is left where it stands: it counts 2^(4 place) units there, and
-// the coefficient makes up for it.
-__device__ __forceinline__ void add(const Pack<2>& pack, float c, float (&sum)[WIDTH]) {
-  const float scaled[5] = {c, c * .0625f, c * .00390625f, c * .000244140625f, c * .0000152587890625f};
+  __device__ __forceinline__ void ask() { ask(begin); }
+
+  // Asks for the scales of the rows from step ``first`` on, and for the first weights.
+  __device__ __forceinline__ void ask(int first) {
 #pragma unroll
-  for (int w = 0; w < 2; w++)
+    for (int i = 0; i < STEPS; i++) {
+      const int step = first + i * APART, place = step * 32 + (threadIdx.x & 31);
+      if (step >= steps) break;
+      u32 row = min(place, count - 1);
+      if (LISTED) {
+        if (place >= count) list[place] = 0;  // a row that is there, for nothing
+        row = place < count ? list[place] >> 16 : 0;
+      }
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int place = i < 5 ? i : i - 3;  // the upper three from a shifted word
-      const u32 word = i < 5 ? pack.word[w] : pack.word[w] >> 12;
-      const float u = __uint_as_float((word & 15u << 4 * place) | MAGIC) - UNIT;
-      sum[8 * w + i] = fmaf(scaled[place], u, sum[8 * w + i]);
+      for (int g = 0; g < SETS; g++) {
+        const u16* s = scales + row * PER_GROUP + g * next_group * GROUP_SCALES;
+        scale[i][g] = WIDE == 4 ? __ldg(reinterpret_cast<const u32*>(s)) : __ldg(s);
+      }
     }
-}
-
-// BATCH rows of this thread's 16 columns on their way, with each row's value and scale. 4 bits: ``offset`` collects what rows
-// add to each of the columns alike.
-template <int WIDE>
-struct Batch {
-  Pack<WIDE / 2> pack[BATCH];
-  float value[BATCH];
-  u32 scale[BATCH];
-
-  // LISTED: of the ``count`` rows of the list, an entry being row << 16 | value; else of as many rows from the first on,
-  // with a value each.
-  template <bool LISTED>
-  __device__ __forceinline__ void ask(const u8* weight, const u16* scales, const void* rows, int first, int count,
-                                      bool reads, u64 policy) {
-    constexpr int PER_ROW = COLUMNS / GROUP * (WIDE == 4 ? 2 : 1);
+    if (LISTED) __syncwarp();
 #pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const int at = first + b * GROUPS * SPLIT;
-      const bool wanted = reads && at < count;
-      u32 row = at, bits = 0;
-      if (wanted) {
-        if (LISTED) {
-          const u32 entry = static_cast<const u32*>(rows)[at];
-          row = entry >> 16, bits = entry & 0xffff;
-        } else {
-          bits = static_cast<const u16*>(rows)[at];
+    for (int b = 0; b < DEPTH; b++)
+      if (first + b * APART < steps) request(pack[b], first + b * APART);
+  }
+
+  __device__ __forceinline__ void request(Pack<WORDS> (&to)[8], int step) const {
+    const int place = step * 32 + threadIdx.x % 4 * 8;
+    u32 row[8];
+    if (LISTED) {
+      const uint4 *rows = reinterpret_cast<const uint4*>(list + place), a = rows[0], b = rows[1];
+      row[0] = a.x >> 16, row[1] = a.y >> 16, row[2] = a.z >> 16, row[3] = a.w >> 16;
+      row[4] = b.x >> 16, row[5] = b.y >> 16, row[6] = b.z >> 16, row[7] = b.w >> 16;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++) row[i] = min(place + i, count - 1);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[i].load(at + (u64)row[i] * ROW_BYTES, policy);
+  }
+
+  // Adds the products of all rows to the warp's sums. ``ask`` has been called for the first of them.
+  __device__ __forceinline__ void add(Sums& sums) {
+    for (int first = begin; first < steps; first += STEPS * APART) {
+      if (first > begin) ask(first);
+      int sum[TILES][4] = {};
+      float unit[SETS], offset[SETS];
+      make_digits(first, unit, offset);
+#pragma unroll 1
+      for (int i = 0; i < STEPS; i += DEPTH) {
+        if (first + i * APART >= steps) break;
+#pragma unroll
+        for (int b = 0; b < DEPTH; b++) {
+          const int step = first + (i + b) * APART, next = step + DEPTH * APART;
+          if (i + b >= STEPS || step >= steps) break;
+          multiply_rows(sum, pack[b], i + b);
+          if (i + b + DEPTH < STEPS && next < steps) request(pack[b], next);
         }
       }
-      value[b] = widen(bits);
-      pack[b].load(weight + (u64)row * (COLUMNS / 8 * WIDE), wanted, policy);
-      const u16* s = scales + (u64)row * PER_ROW;
-      scale[b] = !wanted ? 0u : WIDE == 4 ? __ldg(reinterpret_cast<const u32*>(s)) : __ldg(s);
+      settle(sums, sum, unit, offset);
     }
   }
 
-  __device__ __forceinline__ void take(float (&sum)[WIDTH], float& offset) {
+  // The coefficients of the rows whose scales were asked for, in digits; the unit that they are multiples of, for each group,
+  // and what the rows add to all columns of it alike.
+  __device__ __forceinline__ void make_digits(int first, float (&unit)[SETS], float (&offset)[SETS]) {
+    constexpr float LARGEST = 0x7f7f00;  // balanced digits can say 0x7f7f7f; the rest is for the rounding of a quotient
+    u32 top[SETS] = {};
+    __syncwarp();  // no thread reads the digits before these any more
 #pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      add(pack[b], value[b] * widen(scale[b] & 0xffff), sum);
-      if (WIDE == 4) offset = fmaf(value[b], widen(scale[b] >> 16), offset);
+    for (int g = 0; g < SETS; g++) offset[g] = 0.f;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      const int step = first + i * APART, place = step * 32 + (threadIdx.x & 31);
+      if (step >= steps) break;
+      const u32 bits = place >= count ? 0u : LISTED ? list[place] & 0xffff : values[place % PERIOD];
+#pragma unroll
+      for (int g = 0; g < SETS; g++) {
+        const float c = widen(bits) * widen(scale[i][g] & 0xffff);
+        if (WIDE == 4) offset[g] = fmaf(widen(bits), widen(scale[i][g] >> 16), offset[g]);
+        scale[i][g] = __float_as_uint(c);
+        top[g] = max(top[g], scale[i][g] & 0x7fffffff);
+      }
     }
+    float inverse[SETS];
+#pragma unroll
+    for (int g = 0; g < SETS; g++) {
+      const u32 all = __reduce_max_sync(~0u, top[g]);
+      const float largest = fmaxf(__uint_as_float(all), 1e-30f);
+      unit[g] = all < 0x7f800000 ? largest / LARGEST : __uint_as_float(0x7fffffff);
+      inverse[g] = LARGEST / largest;
+      if (WIDE == 4) offset[g] = warp_sum(offset[g]);
+    }
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      if (first + i * APART >= steps) break;
+#pragma unroll
+      for (int g = 0; g < SETS; g++) {
+        const u32 number = __float2int_rn(__uint_as_float(scale[i][g]) * inverse[g]) + 0x808080 ^ 0x808080;
+        u8* to = digits + (i * PLANES + g * DIGITS) * 32 + (threadIdx.x & 31);
+        to[0] = number, to[32] = number >> 8, to[64] = number >> 16;
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void multiply_rows(int (&sum)[TILES][4], const Pack<WORDS> (&rows)[8], int step) const {
+    const int lane = threadIdx.x & 31, plane = min(lane / 4, PLANES - 1);  // columns without a digit are not looked at
+    const uint2 b = *reinterpret_cast<const uint2*>(digits + (step * PLANES + plane) * 32 + lane % 4 * 8);
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) {
+      u32 front[4], back[4];
+      transpose(front, rows[0].word[w], rows[1].word[w], rows[2].word[w], rows[3].word[w]);
+      transpose(back, rows[4].word[w], rows[5].word[w], rows[6].word[w], rows[7].word[w]);
+      if constexpr (WIDE == 8) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          multiply<true>(sum[2 * w + i], front[2 * i], front[2 * i + 1], back[2 * i], back[2 * i + 1], b);
+      } else {  // an upper nibble stays where it is, and counts 16 times
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          multiply<false>(sum[4 * w + i], front[i] & 0x0f0f0f0f, front[i] & 0xf0f0f0f0, back[i] & 0x0f0f0f0f,
+                          back[i] & 0xf0f0f0f0, b);
+      }
+    }
+  }
+
+  // Adds up the digits' sums, of which four threads have two columns each. Where a warp's columns lie in two groups, those of
+  // the upper threads have the second three columns of the operand.
+  __device__ __forceinline__ void settle(Sums& sums, const int (&sum)[TILES][4], const float (&unit)[SETS],
+                                         const float (&offset)[SETS]) const {
+    const int lane = threadIdx.x & 31, mine = lane % 4, set = SETS == 1 ? 0 : lane / 16;
+    float weight[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int digit = 2 * mine + i - set * DIGITS;
+      weight[i] = (digit == 0 ? 1.f : digit == 1 ? 256.f : digit == 2 ? 65536.f : 0.f) * unit[SETS == 1 ? 0 : set];
+    }
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float total = (float)sum[m][2 * half] * weight[0] + (float)sum[m][2 * half + 1] * weight[1];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        if (WIDE == 4) total = fmaf(total, half ? .0625f : 1.f, offset[SETS == 1 ? 0 : set]);
+        if (m % 4 == mine) sums.of[m / 4][half] += total;
+      }
   }
 };
 
-// Adds up the rows that fall to this block of the cluster. One batch is on its way while another is added up: without that
-// all warps wait for memory at one time, and compute at another.
-template <int WIDE, bool LISTED>
-__device__ __forceinline__ void stream(const u8* weight, const u16* scales, const void* rows, int count, bool reads,
-                                       int rank, float (&sum)[WIDTH], float& offset, u64 policy) {
-  constexpr int STEP = GROUPS * SPLIT * BATCH;
-  Batch<WIDE> even, odd;
-  int first = threadIdx.x / LANES * SPLIT + rank;
-  even.template ask<LISTED>(weight, scales, rows, first, count, reads, policy);
-  for (; first < count; first += 2 * STEP) {
-    odd.template ask<LISTED>(weight, scales, rows, first + STEP, count, reads, policy);
-    even.take(sum, offset);
-    even.template ask<LISTED>(weight, scales, rows, first + 2 * STEP, count, reads, policy);
-    odd.take(sum, offset);
+// This thread's columns of a tile, and what it takes to read them.
+struct Columns {
+  int column, first;  // of the weight: this thread's first, its warp's first
+  int next_group;     // 1 where the warp's second group is there
+
+  // ``of``: the weight's column of one of the tile's, or -1. Threads that have none read their warp's first, and warps that have
+  // none the weight's, for nothing.
+  template <class Place, class Of>
+  __device__ __forceinline__ static Columns make(Of of) {
+    const int start = threadIdx.x / 32 % Place::across * WARP_COLUMNS, local = start + threadIdx.x % 32 / 4 * WIDTH;
+    Columns c;
+    c.first = max(of(start), 0), c.column = of(local) < 0 ? c.first : of(local);
+    c.next_group = SETS > 1 && of(start + GROUP) >= 0;
+    return c;
+  }
+
+  template <class P>
+  __device__ __forceinline__ P product(char* memory, const u8* weight, const u16* scales, u64 policy) const {
+    return {weight + column / 8 * P::BITS_EACH, scales + (u64)(first / GROUP) * P::GROUP_SCALES, next_group,
+            reinterpret_cast<u8*>(memory + DIGITS_AT) + threadIdx.x / 32 * (STEPS * PLANES * 32), policy};
+  }
+};
+
+// The sums of the tile's outputs that this block finishes, over the warps that share their columns, and over the cluster: each
+// warp brings its own to the block that finishes them. Calls finish(number of the output in the tile, its sum, that of its
+// second half).
+template <class Place, class Finish>
+__device__ __forceinline__ void sum_up(char* memory, const Sums& sums, Finish finish) {
+  constexpr int FOLD = fold(THREADS / Place::outputs < Place::apart ? THREADS / Place::outputs : Place::apart);
+  float* partial = reinterpret_cast<float*>(memory + PARTIAL_AT);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  cluster_wait();
+  if (warp < Place::across * Place::deep)
+#pragma unroll
+    for (int i = 0; i < TILES / 4; i++) {
+      const int local = warp % Place::across * WARP_COLUMNS + lane / 4 * WIDTH + 2 * (lane % 4 + 4 * i);
+      const int half = local / Place::out, at = local % Place::out, part = warp / Place::across * SPLIT + blockIdx.x % SPLIT;
+      to_block(partial + (part * Place::halves + half) * Place::part + at % Place::outputs, at / Place::outputs,
+               sums.of[i][0], sums.of[i][1]);
+    }
+  cluster_barrier();
+  for (int i = threadIdx.x / FOLD; i < (Place::outputs + 31) / 32 * 32; i += THREADS / FOLD) {  // whole warps, for the shuffles
+    float total[2] = {0.f, 0.f};
+    for (int part = threadIdx.x % FOLD; part < Place::apart && i < Place::outputs; part += FOLD)
+#pragma unroll
+      for (int half = 0; half < Place::halves; half++)
+        total[half] += partial[(part * Place::halves + half) * Place::part + i];
+#pragma unroll
+    for (int o = FOLD / 2; o; o >>= 1)
+#pragma unroll
+      for (int half = 0; half < Place::halves; half++) total[half] += __shfl_xor_sync(~0u, total[half], o);
+    if (threadIdx.x % FOLD == 0 && i < Place::outputs) finish(i, total[0], total[1]);
   }
 }
 
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
+// A block of those that multiply x by the adapter beside.
+__device__ __forceinline__ void multiply_beside(char* memory, const u16* x, const u8* adapter, const u16* scales, float* result,
+                                                float fine, u64 policy) {
+  const int tile = (blockIdx.x - MAIN_BLOCKS) / SPLIT * BESIDE_TILE;
+  u16* values = reinterpret_cast<u16*>(memory + HISTOGRAM_BYTES);
+  u32* list = reinterpret_cast<u32*>(memory + HISTOGRAM_BYTES);
+  Scalars* scalars = reinterpret_cast<Scalars*>(memory + SCALARS_AT);
+  const Columns mine = Columns::make<Beside>([=](int local) { return tile + local < BESIDE ? tile + local : -1; });
+  Sums sums;
+  auto all = mine.product<Product<8, BESIDE_BATCH, false, CHANNELS, BESIDE, ADAPTER_SPAN, Beside>>(memory, adapter, scales, policy);
+  all.of(nullptr, values, FINE ? CHANNELS : 2 * CHANNELS);
+  all.ask();
+  wait_for_producer();
+  u32 channels[PAIRS];
+  fetch(channels, x);
+  const float squares = copy(channels, FINE ? squares_of(channels) : 0.f, values, scalars);
+  all.add(sums);
+  if constexpr (FINE) {
+    __syncthreads();  // the values are not read any more
+    const float least = fine * sqrtf(squares / CHANNELS);
+    const int kept = reaching(channels, list, scalars->warp, [=](u32 key) { return !(widen(key) < least); });
+    auto rest = mine.product<Product<8, BESIDE_BATCH, true, CHANNELS, BESIDE, ADAPTER_SPAN, Beside>>(
+        memory, adapter + (u64)CHANNELS * BESIDE, scales + CHANNELS, policy);
+    rest.of(list, nullptr, kept);
+    rest.ask();
+    rest.add(sums);
+  }
+  sum_up<Beside>(memory, sums, [=](int i, float total, float) {
+    const int to = tile + blockIdx.x % SPLIT * Beside::outputs + i;
+    if (to < BESIDE) result[to] = total;
+  });
+}
+
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, RESIDENT)
 quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const u16* __restrict__ scales,
                  const u8* __restrict__ adapter, const u16* __restrict__ adapter_scales, const u16* __restrict__ bias,
-                 const u16* __restrict__ residual, const u16* __restrict__ gain, u16* __restrict__ y, int keep, float eps,
-                 float threshold) {
+                 const void* __restrict__ residual, const u16* __restrict__ gain, const long long* __restrict__ chosen,
+                 u16* __restrict__ y, float* __restrict__ result_beside, int keep, float eps, float threshold, float fine) {
+  constexpr int OUTPUTS = Main::outputs;
   extern __shared__ __align__(16) char memory[];
   u32* histogram = reinterpret_cast<u32*>(memory);
   u32* list = reinterpret_cast<u32*>(memory + HISTOGRAM_BYTES);
-  float* partial = reinterpret_cast<float*>(memory + PARTIAL_AT);
-  float* totals = reinterpret_cast<float*>(memory + TOTAL_AT);
   u16* carried = reinterpret_cast<u16*>(memory + RESIDUAL_AT);
-  Scalars* scalars = reinterpret_cast<Scalars*>(memory + RESIDUAL_AT + ADAPTER * 2);
-  const int t = threadIdx.x, lane = t % LANES, rank = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT * OUT_TILE;
+  float *beside = reinterpret_cast<float*>(memory + CHOSEN_AT), *named = beside + CHOSEN * OUTPUTS;
+  Scalars* scalars = reinterpret_cast<Scalars*>(memory + SCALARS_AT);
+  const int t = threadIdx.x, tile = blockIdx.x / SPLIT * OUT_TILE;
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  cluster_arrive();
+  if constexpr (BESIDE > 0)
+    if (blockIdx.x >= MAIN_BLOCKS) return multiply_beside(memory, x, adapter, adapter_scales, result_beside, fine, policy);
 
-  // This thread's 16 columns. With a gate the second half of the lanes reads the columns to be gated.
-  const int column = tile + (GATE ? lane % (LANES / 2) : lane) * WIDTH;
-  const bool reads = column < OUT_COLUMNS && t < GROUPS * LANES;
-  const int mine = column + (GATE && lane >= LANES / 2 ? OUT_COLUMNS : 0);
-  const u8* rows = weight + mine / 8 * BITS;
-  const u16* row_scales = scales + mine / GROUP * (BITS == 4 ? 2 : 1);
-  float sum[WIDTH] = {}, offset = 0.f;
+  // With a gate the second half of the tile's columns are those to be gated.
+  const auto column_of = [=](int local) {
+    const int upper = GATE && local >= OUT_TILE, column = tile + local - upper * OUT_TILE;
+    return local < TILE && column < OUT_COLUMNS ? column + upper * OUT_COLUMNS : -1;
+  };
+  const Columns mine = Columns::make<Main>(column_of);
+  Sums sums;
+  auto own = mine.product<Product<BITS, BATCH, !FULL, CHANNELS, COLUMNS, CHANNELS, Main>>(memory, weight, scales, policy);
   for (int i = t; !FULL && i < HISTOGRAM_BYTES / 16; i += THREADS)
     reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
-  u32 gains[EACH / 2];
+  u32 gains[PAIRS];
   if (GAIN) fetch(gains, gain);  // before the wait: a weight, which no kernel in flight writes
+  for (int i = t; i < CHOSEN * OUTPUTS; i += THREADS) {
+    const int row = ADAPTER + i / OUTPUTS, to = column_of(blockIdx.x % SPLIT * OUTPUTS + i % OUTPUTS);
+    beside[i] = to < 0 ? 0.f : widen(__ldg(adapter_scales + (u64)(to / GROUP) * ADAPTER_SPAN + row)) *
+                                   (signed char)__ldg(adapter + (u64)row * COLUMNS + to);
+  }
 
   // EARLY: the kernel before this one read the residual too, so it is complete although that kernel may not be.
   if (!EARLY) wait_for_producer();
-  if (ADAPTER) {
-    for (int i = t; i < ADAPTER / 8; i += THREADS)
-      reinterpret_cast<uint4*>(carried)[i] = __ldcg(reinterpret_cast<const uint4*>(residual) + i);
+  if constexpr (ADAPTER > 0) {
+    for (int i = t; i < STREAM / 8; i += THREADS)
+      reinterpret_cast<uint4*>(carried)[i] = __ldcg(static_cast<const uint4*>(residual) + i);
+    auto added = mine.product<Product<8, BATCH * BITS / 8 ? BATCH * BITS / 8 : 1, false, STREAM, COLUMNS, ADAPTER_SPAN, Main>>(
+        memory, adapter, adapter_scales, policy);
+    added.of(nullptr, carried, ADAPTER);
+    added.ask();
     __syncthreads();
-    stream<8, false>(adapter + mine, adapter_scales + mine / GROUP, carried, ADAPTER, reads, rank, sum, offset, policy);
+    added.add(sums);
   }
+  if (FULL) own.of(nullptr, reinterpret_cast<const u16*>(list), CHANNELS), own.ask();
   if (EARLY) wait_for_producer();
 
-  u32 channels[EACH / 2];
+  u32 channels[PAIRS];
   fetch(channels, x);
-  float squares = 0.f;  // of x itself, without the gain
-#pragma unroll
-  for (int i = 0; i < EACH / 2; i++) {
-    const float a = widen(channels[i] & 0xffff), b = widen(channels[i] >> 16);
-    if (NORM) squares = fmaf(b, b, fmaf(a, a, squares));
-    if (GAIN) channels[i] = narrow(a * widen(gains[i] & 0xffff)) | (u32)narrow(b * widen(gains[i] >> 16)) << 16;
+  if (CHOSEN && t < CHOSEN) {
+    const u64 of = chosen[t];
+    named[t] = of < CHANNELS ? widen(__ldcg(x + of)) : __uint_as_float(0x7fffffff);  // nothing outside of x is read
   }
+  float squares = NORM ? squares_of(channels) : 0.f;  // of x itself, without the gain
+  if (GAIN) multiply_by(channels, gains);
   if (!THRESHOLD) __syncthreads();  // the histogram is empty
   if (FULL) {
     squares = copy(channels, squares, reinterpret_cast<u16*>(list), scalars);
-    stream<BITS, false>(rows, row_scales, list, CHANNELS, reads, rank, sum, offset, policy);
-  } else if (THRESHOLD) {
-    if (NORM) squares = block_sum(squares, scalars->squares);
-    const float scale = norm_scale(squares, eps);
-    const int kept = compact(channels, 0, list, scalars->warp,
-                             [=](u32 key) { return widen(key) * scale < threshold ? 0u : 1u; });
-    stream<BITS, true>(rows, row_scales, list, kept, reads, rank, sum, offset, policy);
   } else {
-    squares = select(channels, squares, keep, histogram, list, scalars);
-    stream<BITS, true>(rows, row_scales, list, keep, reads, rank, sum, offset, policy);
+    int kept = keep;
+    if (THRESHOLD) {
+      if (NORM) squares = block_sum(squares, scalars->squares);
+      const float scale = norm_scale(squares, eps);
+      kept = reaching(channels, list, scalars->warp, [=](u32 key) { return !(widen(key) * scale < threshold); });
+    } else {
+      squares = select(channels, squares, keep, histogram, list, scalars);
+    }
+    own.of(list, nullptr, kept);
+    own.ask();
   }
+  own.add(sums);
 
-  // Sum over the groups of rows: within a warp, over the block, over the cluster.
-#pragma unroll
-  for (int i = 0; i < WIDTH; i++) {
-    sum[i] += offset;
-    if (IN_WARP)
-#pragma unroll
-      for (int o = 16; o >= LANES; o >>= 1) sum[i] += __shfl_xor_sync(~0u, sum[i], o);
-  }
-  if (IN_WARP ? (t & 31) < LANES : t < GROUPS * LANES) {
-    float4* to = reinterpret_cast<float4*>(partial + (IN_WARP ? t / 32 : t / LANES) * PARTIAL_ROW + lane * WIDTH);
-#pragma unroll
-    for (int i = 0; i < WIDTH / 4; i++) to[i] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
-  }
-  __syncthreads();
-  for (int i = t / FOLD; i < (TILE + 31) / 32 * 32; i += THREADS / FOLD) {  // whole warps, for the shuffles
-    float total = 0.f;
-    for (int part = t % FOLD; part < PARTS && i < TILE; part += FOLD) total += partial[part * PARTIAL_ROW + i];
-#pragma unroll
-    for (int o = FOLD / 2; o; o >>= 1) total += __shfl_xor_sync(~0u, total, o);
-    if (t % FOLD == 0 && i < TILE) totals[i] = total;
-  }
-  cluster_barrier();
   const float scale = norm_scale(squares, eps);
-  for (int i = rank * EACH_OUT + t; i < (rank + 1) * EACH_OUT && tile + i < OUT_COLUMNS; i += THREADS) {
-    const int to = tile + i;
-    float total[2] = {0.f, 0.f};
-#pragma unroll
-    for (int block = 0; block < SPLIT; block++)
-#pragma unroll
-      for (int half = 0; half <= (GATE ? 1 : 0); half++) total[half] += of_block(totals + half * OUT_TILE + i, block);
+  sum_up<Main>(memory, sums, [=](int i, float first, float second) {
+    const int to = tile + blockIdx.x % SPLIT * OUTPUTS + i;
+    if (to >= OUT_COLUMNS) return;
+    float total[2] = {first, second};
 #pragma unroll
     for (int half = 0; half <= (GATE ? 1 : 0); half++) {
       total[half] *= scale;
       if (BIAS) total[half] += widen(__ldg(bias + to + half * OUT_COLUMNS));
     }
+#pragma unroll
+    for (int e = 0; e < CHOSEN; e++)
+      total[0] = fmaf(named[e], beside[e * OUTPUTS + i], total[0]);
     if (GATE) total[0] = gated(total[0], total[1]);
-    if (RESIDUAL) total[0] += widen(__ldcg(residual + to));
+    if (RESIDUAL)
+      total[0] += WIDE_RESIDUAL ? __ldcg(static_cast<const float*>(residual) + to)
+                                : widen(__ldcg(static_cast<const u16*>(residual) + to));
     y[to] = narrow(total[0]);
-  }
-  if (SPLIT > 1) cluster_barrier();  // the others may still be reading this block's sums
+  });
 }
