@@ -16,7 +16,7 @@ from larosa_fx.kernels.reference import GATE_CODES, rows_of
 _SOURCE = Path(__file__).with_name("quantized_linear.cu")
 _MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
 _WIDTH = 8  # the fewest columns of a thread, which columns and groups are multiples of
-_STEPS, _DIGITS = 16, 3  # as in the kernel: coefficients that a warp makes at a time, times 32, and their bytes
+_STEPS, _DIGITS = 8, 3  # as in the kernel: coefficients that a warp makes at a time, times 32, and their bytes
 _SHARED = 227 * 1024  # bytes of shared memory that a block of compute capability 9 can have
 
 
@@ -83,8 +83,12 @@ def config(shape: Shape, sms: int) -> Config | None:
 def shared_bytes(shape: Shape, c: Config) -> int:
     """Shared memory of a block, as quantized_linear.cu lays it out."""
     warps = c.threads // 32
-    entry = 2 if shape.full and not shape.fine else 4
-    listed = (0 if shape.threshold else 2 * 8192) + -(-shape.channels // 32) * 32 * entry
+    if ranked := not (shape.threshold or shape.full):
+        entries = -(-shape.channels // 32) * 32
+    else:
+        entries = -(-shape.channels // (64 * warps * c.split)) * 64 * warps if shape.threshold or shape.fine else 0
+    copied = shape.channels if shape.full or shape.beside else 0
+    listed = (2 * 8192 if ranked else 0) + max(4 * entries, 2 * copied)
     carried = -(-shape.stream // 8) * 16 if shape.adapter else 0
     digits = warps * _STEPS * max(1, 8 * c.width // shape.group) * _DIGITS * 32
     outputs = c.tile // (2 if shape.gate else 1) // c.split

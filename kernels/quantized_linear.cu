@@ -36,7 +36,7 @@ constexpr int OUT_COLUMNS = GATE ? COLUMNS / 2 : COLUMNS;
 constexpr int OUT_TILE = GATE ? TILE / 2 : TILE;
 constexpr int WARP_COLUMNS = 8 * WIDTH;
 constexpr int TILES = WIDTH / 2;  // of 16 columns that a warp multiplies
-constexpr int STEPS = 16;         // of 32 rows, that coefficients are made for at a time
+constexpr int STEPS = 8;          // of 32 rows, that coefficients are made for at a time
 constexpr int SETS = WARP_COLUMNS > GROUP ? WARP_COLUMNS / GROUP : 1;  // groups that a warp's columns lie in
 constexpr int DIGITS = 3, PLANES = SETS * DIGITS;
 constexpr int MAIN_BLOCKS = (OUT_COLUMNS + OUT_TILE - 1) / OUT_TILE * SPLIT;
@@ -46,9 +46,8 @@ constexpr int MAIN_BLOCKS = (OUT_COLUMNS + OUT_TILE - 1) / OUT_TILE * SPLIT;
 template <int COLUMNS_OF_TILE, int OUT>
 struct Warps {
   static constexpr int across = COLUMNS_OF_TILE / WARP_COLUMNS, deep = WARPS / across;
-  static constexpr int apart = deep * SPLIT;  // from one of a warp's steps of 32 rows to its next
   static constexpr int out = OUT, outputs = OUT / SPLIT, halves = COLUMNS_OF_TILE / OUT;  // outputs: that a block finishes
-  static constexpr int part = outputs + 4, partials = apart * halves * part;  // sums of warps that meet in it
+  static constexpr int parts = deep * SPLIT, part = outputs + 4, partials = parts * halves * part;  // sums that meet in it
   static_assert(COLUMNS_OF_TILE % WARP_COLUMNS == 0 && across <= WARPS, "a warp's columns lie together");
   static_assert(OUT % WARP_COLUMNS == 0 && OUT % (2 * SPLIT) == 0, "no output is left over, nor a half of two");
 };
@@ -56,8 +55,10 @@ using Main = Warps<TILE, OUT_TILE>;
 using Beside = Warps<BESIDE_TILE, BESIDE_TILE>;
 
 // Shared memory: histogram (for Top-K) | list | residual | coefficients | partial sums | chosen rows and values | scalars.
-constexpr int HISTOGRAM_BYTES = THRESHOLD ? 0 : BINS * 2;
-constexpr int LIST_BYTES = (CHANNELS + 31) / 32 * 32 * (!FULL || FINE ? 4 : 2);
+constexpr int HISTOGRAM_BYTES = RANKED ? BINS * 2 : 0;
+constexpr int LISTED = RANKED ? (CHANNELS + 31) / 32 * 32 : THRESHOLD || FINE ? OWN_CHANNELS : 0;
+constexpr int COPIED = FULL || BESIDE ? CHANNELS : 0;
+constexpr int LIST_BYTES = LISTED * 4 > COPIED * 2 ? LISTED * 4 : COPIED * 2;
 constexpr int RESIDUAL_AT = HISTOGRAM_BYTES + LIST_BYTES;
 constexpr int DIGITS_AT = RESIDUAL_AT + (ADAPTER ? (STREAM + 7) / 8 * 16 : 0);
 constexpr int PARTIAL_AT = DIGITS_AT + WARPS * STEPS * PLANES * 32;
@@ -110,14 +111,18 @@ struct Sums {
   float of[TILES / 4][2] = {};
 };
 
+// Which rows of a weight a block multiplies: those of its own list, its share of a list that all blocks of the cluster have, or
+// of the first rows its share, every SPLIT-th 64 of them.
+enum class Rows { OWN_LIST, SHARED_LIST, FIRST };
+
 // The products of some rows of a weight of WIDE bits with their values, for this thread's columns.
 //
-// LISTED: the rows are those that ``list`` names, row << 16 | value; else the first ``count``, with ``values`` that begin anew
-// after every PERIOD. ``at`` and ``scales``: of the first row. A row has ROW columns, and the
-// scales of a group of columns lie together, SPAN rows'.
-template <int WIDE, int DEPTH, bool LISTED, int PERIOD, int ROW, int SPAN, class Place>
+// Lists say row << 16 | value. Of the first ``count`` rows ``values`` has the values, and begins anew after every PERIOD. ``at``
+// and ``scales``: of the first row. A row has ROW columns, and the scales of a group of columns lie together, SPAN rows'.
+template <int WIDE, int DEPTH, Rows ROWS, int PERIOD, int ROW, int SPAN, class Place>
 struct Product {
-  static constexpr int WORDS = WIDTH * WIDE / 32, PER_GROUP = WIDE == 4 ? 2 : 1, APART = Place::apart;
+  static constexpr bool LIST = ROWS != Rows::FIRST;
+  static constexpr int WORDS = WIDTH * WIDE / 32, PER_GROUP = WIDE == 4 ? 2 : 1, APART = Place::deep;
   static constexpr int BITS_EACH = WIDE, ROW_BYTES = ROW / 8 * WIDE, GROUP_SCALES = SPAN * PER_GROUP;
 
   const u8* at;
@@ -128,16 +133,24 @@ struct Product {
 
   u32* list;
   const u16* values;
-  int count, steps, begin;  // steps of 32 rows in all, and the first of this warp
+  int count, steps, begin;  // steps of 32 rows for this block's warps, and the first of this one
 
   u32 scale[STEPS][SETS];
   Pack<WORDS> pack[DEPTH][8];
 
   __device__ __forceinline__ void of(u32* rows, const u16* row_values, int rows_count) {
-    const int warp = threadIdx.x / 32;
+    constexpr int UNIT = ROWS == Rows::FIRST ? 64 : 32, BLOCKS = ROWS == Rows::OWN_LIST ? 1 : SPLIT;
+    const int warp = threadIdx.x / 32, units = ((rows_count + UNIT - 1) / UNIT + BLOCKS - 1 - (int)blockIdx.x % BLOCKS) / BLOCKS;
     list = rows, values = row_values, count = rows_count;
-    steps = __shfl_sync(~0u, warp < Place::across * Place::deep ? (count + 31) / 32 : 0, 0);  // a warp's alike
-    begin = __shfl_sync(~0u, warp / Place::across * SPLIT + (int)(blockIdx.x % SPLIT), 0);
+    steps = __shfl_sync(~0u, warp < Place::across * Place::deep ? units * (UNIT / 32) : 0, 0);  // a warp's alike
+    begin = __shfl_sync(~0u, warp / Place::across, 0);
+  }
+
+  // Where the 32 rows of a step begin.
+  __device__ __forceinline__ int place_of(int step) const {
+    const int rank = blockIdx.x % SPLIT;
+    if (ROWS == Rows::OWN_LIST) return 32 * step;
+    return ROWS == Rows::SHARED_LIST ? 32 * (step * SPLIT + rank) : 64 * (step / 2 * SPLIT + rank) + 32 * (step % 2);
   }
 
   __device__ __forceinline__ void ask() { ask(begin); }
@@ -146,10 +159,10 @@ struct Product {
   __device__ __forceinline__ void ask(int first) {
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
-      const int step = first + i * APART, place = step * 32 + (threadIdx.x & 31);
+      const int step = first + i * APART, place = place_of(step) + (threadIdx.x & 31);
       if (step >= steps) break;
       u32 row = min(place, count - 1);
-      if (LISTED) {
+      if (LIST) {
         if (place >= count) list[place] = 0;  // a row that is there, for nothing
         row = place < count ? list[place] >> 16 : 0;
       }
@@ -159,16 +172,16 @@ struct Product {
         scale[i][g] = WIDE == 4 ? __ldg(reinterpret_cast<const u32*>(s)) : __ldg(s);
       }
     }
-    if (LISTED) __syncwarp();
+    if (LIST) __syncwarp();
 #pragma unroll
     for (int b = 0; b < DEPTH; b++)
       if (first + b * APART < steps) request(pack[b], first + b * APART);
   }
 
   __device__ __forceinline__ void request(Pack<WORDS> (&to)[8], int step) const {
-    const int place = step * 32 + threadIdx.x % 4 * 8;
+    const int place = place_of(step) + threadIdx.x % 4 * 8;
     u32 row[8];
-    if (LISTED) {
+    if (LIST) {
       const uint4 *rows = reinterpret_cast<const uint4*>(list + place), a = rows[0], b = rows[1];
       row[0] = a.x >> 16, row[1] = a.y >> 16, row[2] = a.z >> 16, row[3] = a.w >> 16;
       row[4] = b.x >> 16, row[5] = b.y >> 16, row[6] = b.z >> 16, row[7] = b.w >> 16;
@@ -212,9 +225,9 @@ struct Product {
     for (int g = 0; g < SETS; g++) offset[g] = 0.f;
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
-      const int step = first + i * APART, place = step * 32 + (threadIdx.x & 31);
+      const int step = first + i * APART, place = place_of(step) + (threadIdx.x & 31);
       if (step >= steps) break;
-      const u32 bits = place >= count ? 0u : LISTED ? list[place] & 0xffff : values[place % PERIOD];
+      const u32 bits = place >= count ? 0u : LIST ? list[place] & 0xffff : values[place % PERIOD];
 #pragma unroll
       for (int g = 0; g < SETS; g++) {
         const float c = widen(bits) * widen(scale[i][g] & 0xffff);
@@ -318,7 +331,7 @@ struct Columns {
 // second half).
 template <class Place, class Finish>
 __device__ __forceinline__ void sum_up(char* memory, const Sums& sums, Finish finish) {
-  constexpr int FOLD = fold(THREADS / Place::outputs < Place::apart ? THREADS / Place::outputs : Place::apart);
+  constexpr int FOLD = fold(THREADS / Place::outputs < Place::parts ? THREADS / Place::outputs : Place::parts);
   float* partial = reinterpret_cast<float*>(memory + PARTIAL_AT);
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   cluster_wait();
@@ -333,7 +346,7 @@ __device__ __forceinline__ void sum_up(char* memory, const Sums& sums, Finish fi
   cluster_barrier();
   for (int i = threadIdx.x / FOLD; i < (Place::outputs + 31) / 32 * 32; i += THREADS / FOLD) {  // whole warps, for the shuffles
     float total[2] = {0.f, 0.f};
-    for (int part = threadIdx.x % FOLD; part < Place::apart && i < Place::outputs; part += FOLD)
+    for (int part = threadIdx.x % FOLD; part < Place::parts && i < Place::outputs; part += FOLD)
 #pragma unroll
       for (int half = 0; half < Place::halves; half++)
         total[half] += partial[(part * Place::halves + half) * Place::part + i];
@@ -354,19 +367,19 @@ __device__ __forceinline__ void multiply_beside(char* memory, const u16* x, cons
   Scalars* scalars = reinterpret_cast<Scalars*>(memory + SCALARS_AT);
   const Columns mine = Columns::make<Beside>([=](int local) { return tile + local < BESIDE ? tile + local : -1; });
   Sums sums;
-  auto all = mine.product<Product<8, BESIDE_BATCH, false, CHANNELS, BESIDE, ADAPTER_SPAN, Beside>>(memory, adapter, scales, policy);
+  auto all = mine.product<Product<8, BESIDE_BATCH, Rows::FIRST, CHANNELS, BESIDE, ADAPTER_SPAN, Beside>>(memory, adapter, scales, policy);
   all.of(nullptr, values, FINE ? CHANNELS : 2 * CHANNELS);
   all.ask();
   wait_for_producer();
   u32 channels[PAIRS];
   fetch(channels, x);
-  const float squares = copy(channels, FINE ? squares_of(channels) : 0.f, values, scalars);
+  const float squares = copy(channels, FINE ? squares_of(channels, x) : 0.f, values, scalars);
   all.add(sums);
   if constexpr (FINE) {
     __syncthreads();  // the values are not read any more
     const float least = fine * sqrtf(squares / CHANNELS);
     const int kept = reaching(channels, list, scalars->warp, [=](u32 key) { return !(widen(key) < least); });
-    auto rest = mine.product<Product<8, BESIDE_BATCH, true, CHANNELS, BESIDE, ADAPTER_SPAN, Beside>>(
+    auto rest = mine.product<Product<8, BESIDE_BATCH, Rows::OWN_LIST, CHANNELS, BESIDE, ADAPTER_SPAN, Beside>>(
         memory, adapter + (u64)CHANNELS * BESIDE, scales + CHANNELS, policy);
     rest.of(list, nullptr, kept);
     rest.ask();
@@ -376,6 +389,19 @@ __device__ __forceinline__ void multiply_beside(char* memory, const u16* x, cons
     const int to = tile + blockIdx.x % SPLIT * Beside::outputs + i;
     if (to < BESIDE) result[to] = total;
   });
+}
+
+// Brings the scales that the tile's columns may need from this block's channels to L2, before it is known which.
+__device__ __forceinline__ void prefetch_scales(const u16* scales, int tile) {
+  constexpr int EACH_GROUP = CHANNELS * (BITS == 4 ? 2 : 1), OF_64 = 64 * (BITS == 4 ? 2 : 1);  // scales: of a group, of a line
+  constexpr int GROUPS = (OUT_TILE + GROUP - 1) / GROUP, LINES = (CHANNELS + 64 * SPLIT - 1) / (64 * SPLIT);
+  for (int i = threadIdx.x; i < (GATE ? 2 : 1) * GROUPS * LINES; i += THREADS) {
+    const int column = tile + i / LINES % GROUPS * GROUP, line = (i % LINES * SPLIT + (int)blockIdx.x % SPLIT) * OF_64;
+    if (column >= OUT_COLUMNS || line >= EACH_GROUP) continue;
+    const u16* at = scales + (u64)((column + i / LINES / GROUPS * OUT_COLUMNS) / GROUP) * EACH_GROUP + line;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+    if (BITS == 4) asm volatile("prefetch.global.L2 [%0 + 128];" ::"l"(at));
+  }
 }
 
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, RESIDENT)
@@ -404,8 +430,10 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
   };
   const Columns mine = Columns::make<Main>(column_of);
   Sums sums;
-  auto own = mine.product<Product<BITS, BATCH, !FULL, CHANNELS, COLUMNS, CHANNELS, Main>>(memory, weight, scales, policy);
-  for (int i = t; !FULL && i < HISTOGRAM_BYTES / 16; i += THREADS)
+  constexpr Rows ROWS = FULL ? Rows::FIRST : THRESHOLD ? Rows::OWN_LIST : Rows::SHARED_LIST;
+  auto own = mine.product<Product<BITS, BATCH, ROWS, CHANNELS, COLUMNS, CHANNELS, Main>>(memory, weight, scales, policy);
+  if (!RANKED) prefetch_scales(scales, tile);
+  for (int i = t; RANKED && i < HISTOGRAM_BYTES / 16; i += THREADS)
     reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
   u32 gains[PAIRS];
   if (GAIN) fetch(gains, gain);  // before the wait: a weight, which no kernel in flight writes
@@ -420,7 +448,7 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
   if constexpr (ADAPTER > 0) {
     for (int i = t; i < STREAM / 8; i += THREADS)
       reinterpret_cast<uint4*>(carried)[i] = __ldcg(static_cast<const uint4*>(residual) + i);
-    auto added = mine.product<Product<8, BATCH * BITS / 8 ? BATCH * BITS / 8 : 1, false, STREAM, COLUMNS, ADAPTER_SPAN, Main>>(
+    auto added = mine.product<Product<8, BATCH * BITS / 8 ? BATCH * BITS / 8 : 1, Rows::FIRST, STREAM, COLUMNS, ADAPTER_SPAN, Main>>(
         memory, adapter, adapter_scales, policy);
     added.of(nullptr, carried, ADAPTER);
     added.ask();
@@ -436,9 +464,9 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
     const u64 of = chosen[t];
     named[t] = of < CHANNELS ? widen(__ldcg(x + of)) : __uint_as_float(0x7fffffff);  // nothing outside of x is read
   }
-  float squares = NORM ? squares_of(channels) : 0.f;  // of x itself, without the gain
+  float squares = NORM ? squares_of(channels, x) : 0.f;  // of x itself, without the gain
   if (GAIN) multiply_by(channels, gains);
-  if (!THRESHOLD) __syncthreads();  // the histogram is empty
+  if (RANKED) __syncthreads();  // the histogram is empty
   if (FULL) {
     squares = copy(channels, squares, reinterpret_cast<u16*>(list), scalars);
   } else {

@@ -9,15 +9,17 @@
 constexpr int WARPS = THREADS / 32;
 constexpr int EACH = (CHANNELS + 4 * THREADS - 1) / (4 * THREADS) * 4;  // consecutive channels a thread ranks
 
-// A thread holds its channels two to a word, zero beyond the last. A Top-K's thread ranks neighbours, so that a scan over the
-// threads is one over the channels; without ranks neighbouring threads hold neighbouring words, and a warp lists 64 channels
-// by two votes.
+// A thread holds its channels two to a word, zero beyond the last. A Top-K's thread ranks neighbours among all, so that a scan
+// over the threads is one over the channels. Without ranks the SPLIT blocks of a cluster share the channels, every SPLIT-th 64
+// of them to a block, and a warp lists its 64 by two votes.
 constexpr bool RANKED = !THRESHOLD && !FULL;
-constexpr int TURNS = (CHANNELS / 2 + 32 * WARPS - 1) / (32 * WARPS), PAIRS = RANKED ? EACH / 2 : TURNS;
+constexpr int TURNS = (CHANNELS + 64 * WARPS * SPLIT - 1) / (64 * WARPS * SPLIT), PAIRS = RANKED ? EACH / 2 : TURNS;
+constexpr int OWN_CHANNELS = TURNS * 64 * WARPS;  // that a block lists at most
 
-// The first channel of this thread's i-th word.
-__device__ __forceinline__ int channel_of(int i) {
-  return RANKED ? threadIdx.x * EACH + 2 * i : 2 * ((threadIdx.x / 32 * TURNS + i) * 32 + (threadIdx.x & 31));
+// The first channel of this thread's i-th word; ``further``: of the block so many behind this one.
+__device__ __forceinline__ int channel_of(int i, int further = 0) {
+  if (RANKED) return threadIdx.x * EACH + 2 * i;
+  return 64 * ((i * WARPS + threadIdx.x / 32) * SPLIT + (blockIdx.x + further) % SPLIT) + 2 * (threadIdx.x & 31);
 }
 
 // A bin is one bit pattern of bf16 in [2^-40, 2^24), with the rest in the outer bins; or four patterns of fp16.
@@ -199,7 +201,7 @@ __device__ __forceinline__ float select(const u32 (&x)[PAIRS], float squares, in
   return squares;
 }
 
-// Copies all channels to shared memory. Returns the sum of the threads' ``squares``.
+// Copies the block's channels to their places in shared memory. Returns the sum of the threads' ``squares``.
 __device__ __forceinline__ float copy(const u32 (&x)[PAIRS], float squares, u16* to, Scalars* s) {
 #pragma unroll
   for (int i = 0; i < PAIRS; i++)
@@ -222,14 +224,23 @@ __device__ __forceinline__ void fetch(u32 (&to)[PAIRS], const u16* from) {
   }
 }
 
-// The sum of the squares of this thread's channels.
-__device__ __forceinline__ float squares_of(const u32 (&x)[PAIRS]) {
+__device__ __forceinline__ float squared(u32 pair, float sum) {
+  const float a = widen(pair & 0xffff), b = widen(pair >> 16);
+  return fmaf(b, b, fmaf(a, a, sum));
+}
+
+// Of the squares of all of ``from`` a thread's part: of its channels x, and of those that it would hold in the cluster's other
+// blocks.
+__device__ __forceinline__ float squares_of(const u32 (&x)[PAIRS], const u16* from) {
   float squares = 0.f;
 #pragma unroll
-  for (int i = 0; i < PAIRS; i++) {
-    const float a = widen(x[i] & 0xffff), b = widen(x[i] >> 16);
-    squares = fmaf(b, b, fmaf(a, a, squares));
-  }
+  for (int further = 1; further < (RANKED ? 1 : SPLIT); further++)
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++)
+      if (channel_of(i, further) < CHANNELS)
+        squares = squared(__ldcg(reinterpret_cast<const u32*>(from + channel_of(i, further))), squares);
+#pragma unroll
+  for (int i = 0; i < PAIRS; i++) squares = squared(x[i], squares);
   return squares;
 }
 

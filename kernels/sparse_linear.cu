@@ -110,7 +110,7 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
     added = widen(__ldcg(residual + blockIdx.x * OUT_TILE + t / FOLD));
   u32 channels[PAIRS];
   fetch(channels, x);
-  float squares = NORM ? squares_of(channels) : 0.f;  // of x itself, without the gain
+  float squares = NORM ? squares_of(channels, x) : 0.f;  // of x itself, without the gain
   if (GAIN) multiply_by(channels, gains);
   if (!THRESHOLD) __syncthreads();  // the histogram is empty
   if (FULL) {
