@@ -87,9 +87,15 @@ def shared_bytes(shape: Shape, c: Config) -> int:
         entries = -(-shape.channels // 32) * 32
     else:
         entries = -(-shape.channels // (64 * warps * c.split)) * 64 * warps if shape.threshold or shape.fine else 0
-    copied = shape.channels if shape.full or shape.beside else 0
+    copied = -(-shape.channels // 64) * 64 if shape.full or shape.beside else 0
     listed = (2 * 8192 if ranked else 0) + max(4 * entries, 2 * copied)
     carried = -(-shape.stream // 8) * 16 if shape.adapter else 0
+    half, halves = c.tile // (2 if shape.gate else 1), 2 if shape.gate else 1
+    rows_of_64 = -(-shape.channels // (64 * c.split)) * 64
+    own = _groups(half, shape.group) * halves * (-(-shape.channels // 64) * 64 if ranked else rows_of_64) * (4 if shape.bits == 4 else 2)
+    added = _groups(half, shape.group) * -(-shape.adapter // (64 * c.split)) * 64 * 2
+    further = _groups(c.beside_tile, shape.group) * -(-2 * shape.channels // (64 * c.split)) * 64 * 2 if shape.beside else 0
+    scales = max(own + added, further)
     digits = warps * _STEPS * max(1, 8 * c.width // shape.group) * _DIGITS * 32
     outputs = c.tile // (2 if shape.gate else 1) // c.split
 
@@ -98,7 +104,12 @@ def shared_bytes(shape: Shape, c: Config) -> int:
         return 4 * deep * c.split * (tile // c.split // outputs) * (outputs + 4)
 
     partial = max(partials(c.tile, outputs), partials(c.beside_tile, c.beside_tile // c.split) if shape.beside else 0)
-    return listed + carried + digits + partial + shape.chosen * (outputs + 1) * 4 + 8 * warps + 16
+    return listed + carried + scales + digits + partial + shape.chosen * (outputs + 1) * 4 + 8 * warps + 16
+
+
+def _groups(columns: int, group: int) -> int:
+    """In which so many neighbouring columns may lie."""
+    return -(-columns // group) + (1 if columns % group and group % columns else 0)
 
 
 def constants(shape: Shape, c: Config) -> dict[str, int]:
@@ -225,7 +236,7 @@ def by_group(scales: Tensor, *, whole: bool) -> Tensor:
     rows, pair = len(scales), scales.shape[2:].numel()
     first, group, *last = scales.stride()
     lies_so = first == pair and last in ([], [1]) and group % pair == 0 and (group == rows * pair or not whole)
-    return scales if lies_so else scales.transpose(0, 1).contiguous().transpose(0, 1)
+    return scales if lies_so and scales.data_ptr() % 16 == 0 else scales.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 #: Parameters of the kernel: x, weight, scales, adapter, its scales, bias, residual, gain, chosen, y, what is beside; a number;

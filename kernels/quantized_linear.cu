@@ -54,13 +54,36 @@ struct Warps {
 using Main = Warps<TILE, OUT_TILE>;
 using Beside = Warps<BESIDE_TILE, BESIDE_TILE>;
 
-// Shared memory: histogram (for Top-K) | list | residual | coefficients | partial sums | chosen rows and values | scalars.
+// Which rows of a weight a block multiplies: those of its own list, its share of a list that all blocks of the cluster have, or
+// of the first rows its share, every SPLIT-th 64 of them.
+enum class Rows { OWN_LIST, SHARED_LIST, FIRST };
+
+// A tile's columns lie in so many groups, of each half so many.
+template <class Place>
+constexpr int groups_of() {
+  return (Place::out + GROUP - 1) / GROUP + (Place::out % GROUP && GROUP % Place::out ? 1 : 0);
+}
+// Rows of which a block holds the scales: all, or its share of the first ``rows``.
+template <Rows ROWS>
+constexpr int share_of(int rows) {
+  constexpr int BLOCKS = ROWS == Rows::SHARED_LIST ? 1 : SPLIT;
+  return (rows + 64 * BLOCKS - 1) / (64 * BLOCKS) * 64;
+}
+
+// Shared memory: histogram (for Top-K) | list | residual | scales | coefficients | partial sums | chosen rows and values |
+// scalars.
 constexpr int HISTOGRAM_BYTES = RANKED ? BINS * 2 : 0;
 constexpr int LISTED = RANKED ? (CHANNELS + 31) / 32 * 32 : THRESHOLD || FINE ? OWN_CHANNELS : 0;
-constexpr int COPIED = FULL || BESIDE ? CHANNELS : 0;
+constexpr int COPIED = FULL || BESIDE ? (CHANNELS + 63) / 64 * 64 : 0;
 constexpr int LIST_BYTES = LISTED * 4 > COPIED * 2 ? LISTED * 4 : COPIED * 2;
 constexpr int RESIDUAL_AT = HISTOGRAM_BYTES + LIST_BYTES;
-constexpr int DIGITS_AT = RESIDUAL_AT + (ADAPTER ? (STREAM + 7) / 8 * 16 : 0);
+constexpr int SCALES_AT = RESIDUAL_AT + (ADAPTER ? (STREAM + 7) / 8 * 16 : 0);
+constexpr Rows OWN_ROWS = FULL ? Rows::FIRST : THRESHOLD ? Rows::OWN_LIST : Rows::SHARED_LIST;
+constexpr int OWN_SCALES = groups_of<Main>() * Main::halves * share_of<OWN_ROWS>(CHANNELS) * (BITS == 4 ? 4 : 2);
+constexpr int ADAPTER_SCALES = ADAPTER ? groups_of<Main>() * share_of<Rows::FIRST>(ADAPTER) * 2 : 0;
+constexpr int BESIDE_SCALES = BESIDE ? groups_of<Beside>() * share_of<Rows::FIRST>(2 * CHANNELS) * 2 : 0;
+constexpr int SCALES_BYTES = OWN_SCALES + ADAPTER_SCALES > BESIDE_SCALES ? OWN_SCALES + ADAPTER_SCALES : BESIDE_SCALES;
+constexpr int DIGITS_AT = SCALES_AT + SCALES_BYTES;
 constexpr int PARTIAL_AT = DIGITS_AT + WARPS * STEPS * PLANES * 32;
 constexpr int PARTIALS = BESIDE && Beside::partials > Main::partials ? Beside::partials : Main::partials;
 constexpr int CHOSEN_AT = PARTIAL_AT + PARTIALS * 4;
@@ -106,36 +129,35 @@ __device__ __forceinline__ void transpose(u32 (&out)[4], u32 a, u32 b, u32 c, u3
   out[2] = __byte_perm(high, last, 0x5410), out[3] = __byte_perm(high, last, 0x7632);
 }
 
+// Scales that this thread brought are in shared memory; a barrier must follow.
+__device__ __forceinline__ void scales_are_there() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // What a thread has of a warp's sums: columns 2 m and 2 m + 1 of its WIDTH, m = its place among four neighbours, and 4 more.
 struct Sums {
   float of[TILES / 4][2] = {};
 };
 
-// Which rows of a weight a block multiplies: those of its own list, its share of a list that all blocks of the cluster have, or
-// of the first rows its share, every SPLIT-th 64 of them.
-enum class Rows { OWN_LIST, SHARED_LIST, FIRST };
-
 // The products of some rows of a weight of WIDE bits with their values, for this thread's columns.
 //
-// Lists say row << 16 | value. Of the first ``count`` rows ``values`` has the values, and begins anew after every PERIOD. ``at``
-// and ``scales``: of the first row. A row has ROW columns, and the scales of a group of columns lie together, SPAN rows'.
-template <int WIDE, int DEPTH, Rows ROWS, int PERIOD, int ROW, int SPAN, class Place>
+// Lists say row << 16 | value, of LENGTH rows at most. Of the first LENGTH rows ``values`` has the values, and begins anew after
+// every PERIOD. A row has ROW columns, and the scales of a group of columns lie together, SPAN rows'.
+template <int WIDE, int DEPTH, Rows ROWS, int LENGTH, int PERIOD, int ROW, int SPAN, class Place>
 struct Product {
   static constexpr bool LIST = ROWS != Rows::FIRST;
   static constexpr int WORDS = WIDTH * WIDE / 32, PER_GROUP = WIDE == 4 ? 2 : 1, APART = Place::deep;
-  static constexpr int BITS_EACH = WIDE, ROW_BYTES = ROW / 8 * WIDE, GROUP_SCALES = SPAN * PER_GROUP;
+  static constexpr int ROW_BYTES = ROW / 8 * WIDE, SCALE_BYTES = 2 * PER_GROUP;
+
+  static constexpr int SHARE = share_of<ROWS>(LENGTH);
 
   const u8* at;
-  const u16* scales;
-  int next_group;  // 1 where the second of a warp's groups is there
-  u8* digits;      // [STEPS, PLANES, 32], this warp's
+  const u8* scales[SETS];  // of a group of this warp's columns, in shared memory
+  u8* digits;              // [STEPS, PLANES, 32], this warp's
   u64 policy;
 
   u32* list;
   const u16* values;
   int count, steps, begin;  // steps of 32 rows for this block's warps, and the first of this one
 
-  u32 scale[STEPS][SETS];
   Pack<WORDS> pack[DEPTH][8];
 
   __device__ __forceinline__ void of(u32* rows, const u16* row_values, int rows_count) {
@@ -155,24 +177,27 @@ struct Product {
 
   __device__ __forceinline__ void ask() { ask(begin); }
 
-  // Asks for the scales of the rows from step ``first`` on, and for the first weights.
-  __device__ __forceinline__ void ask(int first) {
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) {
-      const int step = first + i * APART, place = place_of(step) + (threadIdx.x & 31);
-      if (step >= steps) break;
-      u32 row = min(place, count - 1);
-      if (LIST) {
-        if (place >= count) list[place] = 0;  // a row that is there, for nothing
-        row = place < count ? list[place] >> 16 : 0;
-      }
-#pragma unroll
-      for (int g = 0; g < SETS; g++) {
-        const u16* s = scales + row * PER_GROUP + g * next_group * GROUP_SCALES;
-        scale[i][g] = WIDE == 4 ? __ldg(reinterpret_cast<const u32*>(s)) : __ldg(s);
+  // Brings the block the scales of the rows that it may multiply, for ``groups`` groups from one on, to ``to``.
+  __device__ __forceinline__ static void bring_scales(u8* to, const u16* from, int group, int groups) {
+    constexpr int UNIT = SPAN * SCALE_BYTES % 16 ? 8 : 16, UNITS = SHARE * SCALE_BYTES / UNIT, EACH_64 = 64 * SCALE_BYTES / UNIT;
+    for (int i = threadIdx.x; i < groups * UNITS; i += THREADS) {
+      const int unit = i % UNITS, block = ROWS == Rows::SHARED_LIST ? unit / EACH_64 : unit / EACH_64 * SPLIT + blockIdx.x % SPLIT;
+      const int offset = block * 64 * SCALE_BYTES + unit % EACH_64 * UNIT;
+      if (offset < SPAN * SCALE_BYTES && group + i / UNITS < ROW / GROUP) {
+        const u8* address = reinterpret_cast<const u8*>(from) + (u64)(group + i / UNITS) * (SPAN * SCALE_BYTES) + offset;
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((u32)__cvta_generic_to_shared(to + i * UNIT)),
+                     "l"(address), "n"(UNIT));
       }
     }
-    if (LIST) __syncwarp();
+  }
+
+  // Asks for the first weights from step ``first`` on.
+  __device__ __forceinline__ void ask(int first) {
+    if (LIST) {
+      const int last = place_of(steps - 1) + (threadIdx.x & 31);  // behind the list rows that are there, for nothing
+      if (steps && last >= count) list[last] = 0;
+      __syncwarp();
+    }
 #pragma unroll
     for (int b = 0; b < DEPTH; b++)
       if (first + b * APART < steps) request(pack[b], first + b * APART);
@@ -215,9 +240,10 @@ struct Product {
     }
   }
 
-  // The coefficients of the rows whose scales were asked for, in digits; the unit that they are multiples of, for each group,
+  // The coefficients of the rows of STEPS steps, in digits; the unit that they are multiples of, for each group,
   // and what the rows add to all columns of it alike.
   __device__ __forceinline__ void make_digits(int first, float (&unit)[SETS], float (&offset)[SETS]) {
+    u32 scale[STEPS][SETS];
     constexpr float LARGEST = 0x7f7f00;  // balanced digits can say 0x7f7f7f; the rest is for the rounding of a quotient
     u32 top[SETS] = {};
     __syncwarp();  // no thread reads the digits before these any more
@@ -227,11 +253,14 @@ struct Product {
     for (int i = 0; i < STEPS; i++) {
       const int step = first + i * APART, place = place_of(step) + (threadIdx.x & 31);
       if (step >= steps) break;
-      const u32 bits = place >= count ? 0u : LIST ? list[place] & 0xffff : values[place % PERIOD];
+      const u32 entry = place >= count ? 0u : LIST ? list[place] : values[place % PERIOD], bits = entry & 0xffff;
+      const int row = ROWS == Rows::FIRST ? 32 * step + (threadIdx.x & 31) : ROWS == Rows::SHARED_LIST ? entry >> 16
+                                          : (entry >> 16) / (64 * SPLIT) * 64 + (entry >> 16) % 64;
 #pragma unroll
       for (int g = 0; g < SETS; g++) {
-        const float c = widen(bits) * widen(scale[i][g] & 0xffff);
-        if (WIDE == 4) offset[g] = fmaf(widen(bits), widen(scale[i][g] >> 16), offset[g]);
+        const u32 pair = WIDE == 4 ? reinterpret_cast<const u32*>(scales[g])[row] : reinterpret_cast<const u16*>(scales[g])[row];
+        const float c = bits ? widen(bits) * widen(pair & 0xffff) : 0.f;  // behind the last row is anything
+        if (WIDE == 4 && bits) offset[g] = fmaf(widen(bits), widen(pair >> 16), offset[g]);
         scale[i][g] = __float_as_uint(c);
         top[g] = max(top[g], scale[i][g] & 0x7fffffff);
       }
@@ -304,25 +333,43 @@ struct Product {
 };
 
 // This thread's columns of a tile, and what it takes to read them.
+template <class Place>
 struct Columns {
-  int column, first;  // of the weight: this thread's first, its warp's first
-  int next_group;     // 1 where the warp's second group is there
+  static constexpr int GROUPS = groups_of<Place>();
+  int column;       // of the weight, this thread's first
+  int group[SETS];  // of the tile's, this warp's
+  int first_group[Place::halves];  // of the weight, that the tile's begin with
 
   // ``of``: the weight's column of one of the tile's, or -1. Threads that have none read their warp's first, and warps that have
   // none the weight's, for nothing.
-  template <class Place, class Of>
-  __device__ __forceinline__ static Columns make(Of of) {
+  template <class Of>
+  __device__ __forceinline__ explicit Columns(Of of) {
     const int start = threadIdx.x / 32 % Place::across * WARP_COLUMNS, local = start + threadIdx.x % 32 / 4 * WIDTH;
-    Columns c;
-    c.first = max(of(start), 0), c.column = of(local) < 0 ? c.first : of(local);
-    c.next_group = SETS > 1 && of(start + GROUP) >= 0;
-    return c;
+    const int first = max(of(start), 0), half = start / Place::out;
+    column = of(local) < 0 ? first : of(local);
+#pragma unroll
+    for (int h = 0; h < Place::halves; h++) first_group[h] = of(h * Place::out) / GROUP;
+#pragma unroll
+    for (int g = 0; g < SETS; g++) {
+      const int there = of(start + g * GROUP) < 0 ? first : of(start + g * GROUP);
+      group[g] = of(start) < 0 ? 0 : half * GROUPS + there / GROUP - of(half * Place::out) / GROUP;
+    }
   }
 
-  template <class P>
-  __device__ __forceinline__ P product(char* memory, const u8* weight, const u16* scales, u64 policy) const {
-    return {weight + column / 8 * P::BITS_EACH, scales + (u64)(first / GROUP) * P::GROUP_SCALES, next_group,
-            reinterpret_cast<u8*>(memory + DIGITS_AT) + threadIdx.x / 32 * (STEPS * PLANES * 32), policy};
+  // Of rows of a weight; ``scales`` are brought to ``table``.
+  template <int WIDE, int DEPTH, Rows ROWS, int LENGTH, int PERIOD, int ROW, int SPAN>
+  __device__ __forceinline__ auto product(char* memory, const u8* weight, const u16* scales, u8* table, u64 policy) const {
+    using P = Product<WIDE, DEPTH, ROWS, LENGTH, PERIOD, ROW, SPAN, Place>;
+    constexpr int BYTES = P::SHARE * P::SCALE_BYTES;
+#pragma unroll
+    for (int h = 0; h < Place::halves; h++)
+      P::bring_scales(table + h * GROUPS * BYTES, scales, first_group[h], GROUPS);
+    P p;
+    p.at = weight + column / 8 * WIDE, p.policy = policy;
+    p.digits = reinterpret_cast<u8*>(memory + DIGITS_AT) + threadIdx.x / 32 * (STEPS * PLANES * 32);
+#pragma unroll
+    for (int g = 0; g < SETS; g++) p.scales[g] = table + group[g] * BYTES;
+    return p;
   }
 };
 
@@ -365,12 +412,16 @@ __device__ __forceinline__ void multiply_beside(char* memory, const u16* x, cons
   u16* values = reinterpret_cast<u16*>(memory + HISTOGRAM_BYTES);
   u32* list = reinterpret_cast<u32*>(memory + HISTOGRAM_BYTES);
   Scalars* scalars = reinterpret_cast<Scalars*>(memory + SCALARS_AT);
-  const Columns mine = Columns::make<Beside>([=](int local) { return tile + local < BESIDE ? tile + local : -1; });
+  const Columns<Beside> mine([=](int local) { return tile + local < BESIDE ? tile + local : -1; });
+  u8* table = reinterpret_cast<u8*>(memory + SCALES_AT);
   Sums sums;
-  auto all = mine.product<Product<8, BESIDE_BATCH, Rows::FIRST, CHANNELS, BESIDE, ADAPTER_SPAN, Beside>>(memory, adapter, scales, policy);
-  all.of(nullptr, values, FINE ? CHANNELS : 2 * CHANNELS);
+  constexpr int ALL = FINE ? CHANNELS : 2 * CHANNELS, TABLE = groups_of<Beside>() * share_of<Rows::FIRST>(ALL) * 2;
+  auto all = mine.template product<8, BESIDE_BATCH, Rows::FIRST, ALL, CHANNELS, BESIDE, ADAPTER_SPAN>(memory, adapter, scales,
+                                                                                                      table, policy);
+  all.of(nullptr, values, ALL);
   all.ask();
   wait_for_producer();
+  scales_are_there();
   u32 channels[PAIRS];
   fetch(channels, x);
   const float squares = copy(channels, FINE ? squares_of(channels, x) : 0.f, values, scalars);
@@ -379,29 +430,18 @@ __device__ __forceinline__ void multiply_beside(char* memory, const u16* x, cons
     __syncthreads();  // the values are not read any more
     const float least = fine * sqrtf(squares / CHANNELS);
     const int kept = reaching(channels, list, scalars->warp, [=](u32 key) { return !(widen(key) < least); });
-    auto rest = mine.product<Product<8, BESIDE_BATCH, Rows::OWN_LIST, CHANNELS, BESIDE, ADAPTER_SPAN, Beside>>(
-        memory, adapter + (u64)CHANNELS * BESIDE, scales + CHANNELS, policy);
+    auto rest = mine.template product<8, BESIDE_BATCH, Rows::OWN_LIST, CHANNELS, CHANNELS, BESIDE, ADAPTER_SPAN>(
+        memory, adapter + (u64)CHANNELS * BESIDE, scales + CHANNELS, table + TABLE, policy);
     rest.of(list, nullptr, kept);
     rest.ask();
+    scales_are_there();
+    __syncthreads();
     rest.add(sums);
   }
   sum_up<Beside>(memory, sums, [=](int i, float total, float) {
     const int to = tile + blockIdx.x % SPLIT * Beside::outputs + i;
     if (to < BESIDE) result[to] = total;
   });
-}
-
-// Brings the scales that the tile's columns may need from this block's channels to L2, before it is known which.
-__device__ __forceinline__ void prefetch_scales(const u16* scales, int tile) {
-  constexpr int EACH_GROUP = CHANNELS * (BITS == 4 ? 2 : 1), OF_64 = 64 * (BITS == 4 ? 2 : 1);  // scales: of a group, of a line
-  constexpr int GROUPS = (OUT_TILE + GROUP - 1) / GROUP, LINES = (CHANNELS + 64 * SPLIT - 1) / (64 * SPLIT);
-  for (int i = threadIdx.x; i < (GATE ? 2 : 1) * GROUPS * LINES; i += THREADS) {
-    const int column = tile + i / LINES % GROUPS * GROUP, line = (i % LINES * SPLIT + (int)blockIdx.x % SPLIT) * OF_64;
-    if (column >= OUT_COLUMNS || line >= EACH_GROUP) continue;
-    const u16* at = scales + (u64)((column + i / LINES / GROUPS * OUT_COLUMNS) / GROUP) * EACH_GROUP + line;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-    if (BITS == 4) asm volatile("prefetch.global.L2 [%0 + 128];" ::"l"(at));
-  }
 }
 
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, RESIDENT)
@@ -428,11 +468,11 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
     const int upper = GATE && local >= OUT_TILE, column = tile + local - upper * OUT_TILE;
     return local < TILE && column < OUT_COLUMNS ? column + upper * OUT_COLUMNS : -1;
   };
-  const Columns mine = Columns::make<Main>(column_of);
+  const Columns<Main> mine(column_of);
+  u8* table = reinterpret_cast<u8*>(memory + SCALES_AT);
   Sums sums;
-  constexpr Rows ROWS = FULL ? Rows::FIRST : THRESHOLD ? Rows::OWN_LIST : Rows::SHARED_LIST;
-  auto own = mine.product<Product<BITS, BATCH, ROWS, CHANNELS, COLUMNS, CHANNELS, Main>>(memory, weight, scales, policy);
-  if (!RANKED) prefetch_scales(scales, tile);
+  auto own = mine.template product<BITS, BATCH, OWN_ROWS, CHANNELS, CHANNELS, COLUMNS, CHANNELS>(memory, weight, scales, table,
+                                                                                                 policy);
   for (int i = t; RANKED && i < HISTOGRAM_BYTES / 16; i += THREADS)
     reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
   u32 gains[PAIRS];
@@ -448,15 +488,18 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
   if constexpr (ADAPTER > 0) {
     for (int i = t; i < STREAM / 8; i += THREADS)
       reinterpret_cast<uint4*>(carried)[i] = __ldcg(static_cast<const uint4*>(residual) + i);
-    auto added = mine.product<Product<8, BATCH * BITS / 8 ? BATCH * BITS / 8 : 1, Rows::FIRST, STREAM, COLUMNS, ADAPTER_SPAN, Main>>(
-        memory, adapter, adapter_scales, policy);
+    constexpr int DEPTH = BATCH * BITS / 8 ? BATCH * BITS / 8 : 1;
+    auto added = mine.template product<8, DEPTH, Rows::FIRST, ADAPTER, STREAM, COLUMNS, ADAPTER_SPAN>(
+        memory, adapter, adapter_scales, table + OWN_SCALES, policy);
     added.of(nullptr, carried, ADAPTER);
     added.ask();
+    scales_are_there();
     __syncthreads();
     added.add(sums);
   }
   if (FULL) own.of(nullptr, reinterpret_cast<const u16*>(list), CHANNELS), own.ask();
   if (EARLY) wait_for_producer();
+  scales_are_there();
 
   u32 channels[PAIRS];
   fetch(channels, x);
