@@ -42,7 +42,7 @@ class Shape(NamedTuple):
     wide_residual: bool = False  # it is float32
     span: int = 0  # rows of the table that the adapter's scales are part of
     beside: int = 0  # columns of an adapter that x is multiplied by in the same launch
-    fine: bool = False  # of which the second rows are read for large channels only
+    beside_rows: int = 0
 
 
 class Config(NamedTuple):
@@ -52,6 +52,7 @@ class Config(NamedTuple):
     batch: int  # times 32 rows a warp has in flight
     resident: int  # blocks that find room on a multiprocessor
     split: int  # blocks of a cluster
+    held: bool = True  # scales have room in shared memory
     beside_tile: int = 0  # what tile and batch are of the adapter beside
     beside_batch: int = 0
 
@@ -61,23 +62,30 @@ def config(shape: Shape, sms: int) -> Config | None:
     where groups do not fit a warp's columns.
 
     Clusters of four and more need neighbouring multiprocessors, of which an H200 has fewer than it has in all: where some
-    wait for others to end, the site takes twice as long.
+    wait for others to end, the site takes twice as long. Measured on an H200 for the four sites of Llama-3-8B.
     """
     halves = 2 if shape.gate else 1
     across = shape.columns // halves
 
-    def made(width: int, split: int) -> Config:
+    def made(width: int, split: int, held: bool) -> Config:
         at_once = sms if split <= 2 else sms * 7 // 8
         per_tile = -(-(-(-across // (8 * width))) // max(1, at_once // split))
-        return Config(8 * width * halves * per_tile, width, threads=512, batch=4 if width == 8 else 2, resident=1, split=split)
+        tile, batch = 8 * width * halves * per_tile, (2 if shape.bits == 4 else 1) * 16 // width
+        if shape.beside:  # two blocks to a multiprocessor, one of them of the adapter's as far as these go
+            return Config(tile, width, 256, batch, 2, split, held, beside_tile=8 * width, beside_batch=16 // width)
+        return Config(tile, width, 512, batch, 1, split, held)
 
-    def fits(width: int) -> bool:
-        warp = 8 * width
-        return (shape.group % warp == 0 or warp == shape.group or warp == 2 * shape.group) and (
-            not shape.gate or across % min(warp, shape.group) == 0)
+    def fits(c: Config) -> bool:
+        warp, outputs = 8 * c.width, c.tile // halves
+        return ((shape.group % warp == 0 or shape.group in (warp, warp // 2))
+                and (not shape.gate or across % min(warp, shape.group) == 0)
+                and c.tile // warp <= c.threads // 32 and outputs % (2 * c.split) == 0
+                and (not shape.beside or -(-shape.beside // c.beside_tile) * c.split <= sms)
+                and shared_bytes(shape, c) <= _SHARED // c.resident)
 
-    found = [made(width, split) for width in (16, 8) if fits(width) for split in (1, 2, 4, 8)]
-    return min(found, key=lambda c: (shared_bytes(shape, c) > _SHARED, c.tile / c.split, c.split - c.width / 64), default=None)
+    splits = (4, 2, 1) if shape.beside else (1, 2, 4, 8)
+    found = [made(width, split, held) for held in (True, False) for width in (16, 8) for split in splits]
+    return min(filter(fits, found), key=lambda c: (c.tile / c.split, not c.held), default=None)
 
 
 def shared_bytes(shape: Shape, c: Config) -> int:
@@ -86,18 +94,18 @@ def shared_bytes(shape: Shape, c: Config) -> int:
     if ranked := not (shape.threshold or shape.full):
         entries = -(-shape.channels // 32) * 32
     else:
-        entries = -(-shape.channels // (64 * warps * c.split)) * 64 * warps if shape.threshold or shape.fine else 0
+        entries = -(-shape.channels // (64 * warps * c.split)) * 64 * warps if shape.threshold else 0
     copied = -(-shape.channels // 64) * 64 if shape.full or shape.beside else 0
     listed = (2 * 8192 if ranked else 0) + max(4 * entries, 2 * copied)
     carried = -(-shape.stream // 8) * 16 if shape.adapter else 0
-    half, halves = c.tile // (2 if shape.gate else 1), 2 if shape.gate else 1
-    rows_of_64 = -(-shape.channels // (64 * c.split)) * 64
-    own = _groups(half, shape.group) * halves * (-(-shape.channels // 64) * 64 if ranked else rows_of_64) * (4 if shape.bits == 4 else 2)
-    added = _groups(half, shape.group) * -(-shape.adapter // (64 * c.split)) * 64 * 2
-    further = _groups(c.beside_tile, shape.group) * -(-2 * shape.channels // (64 * c.split)) * 64 * 2 if shape.beside else 0
+    halves = 2 if shape.gate else 1
+    share = -(-shape.channels // 64) * 64 if ranked else -(-shape.channels // (64 * c.split)) * 64
+    own = _groups(c.tile // halves, shape.group) * halves * share * (4 if shape.bits == 4 else 2) if c.held else 0
+    added = _groups(c.tile // halves, shape.group) * -(-shape.adapter // (64 * c.split)) * 64 * 2
+    further = _groups(c.beside_tile, shape.group) * -(-shape.beside_rows // (64 * c.split)) * 64 * 2 if shape.beside else 0
     scales = max(own + added, further)
     digits = warps * _STEPS * max(1, 8 * c.width // shape.group) * _DIGITS * 32
-    outputs = c.tile // (2 if shape.gate else 1) // c.split
+    outputs = c.tile // halves // c.split
 
     def partials(tile: int, outputs: int) -> int:
         deep = warps // (tile // (8 * c.width))
@@ -116,9 +124,9 @@ def constants(shape: Shape, c: Config) -> dict[str, int]:
     """The macros that quantized_linear.cu is compiled with."""
     return constants_of(shape) | {
         "STREAM": shape.stream, "CHOSEN": shape.chosen, "WIDE_RESIDUAL": int(shape.wide_residual), "BESIDE": shape.beside,
-        "FINE": int(shape.fine), "ADAPTER_SPAN": shape.span, "TILE": c.tile, "WIDTH": c.width, "THREADS": c.threads, "BATCH": c.batch,
-        "RESIDENT": c.resident, "SPLIT": c.split, "BESIDE_TILE": c.beside_tile or c.tile, "BESIDE_BATCH": c.beside_batch or 1,
-        "SHARED": shared_bytes(shape, c)}
+        "BESIDE_ROWS": shape.beside_rows, "ADAPTER_SPAN": shape.span, "TILE": c.tile, "WIDTH": c.width, "THREADS": c.threads,
+        "BATCH": c.batch, "RESIDENT": c.resident, "SPLIT": c.split, "HELD": int(c.held),
+        "BESIDE_TILE": c.beside_tile or c.tile, "BESIDE_BATCH": c.beside_batch or 1, "SHARED": shared_bytes(shape, c)}
 
 
 def constants_of(shape: Shape) -> dict[str, int]:
@@ -147,16 +155,31 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
         return f"a residual's values must be a multiple of 8, not {shape.stream}"
     c = config(shape, nvrtc.properties(x.device).multi_processor_count)
     if c is None:
-        return f"groups of {group} columns do not fit a warp's"
-    if shared_bytes(shape, c) > nvrtc.properties(x.device).shared_memory_per_block_optin:
-        return "a row's list does not fit into shared memory"
+        return f"groups of {group} columns do not fit a warp's, or a row's list does not fit into shared memory"
+    return ""
+
+
+def refuses_beside(x: Tensor, bits: int, columns: int, group: int, norm: bool, gate: str, rows: int, beside: int) -> str:
+    """Why the kernel does not take what ``refuses`` has passed with an adapter beside it, [rows, beside]; "" if it does."""
+    flags = flags_of(x, 0, 0, None, None, False, None, None)
+    shape = shape_of(x, bits, columns, group, 0, norm, gate, flags)._replace(beside_rows=rows, beside=beside, span=rows)
+    if beside % group:
+        return "the adapter's groups are as wide as the weight's"
+    c = config(shape, nvrtc.properties(x.device).multi_processor_count)
+    if c is None or shape.channels % (64 * c.split):
+        return "two blocks do not fit on a multiprocessor, or channels are not whole shares of 64"
     return ""
 
 
 def program(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, bool],
-            stream: int | None = None, chosen: int = 0) -> nvrtc.Program:
-    """Of the kernel that ``quantized_linear`` launches for these, which ``refuses`` has passed; flags: of ``flags_of``."""
+            stream: int | None = None, chosen: int = 0, beside: tuple[int, int, int] = (0, 0, 0)) -> nvrtc.Program:
+    """Of the kernel that ``quantized_linear`` launches for these, which ``refuses`` has passed; flags: of ``flags_of``.
+
+    beside: rows and columns of the adapter beside, which ``refuses_beside`` has passed, and rows of its scales' table.
+    """
     shape = shape_of(x, bits, columns, group, rows, norm, gate, flags, stream, chosen)
+    if beside[1]:
+        shape = shape._replace(beside_rows=beside[0], beside=beside[1], span=beside[2])
     return _program(shape, x.device, config(shape, nvrtc.properties(x.device).multi_processor_count))
 
 
@@ -165,7 +188,7 @@ def shape_of(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bo
     """What a kernel for x, [..., K], is compiled for."""
     adapter = rows - chosen
     return Shape(channels=x.shape[-1], columns=columns, bits=bits, group=group, adapter=adapter,
-                 stream=(adapter if stream is None else stream) if rows else 0, chosen=chosen,
+                 stream=(adapter if stream is None else stream) if rows else 0, chosen=chosen, span=rows,
                  half=x.dtype == torch.float16, gate=gate, norm=norm, **flags)
 
 
@@ -193,7 +216,7 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
                      adapter_scales: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
                      eps: float | None = None, gate: str = "", early: bool = False, gain: Tensor | None = None,
                      threshold: float | None = None, chosen: Tensor | None = None, *, beside: Tensor | None = None,
-                     beside_scales: Tensor | None = None, fine: float = 0.0, using: Config | None = None
+                     beside_scales: Tensor | None = None, using: Config | None = None
                      ) -> Tensor | None:
     """Launch on the tensors' device, which must be the current one, with arguments that ``refuses`` has passed.
 
@@ -201,7 +224,7 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
     """
     shape = shape_of_call(x, k, weight, scales, adapter, bias, residual, eps, gate, early, gain, threshold, chosen)
     if beside is not None:
-        shape = shape._replace(beside=beside.shape[1], fine=fine > 0)
+        shape = shape._replace(beside_rows=beside.shape[0], beside=beside.shape[1])
         adapter, adapter_scales = beside, beside_scales
     scales = by_group(scales, whole=True)
     if adapter_scales is not None:
@@ -212,7 +235,7 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
     if kernel is None:
         return None
     return launch(kernel, shape, c, (x, weight, scales, adapter, adapter_scales, bias, residual, gain, chosen), k, eps,
-                  threshold, fine)
+                  threshold)
 
 
 def shape_of_call(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None, bias: Tensor | None,
@@ -240,12 +263,12 @@ def by_group(scales: Tensor, *, whole: bool) -> Tensor:
 
 
 #: Parameters of the kernel: x, weight, scales, adapter, its scales, bias, residual, gain, chosen, y, what is beside; a number;
-#: eps, threshold, fine.
-_SIGNATURE = (*[POINTER] * 11, INT, FLOAT, FLOAT, FLOAT)
+#: eps, threshold.
+_SIGNATURE = (*[POINTER] * 11, INT, FLOAT, FLOAT)
 
 
 def launch(kernel: nvrtc.Kernel, shape: Shape, c: Config, tensors: Sequence[Tensor | None], k: int, eps: float | None,
-           threshold: float | None, fine: float) -> tuple[Tensor, Tensor | None] | None:
+           threshold: float | None) -> tuple[Tensor, Tensor | None] | None:
     x = tensors[0]
     y = x.new_empty((*x.shape[:-1], shape.columns // (2 if shape.gate else 1)))
     beside = x.new_empty((*x.shape[:-1], shape.beside), dtype=torch.float32) if shape.beside else None
@@ -253,7 +276,7 @@ def launch(kernel: nvrtc.Kernel, shape: Shape, c: Config, tensors: Sequence[Tens
     inputs = [None if t is None else t if any(t is s for s in tables) else nvrtc.aligned(t) for t in tensors]
     pointers = [0 if t is None else t.data_ptr() for t in (*inputs, y, beside)]
     blocks = -(-shape.columns // c.tile) * c.split + (-(-shape.beside // c.beside_tile) * c.split if shape.beside else 0)
-    launched = kernel.launch((blocks, 1, 1), *pointers, k, 0.0 if eps is None else eps, threshold or 0.0, fine)
+    launched = kernel.launch((blocks, 1, 1), *pointers, k, 0.0 if eps is None else eps, threshold or 0.0)
     return (y if beside is None else (y, beside)) if launched else None
 
 

@@ -20,10 +20,10 @@
 // that share a scale), ADAPTER (rows of a residual adapter, in 8 bits, for a residual of STREAM values that is repeated as
 // often as it takes), CHOSEN (rows of 8 bits behind these, for channels of x that are named), TILE (columns a cluster reads),
 // WIDTH (of them a thread's, 8 or 16), BATCH (times 32 rows a warp has in flight), RESIDENT (blocks that find room on a
-// multiprocessor), SPLIT (blocks of a cluster), SHARED (bytes of shared memory), the flags FULL, BIAS, RESIDUAL, EARLY
+// multiprocessor), SPLIT (blocks of a cluster), HELD (whether scales have room in shared memory), SHARED (its bytes), the flags FULL, BIAS, RESIDUAL, EARLY
 // and GAIN, as sparse_linear.cu describes them, and WIDE_RESIDUAL (the residual is float32). BESIDE is the number of columns
-// of the adapter beside, 0 without, BESIDE_TILE and BESIDE_BATCH are what TILE and BATCH are to the others; it has two rows of
-// 8 bits for a channel, and FINE says that the second is read where x reaches a multiple of its root mean square.
+// of the adapter beside, 0 without, and BESIDE_ROWS of its rows, whose values begin anew behind the last channel; BESIDE_TILE
+// and BESIDE_BATCH are to it what TILE and BATCH are to the weight.
 //
 // 8 bits: w = s q, q signed. 4 bits: w = s u + m, u = 0..15, two to a byte, the lower column in the lower half; s and m,
 // 16 bits each, lie side by side. The scales of all rows for one group of columns lie together: those of listed rows, which
@@ -73,15 +73,15 @@ constexpr int share_of(int rows) {
 // Shared memory: histogram (for Top-K) | list | residual | scales | coefficients | partial sums | chosen rows and values |
 // scalars.
 constexpr int HISTOGRAM_BYTES = RANKED ? BINS * 2 : 0;
-constexpr int LISTED = RANKED ? (CHANNELS + 31) / 32 * 32 : THRESHOLD || FINE ? OWN_CHANNELS : 0;
+constexpr int LISTED = RANKED ? (CHANNELS + 31) / 32 * 32 : THRESHOLD ? OWN_CHANNELS : 0;
 constexpr int COPIED = FULL || BESIDE ? (CHANNELS + 63) / 64 * 64 : 0;
 constexpr int LIST_BYTES = LISTED * 4 > COPIED * 2 ? LISTED * 4 : COPIED * 2;
 constexpr int RESIDUAL_AT = HISTOGRAM_BYTES + LIST_BYTES;
 constexpr int SCALES_AT = RESIDUAL_AT + (ADAPTER ? (STREAM + 7) / 8 * 16 : 0);
 constexpr Rows OWN_ROWS = FULL ? Rows::FIRST : THRESHOLD ? Rows::OWN_LIST : Rows::SHARED_LIST;
-constexpr int OWN_SCALES = groups_of<Main>() * Main::halves * share_of<OWN_ROWS>(CHANNELS) * (BITS == 4 ? 4 : 2);
+constexpr int OWN_SCALES = !HELD ? 0 : groups_of<Main>() * Main::halves * share_of<OWN_ROWS>(CHANNELS) * (BITS == 4 ? 4 : 2);
 constexpr int ADAPTER_SCALES = ADAPTER ? groups_of<Main>() * share_of<Rows::FIRST>(ADAPTER) * 2 : 0;
-constexpr int BESIDE_SCALES = BESIDE ? groups_of<Beside>() * share_of<Rows::FIRST>(2 * CHANNELS) * 2 : 0;
+constexpr int BESIDE_SCALES = BESIDE ? groups_of<Beside>() * share_of<Rows::FIRST>(BESIDE_ROWS) * 2 : 0;
 constexpr int SCALES_BYTES = OWN_SCALES + ADAPTER_SCALES > BESIDE_SCALES ? OWN_SCALES + ADAPTER_SCALES : BESIDE_SCALES;
 constexpr int DIGITS_AT = SCALES_AT + SCALES_BYTES;
 constexpr int PARTIAL_AT = DIGITS_AT + WARPS * STEPS * PLANES * 32;
@@ -141,7 +141,7 @@ struct Sums {
 //
 // Lists say row << 16 | value, of LENGTH rows at most. Of the first LENGTH rows ``values`` has the values, and begins anew after
 // every PERIOD. A row has ROW columns, and the scales of a group of columns lie together, SPAN rows'.
-template <int WIDE, int DEPTH, Rows ROWS, int LENGTH, int PERIOD, int ROW, int SPAN, class Place>
+template <int WIDE, int DEPTH, Rows ROWS, int LENGTH, int PERIOD, int ROW, int SPAN, bool IN_BLOCK, class Place>
 struct Product {
   static constexpr bool LIST = ROWS != Rows::FIRST;
   static constexpr int WORDS = WIDTH * WIDE / 32, PER_GROUP = WIDE == 4 ? 2 : 1, APART = Place::deep;
@@ -150,7 +150,7 @@ struct Product {
   static constexpr int SHARE = share_of<ROWS>(LENGTH);
 
   const u8* at;
-  const u8* scales[SETS];  // of a group of this warp's columns, in shared memory
+  const u8* scales[SETS];  // of a group of this warp's columns: IN_BLOCK, those of the rows that the block may multiply
   u8* digits;              // [STEPS, PLANES, 32], this warp's
   u64 policy;
 
@@ -254,11 +254,11 @@ struct Product {
       const int step = first + i * APART, place = place_of(step) + (threadIdx.x & 31);
       if (step >= steps) break;
       const u32 entry = place >= count ? 0u : LIST ? list[place] : values[place % PERIOD], bits = entry & 0xffff;
-      const int row = ROWS == Rows::FIRST ? 32 * step + (threadIdx.x & 31) : ROWS == Rows::SHARED_LIST ? entry >> 16
-                                          : (entry >> 16) / (64 * SPLIT) * 64 + (entry >> 16) % 64;
+      const int row = LIST ? entry >> 16 : min(place, count - 1);
+      const int at = !IN_BLOCK || ROWS == Rows::SHARED_LIST ? row : row / (64 * SPLIT) * 64 + row % 64;
 #pragma unroll
       for (int g = 0; g < SETS; g++) {
-        const u32 pair = WIDE == 4 ? reinterpret_cast<const u32*>(scales[g])[row] : reinterpret_cast<const u16*>(scales[g])[row];
+        const u32 pair = WIDE == 4 ? reinterpret_cast<const u32*>(scales[g])[at] : reinterpret_cast<const u16*>(scales[g])[at];
         const float c = bits ? widen(bits) * widen(pair & 0xffff) : 0.f;  // behind the last row is anything
         if (WIDE == 4 && bits) offset[g] = fmaf(widen(bits), widen(pair >> 16), offset[g]);
         scale[i][g] = __float_as_uint(c);
@@ -356,19 +356,22 @@ struct Columns {
     }
   }
 
-  // Of rows of a weight; ``scales`` are brought to ``table``.
-  template <int WIDE, int DEPTH, Rows ROWS, int LENGTH, int PERIOD, int ROW, int SPAN>
+  // Of rows of a weight; ``scales`` are brought to ``table``, if it has room for them.
+  template <int WIDE, int DEPTH, Rows ROWS, int LENGTH, int PERIOD, int ROW, int SPAN, bool IN_BLOCK = true>
   __device__ __forceinline__ auto product(char* memory, const u8* weight, const u16* scales, u8* table, u64 policy) const {
-    using P = Product<WIDE, DEPTH, ROWS, LENGTH, PERIOD, ROW, SPAN, Place>;
+    using P = Product<WIDE, DEPTH, ROWS, LENGTH, PERIOD, ROW, SPAN, IN_BLOCK, Place>;
     constexpr int BYTES = P::SHARE * P::SCALE_BYTES;
 #pragma unroll
-    for (int h = 0; h < Place::halves; h++)
+    for (int h = 0; IN_BLOCK && h < Place::halves; h++)
       P::bring_scales(table + h * GROUPS * BYTES, scales, first_group[h], GROUPS);
     P p;
     p.at = weight + column / 8 * WIDE, p.policy = policy;
     p.digits = reinterpret_cast<u8*>(memory + DIGITS_AT) + threadIdx.x / 32 * (STEPS * PLANES * 32);
 #pragma unroll
-    for (int g = 0; g < SETS; g++) p.scales[g] = table + group[g] * BYTES;
+    for (int g = 0; g < SETS; g++)
+      p.scales[g] = IN_BLOCK ? table + group[g] * BYTES
+                             : reinterpret_cast<const u8*>(scales) +
+                                   (u64)(first_group[group[g] / GROUPS] + group[g] % GROUPS) * (SPAN * P::SCALE_BYTES);
     return p;
   }
 };
@@ -407,37 +410,21 @@ __device__ __forceinline__ void sum_up(char* memory, const Sums& sums, Finish fi
 
 // A block of those that multiply x by the adapter beside.
 __device__ __forceinline__ void multiply_beside(char* memory, const u16* x, const u8* adapter, const u16* scales, float* result,
-                                                float fine, u64 policy) {
+                                                u64 policy) {
   const int tile = (blockIdx.x - MAIN_BLOCKS) / SPLIT * BESIDE_TILE;
   u16* values = reinterpret_cast<u16*>(memory + HISTOGRAM_BYTES);
-  u32* list = reinterpret_cast<u32*>(memory + HISTOGRAM_BYTES);
-  Scalars* scalars = reinterpret_cast<Scalars*>(memory + SCALARS_AT);
   const Columns<Beside> mine([=](int local) { return tile + local < BESIDE ? tile + local : -1; });
-  u8* table = reinterpret_cast<u8*>(memory + SCALES_AT);
   Sums sums;
-  constexpr int ALL = FINE ? CHANNELS : 2 * CHANNELS, TABLE = groups_of<Beside>() * share_of<Rows::FIRST>(ALL) * 2;
-  auto all = mine.template product<8, BESIDE_BATCH, Rows::FIRST, ALL, CHANNELS, BESIDE, ADAPTER_SPAN>(memory, adapter, scales,
-                                                                                                      table, policy);
-  all.of(nullptr, values, ALL);
+  auto all = mine.template product<8, BESIDE_BATCH, Rows::FIRST, BESIDE_ROWS, CHANNELS, BESIDE, ADAPTER_SPAN>(
+      memory, adapter, scales, reinterpret_cast<u8*>(memory + SCALES_AT), policy);
+  all.of(nullptr, values, BESIDE_ROWS);
   all.ask();
   wait_for_producer();
   scales_are_there();
   u32 channels[PAIRS];
   fetch(channels, x);
-  const float squares = copy(channels, FINE ? squares_of(channels, x) : 0.f, values, scalars);
+  copy(channels, 0.f, values, reinterpret_cast<Scalars*>(memory + SCALARS_AT));
   all.add(sums);
-  if constexpr (FINE) {
-    __syncthreads();  // the values are not read any more
-    const float least = fine * sqrtf(squares / CHANNELS);
-    const int kept = reaching(channels, list, scalars->warp, [=](u32 key) { return !(widen(key) < least); });
-    auto rest = mine.template product<8, BESIDE_BATCH, Rows::OWN_LIST, CHANNELS, CHANNELS, BESIDE, ADAPTER_SPAN>(
-        memory, adapter + (u64)CHANNELS * BESIDE, scales + CHANNELS, table + TABLE, policy);
-    rest.of(list, nullptr, kept);
-    rest.ask();
-    scales_are_there();
-    __syncthreads();
-    rest.add(sums);
-  }
   sum_up<Beside>(memory, sums, [=](int i, float total, float) {
     const int to = tile + blockIdx.x % SPLIT * Beside::outputs + i;
     if (to < BESIDE) result[to] = total;
@@ -448,7 +435,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, RESIDENT)
 quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const u16* __restrict__ scales,
                  const u8* __restrict__ adapter, const u16* __restrict__ adapter_scales, const u16* __restrict__ bias,
                  const void* __restrict__ residual, const u16* __restrict__ gain, const long long* __restrict__ chosen,
-                 u16* __restrict__ y, float* __restrict__ result_beside, int keep, float eps, float threshold, float fine) {
+                 u16* __restrict__ y, float* __restrict__ result_beside, int keep, float eps, float threshold) {
   constexpr int OUTPUTS = Main::outputs;
   extern __shared__ __align__(16) char memory[];
   u32* histogram = reinterpret_cast<u32*>(memory);
@@ -461,7 +448,7 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   cluster_arrive();
   if constexpr (BESIDE > 0)
-    if (blockIdx.x >= MAIN_BLOCKS) return multiply_beside(memory, x, adapter, adapter_scales, result_beside, fine, policy);
+    if (blockIdx.x >= MAIN_BLOCKS) return multiply_beside(memory, x, adapter, adapter_scales, result_beside, policy);
 
   // With a gate the second half of the tile's columns are those to be gated.
   const auto column_of = [=](int local) {
@@ -471,7 +458,7 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
   const Columns<Main> mine(column_of);
   u8* table = reinterpret_cast<u8*>(memory + SCALES_AT);
   Sums sums;
-  auto own = mine.template product<BITS, BATCH, OWN_ROWS, CHANNELS, CHANNELS, COLUMNS, CHANNELS>(memory, weight, scales, table,
+  auto own = mine.template product<BITS, BATCH, OWN_ROWS, CHANNELS, CHANNELS, COLUMNS, CHANNELS, HELD>(memory, weight, scales, table,
                                                                                                  policy);
   for (int i = t; RANKED && i < HISTOGRAM_BYTES / 16; i += THREADS)
     reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);

@@ -304,10 +304,15 @@ def test_opcheck():
 def shapes():
     base = {"channels": 4096, "columns": 4096, "bits": 8, "group": 128, "adapter": 0, "full": False, "half": False,
             "gate": "", "norm": False, "bias": False, "residual": False, "early": False, "gain": False, "threshold": True}
+    ahead = {"beside": 4096, "beside_rows": 5120, "span": 5128}
     more = [{}, {"norm": True, "bias": True, "columns": 6144}, {"norm": True, "gate": "silu", "columns": 28672},
-            {"residual": True, "threshold": False}, {"adapter": 4096, "early": True, "channels": 14336},
+            {"residual": True, "threshold": False},
+            {"adapter": 8192, "stream": 4096, "chosen": 8, "span": 8200, "early": True, "channels": 14336},
             {"full": True, "norm": True, "threshold": False}, {"channels": 64, "columns": 64, "group": 64},
-            {"channels": 28672, "columns": 8192, "adapter": 8192, "threshold": False}, {"norm": True, "gain": True}]
+            {"channels": 28672, "columns": 8192, "adapter": 8192, "stream": 8192, "span": 8192, "threshold": False},
+            {"norm": True, "gain": True}, {"norm": True, "gate": "silu", "columns": 28672} | ahead,
+            {"full": True, "threshold": False} | ahead, {"threshold": False} | ahead,
+            {"chosen": 8, "span": 5128, "residual": True, "wide_residual": True, "channels": 14336}, {"group": 32}]
     return [cuda_quantized.Shape(**base | extra | {"half": half, "bits": bits})
             for extra in more for half in (False, True) for bits in (8, 4)]
 
@@ -329,6 +334,9 @@ def test_configurations_are_valid():
         for sms in (78, 114, 132, 148):
             c = cuda_quantized.config(shape, sms)
             blocks = -(-shape.columns // c.tile) * c.split
-            halves = 2 if shape.gate else 1
-            assert blocks <= sms and c.tile % (64 * halves) == 0 and c.tile // halves % c.split == 0
-            assert cuda_quantized.shared_bytes(shape, c) <= 232448 and c.tile // 16 <= c.threads
+            halves, warp = 2 if shape.gate else 1, 8 * c.width
+            assert blocks <= sms and c.tile % (warp * halves) == 0 and c.tile // halves % (2 * c.split) == 0
+            assert c.tile // warp <= c.threads // 32 and (shape.group % warp == 0 or warp <= 2 * shape.group)
+            assert cuda_quantized.shared_bytes(shape, c) <= 232448 // c.resident
+            if shape.beside:
+                assert blocks + -(-shape.beside // c.beside_tile) * c.split <= 2 * sms
