@@ -149,7 +149,8 @@ struct Product {
 
   static constexpr int SHARE = share_of<ROWS>(LENGTH);
 
-  const u8* at;
+  const u8* weight;
+  u32 mine;  // bytes of a row before this thread's columns
   const u8* scales[SETS];  // of a group of this warp's columns: IN_BLOCK, those of the rows that the block may multiply
   u8* digits;              // [STEPS, PLANES, 32], this warp's
   u64 policy;
@@ -215,7 +216,7 @@ struct Product {
       for (int i = 0; i < 8; i++) row[i] = min(place + i, count - 1);
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++) to[i].load(at + (u64)row[i] * ROW_BYTES, policy);
+    for (int i = 0; i < 8; i++) to[i].load(weight + (row[i] * (u32)ROW_BYTES + mine), policy);
   }
 
   // Adds the products of all rows to the warp's sums. ``ask`` has been called for the first of them.
@@ -299,11 +300,10 @@ struct Product {
 #pragma unroll
         for (int i = 0; i < 2; i++)
           multiply<true>(sum[2 * w + i], front[2 * i], front[2 * i + 1], back[2 * i], back[2 * i + 1], b);
-      } else {  // an upper nibble stays where it is, and counts 16 times
+      } else {  // of two nibbles both together, and the upper one where it is, 16 times what it counts
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          multiply<false>(sum[4 * w + i], front[i] & 0x0f0f0f0f, front[i] & 0xf0f0f0f0, back[i] & 0x0f0f0f0f,
-                          back[i] & 0xf0f0f0f0, b);
+          multiply<false>(sum[4 * w + i], front[i], front[i] & 0xf0f0f0f0, back[i], back[i] & 0xf0f0f0f0, b);
       }
     }
   }
@@ -323,7 +323,9 @@ struct Product {
     for (int m = 0; m < TILES; m++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        float total = (float)sum[m][2 * half] * weight[0] + (float)sum[m][2 * half + 1] * weight[1];
+        const bool lower = WIDE == 4 && half == 0;
+        float total = (float)(sum[m][2 * half] - (lower ? sum[m][2] : 0)) * weight[0] +
+                      (float)(sum[m][2 * half + 1] - (lower ? sum[m][3] : 0)) * weight[1];
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
         if (WIDE == 4) total = fmaf(total, half ? .0625f : 1.f, offset[SETS == 1 ? 0 : set]);
@@ -365,7 +367,7 @@ struct Columns {
     for (int h = 0; IN_BLOCK && h < Place::halves; h++)
       P::bring_scales(table + h * GROUPS * BYTES, scales, first_group[h], GROUPS);
     P p;
-    p.at = weight + column / 8 * WIDE, p.policy = policy;
+    p.weight = weight, p.mine = column / 8 * WIDE, p.policy = policy;
     p.digits = reinterpret_cast<u8*>(memory + DIGITS_AT) + threadIdx.x / 32 * (STEPS * PLANES * 32);
 #pragma unroll
     for (int g = 0; g < SETS; g++)
