@@ -76,10 +76,10 @@ def config(shape: Shape, sms: int) -> Config | None:
         return Config(tile, width, 512, batch, 1, split, held)
 
     def fits(c: Config) -> bool:
-        warp, outputs = 8 * c.width, c.tile // halves
+        warp = 8 * c.width
         return ((shape.group % warp == 0 or shape.group in (warp, warp // 2))
                 and (not shape.gate or across % min(warp, shape.group) == 0)
-                and c.tile // warp <= c.threads // 32 and outputs % (2 * c.split) == 0
+                and c.tile // warp <= c.threads // 32
                 and (not shape.beside or -(-shape.beside // c.beside_tile) * c.split <= sms)
                 and shared_bytes(shape, c) <= _SHARED // c.resident)
 
@@ -105,14 +105,19 @@ def shared_bytes(shape: Shape, c: Config) -> int:
     further = _groups(c.beside_tile, shape.group) * -(-shape.beside_rows // (64 * c.split)) * 64 * 2 if shape.beside else 0
     scales = max(own + added, further)
     digits = warps * _STEPS * max(1, 8 * c.width // shape.group) * _DIGITS * 32
-    outputs = c.tile // halves // c.split
+    outputs = _outputs(c.tile // halves, c)
 
     def partials(tile: int, outputs: int) -> int:
         deep = warps // (tile // (8 * c.width))
-        return 4 * deep * c.split * (tile // c.split // outputs) * (outputs + 4)
+        return 4 * deep * c.split * (halves if tile == c.tile else 1) * (outputs + 4)
 
-    partial = max(partials(c.tile, outputs), partials(c.beside_tile, c.beside_tile // c.split) if shape.beside else 0)
+    partial = max(partials(c.tile, outputs), partials(c.beside_tile, _outputs(c.beside_tile, c)) if shape.beside else 0)
     return listed + carried + scales + digits + partial + shape.chosen * (outputs + 1) * 4 + 8 * warps + 16
+
+
+def _outputs(columns: int, c: Config) -> int:
+    """That a block of a cluster finishes."""
+    return -(-columns // (2 * c.split)) * 2
 
 
 def _groups(columns: int, group: int) -> int:

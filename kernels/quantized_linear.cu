@@ -46,10 +46,11 @@ constexpr int MAIN_BLOCKS = (OUT_COLUMNS + OUT_TILE - 1) / OUT_TILE * SPLIT;
 template <int COLUMNS_OF_TILE, int OUT>
 struct Warps {
   static constexpr int across = COLUMNS_OF_TILE / WARP_COLUMNS, deep = WARPS / across;
-  static constexpr int out = OUT, outputs = OUT / SPLIT, halves = COLUMNS_OF_TILE / OUT;  // outputs: that a block finishes
+  static constexpr int out = OUT, halves = COLUMNS_OF_TILE / OUT;
+  static constexpr int outputs = (OUT + 2 * SPLIT - 1) / (2 * SPLIT) * 2;  // that a block finishes, the last one fewer
   static constexpr int parts = deep * SPLIT, part = outputs + 4, partials = parts * halves * part;  // sums that meet in it
   static_assert(COLUMNS_OF_TILE % WARP_COLUMNS == 0 && across <= WARPS, "a warp's columns lie together");
-  static_assert(OUT % WARP_COLUMNS == 0 && OUT % (2 * SPLIT) == 0, "no output is left over, nor a half of two");
+  static_assert(OUT % WARP_COLUMNS == 0, "a warp's columns lie in one half");
 };
 using Main = Warps<TILE, OUT_TILE>;
 using Beside = Warps<BESIDE_TILE, BESIDE_TILE>;
@@ -406,7 +407,8 @@ __device__ __forceinline__ void sum_up(char* memory, const Sums& sums, Finish fi
     for (int o = FOLD / 2; o; o >>= 1)
 #pragma unroll
       for (int half = 0; half < Place::halves; half++) total[half] += __shfl_xor_sync(~0u, total[half], o);
-    if (threadIdx.x % FOLD == 0 && i < Place::outputs) finish(i, total[0], total[1]);
+    if (threadIdx.x % FOLD == 0 && i < Place::outputs && (int)blockIdx.x % SPLIT * Place::outputs + i < Place::out)
+      finish(i, total[0], total[1]);
   }
 }
 

@@ -2,15 +2,16 @@
 
 Graphs read their part of the packed tensor as a view, or all of it at once (``fuse_sites``): prefill and decode share it.
 
-Where weights are quantised an adapter has tensors of its own, twice 8 bits: r A = [r, r] . [A_8; A - A_8]. The stream goes
-through all adapters, and its few large channels would make the rounding of 8 bits noise beside all others; the noise of
-a weight enters a branch alone.
+Where weights are quantised an adapter has tensors of its own, twice 8 bits: r A = [r, r_L] . [A_8; (A - A_8)_L]. The stream
+goes through all adapters, and its few large channels would make the rounding of 8 bits noise beside all others; the noise of
+a weight enters a branch alone. L is the first quarter of the channels where principal components have nearly all of the stream
+there, and all channels where the plan does not say so.
 
-The same product takes in what rounding leaves over in a few rows of h4, S: [r, r, x_S] . [A_8; A - A_8; (W - W_q)_S], W_q
+The same product takes in what rounding leaves over in a few rows of h4, S: [r, r_L, x_S] . [A_8; (A - A_8)_L; (W - W_q)_S], W_q
 the weight in its few bits. A model makes its massive activations there, one channel of thousands, and the rounding of
 that channel's row is noise in all that attends to the token (``ir.expressions.strongest`` finds it without data).
 
-A product of many rows reads [r, r, x_S] as a tensor. The site's op reads r and x where they lie: to put it together is a
+A product of many rows reads [r, r_L, x_S] as a tensor. The site's op reads r and x where they lie: to put it together is a
 launch of its own, and nothing of it would be there before x is.
 """
 
@@ -50,8 +51,10 @@ def run(ctx: Context) -> PassResult:
             add, quantised = g.only_user(sparse.output), sparse.weight.adapter()
             made = _made_by(site, sites)
             with graph.inserting_before(add):  # behind x, which the product may read
-                rows = ex.weight_call(graph, ex.in_two, adapter, quantised.group, quantised.dtype)
-                read, chosen, count = [residual, residual], None, 0
+                basis = _basis(adapter)
+                twice = width // 4 if basis in ctx.plan.led and width % 64 == 0 else width  # a vector stays whole 16 bytes
+                rows = ex.weight_call(graph, ex.in_two, adapter, quantised.group, quantised.dtype, twice, ctx.pairs(basis))
+                read, chosen, count = [residual, graph.call_function(torch.narrow, (residual, -1, 0, twice))], None, 0
                 if made is not None:
                     exact, weight, count = _exact(sparse), sparse.weight, STRONGEST
                     chosen = ex.weight_call(graph, ex.strongest, *(ex.unrotated(graph, w) for w in (made, exact)), count)
@@ -63,7 +66,7 @@ def run(ctx: Context) -> PassResult:
                 product = graph.call_function(torch.matmul, (graph.call_function(torch.cat, (read, -1)), matrix))
             product.meta = dict(adapted.meta)
             adapted.replace_all_uses_with(product)
-            site.sparse = replace(sparse, beside=Adapter(stored, product, residual, 2 * width + count, chosen, count))
+            site.sparse = replace(sparse, beside=Adapter(stored, product, residual, width + twice + count, chosen, count))
             result.count("adapters")
             continue
         with graph.inserting_after(leaves[-1]):
@@ -77,6 +80,13 @@ def run(ctx: Context) -> PassResult:
         result.count("adapters")
     effects.remove_dead_code(graph)
     return result
+
+
+def _basis(adapter: fx.Node) -> str | None:
+    """The basis of the stream that the adapter is multiplied with: its first factor leads back from it."""
+    while adapter.args and isinstance(adapter.args[0], fx.Node):
+        adapter = adapter.args[0]
+    return adapter.meta.get(ex.ROTATION)
 
 
 def _exact(sparse: SparseSite) -> fx.Node:

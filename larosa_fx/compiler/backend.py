@@ -312,7 +312,7 @@ class CompiledGraph:
                 quantize=self.options.quantize, op_by_op=self.options.compiler == "eager",
                 device=Device(pick=partial(pick, rows=self.options.rows)),
                 plan=PlanView(plan.rotation, plan.matrices, plan.k_at(self.options.sparsity),
-                              plan.thresholds_at(self.options.sparsity, self.options.selection), plan.idle)), run)
+                              plan.thresholds_at(self.options.sparsity, self.options.selection), plan.idle, plan.led)), run)
         except fold_maps.HalfRotatedError as error:
             raise LarosaError(f"larosa: {error}") from error
 
@@ -366,7 +366,7 @@ def _structure(plan: Plan | None, options: Options) -> tuple | None:
     asked = (options.sparsity, options.selection)
     if asked not in known:
         thresholds = plan.thresholds_at(*asked)
-        known[asked] = (plan.rotation, plan.idle,
+        known[asked] = (plan.rotation, plan.idle, plan.led,
                         tuple((site.name, site.in_features, site.out_features) for site in plan.sites),
                         tuple((name, tuple(matrix.shape)) for name, matrix in plan.matrices.items()),
                         tuple(plan.k_at(options.sparsity).items()), thresholds and tuple(thresholds.items()))

@@ -24,7 +24,7 @@ class PlanView:
 
     rotation: its granularity. matrices: rotations [D, D] by basis, maps of heads and scales by site, where it has them.
     k: channels kept at each site. thresholds: in place of Top-K, with which each site keeps k channels on average.
-    idle: bases whose last channel is, ``Plan.idle``.
+    idle: bases whose last channel is, ``Plan.idle``. led: those whose first quarter of channels leads, ``Plan.led``.
     """
 
     rotation: str = "none"
@@ -32,6 +32,7 @@ class PlanView:
     k: Mapping[str, int] = field(default_factory=dict)
     thresholds: Mapping[str, float] | None = None
     idle: Collection[str] = ()
+    led: Collection[str] = ()
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,16 @@ def left_over(w: torch.Tensor, chosen: torch.Tensor, bits: int, group: int, dtyp
     return rows - dequantize(*quantize(rows, bits, group, dtype))
 
 
-def in_two(w: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """w, [D, N], as 8 bits hold it, and below it what they leave over: [2 D, N], whose halves add up to w."""
+def in_two(w: torch.Tensor, group: int, dtype: torch.dtype, rows: int, pairs: int = 0) -> torch.Tensor:
+    """w, [D, N], as 8 bits hold it, and below it what they leave over of the first ``rows``: [D + rows, N].
+
+    pairs: that many first rows are multiplied by the same as the last ones (``doubled``), and hold what is left over of both.
+    """
     coarse = dequantize(*quantize(w, 8, group, dtype)).to(w.dtype)
-    return torch.cat([coarse, w - coarse])
+    over = w - coarse
+    if pairs:
+        over[:pairs] += over[-pairs:].flip(0)
+    return torch.cat([coarse, over[:rows]])
 
 
 def rows(w: torch.Tensor, start: int, length: int) -> torch.Tensor:
