@@ -10,7 +10,7 @@ from torch import Tensor
 
 from larosa_fx.kernels import cuda_quantized, cuda_rows, nvrtc
 from larosa_fx.kernels.cuda_linear import flags_of
-from larosa_fx.kernels.cuda_quantized import Shape
+from larosa_fx.kernels.cuda_quantized import Shape, by_group
 from larosa_fx.kernels.cuda_rows import MAX_ROWS, compiled_rows
 from larosa_fx.kernels.nvrtc import FLOAT, INT, POINTER
 from larosa_fx.kernels.reference import adapter_input, rows_of
@@ -105,8 +105,21 @@ def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor 
     kernel = _kernel(shape, compiled_rows(rows), x.device, c)
     if kernel is None:
         return None
-    return cuda_quantized.launch(kernel, shape, -(-shape.columns // c.tile) * c.split,
-                                 (x, weight, scales, adapter, adapter_scales, bias, residual, gain), rows, eps, threshold)
+    y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
+    aligned = nvrtc.aligned
+    inputs = [None if t is None else ready(t) for t, ready in (
+        (x, aligned), (weight, aligned), (scales, _by_group), (adapter, aligned), (adapter_scales, _by_group), (bias, aligned),
+        (residual, aligned), (gain, aligned))]
+    pointers = [0 if t is None else t.data_ptr() for t in (*inputs, y)]
+    blocks = -(-shape.columns // c.tile) * c.split
+    launched = kernel.launch((blocks, 1, 1), *pointers, rows, 0.0 if eps is None else eps, threshold or 0.0)
+    return y if launched else None
+
+
+def _by_group(scales: Tensor) -> Tensor:
+    """The scales as the kernel reads them, a pair with one load."""
+    scales = by_group(scales, whole=True)
+    return scales.clone() if scales.data_ptr() % 4 else scales
 
 
 #: Parameters of the kernel: x, weight, scales, adapter, its scales, bias, residual, gain, y; a number; eps, threshold.

@@ -23,6 +23,8 @@ def _op(function: Callable, on_cpu: Callable | None = None, mutates_args: tuple[
 
     ``torch.library.custom_op`` without its autograd wrapper, which takes longer than all the rest of a call on a CPU. What
     is lost with it is of no use here: the version count of mutated arguments, and an error that says "no derivative".
+
+    A compiler hands an op its arguments as they lie: scales that lie group by group are not to be copied in front of it.
     """
     def serve(*args):
         if not args[0].is_cpu:
@@ -34,7 +36,7 @@ def _op(function: Callable, on_cpu: Callable | None = None, mutates_args: tuple[
     schema = torch.library.infer_schema(function, mutates_args=mutates_args)
     for namespace in ("larosa", "larosa_python") if on_cpu else ("larosa",):
         name = f"{namespace}::{function.__name__}"
-        torch.library.define(name, schema)
+        torch.library.define(name, schema, tags=torch.Tag.needs_exact_strides)
         torch.library.impl(name, "CompositeExplicitAutograd")(serve if on_cpu else function)
     SCHEMAS.append(f"larosa::{function.__name__}{schema}")
     overload = getattr(torch.ops.larosa, function.__name__).default

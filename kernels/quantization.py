@@ -5,12 +5,18 @@ groups along the channels, as most checkpoints have them, would cost a scale row
 
 int8, symmetric: ``w = s q``, q int8 [K, N], s [K, N / group]. int4: ``w = s u + m``, u = 0..15 packed two to a byte, the
 lower column in the lower half, uint8 [K, N / 2]; s and m side by side, [K, N / group, 2].
+
+A GPU's kernels gather the scales of listed rows, a group at a time, so there those of one group lie together in memory.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 BITS = {"int8": 8, "int4": 4}
+#: Types of devices whose scales lie group by group.
+BY_GROUP = {"cuda"}
 _RANGES = (1.0, 0.93, 0.87, 0.8)  # an int4 group's, in parts of the whole one: where fits of its steps begin
 _FITS = 6
 #: Weights quantised at a time: what is computed on the way is many times as large. A CPU keeps it in its caches; a GPU needs
@@ -44,6 +50,22 @@ def quantize(weight: Tensor, bits: int, group: int, dtype: torch.dtype, pairs: i
         fine, fine_scales = quantize(sums - dequantize(q[:pairs], scales[:pairs]), bits, group, dtype)
         q[-pairs:], scales[-pairs:] = fine.flip(0), fine_scales.flip(0)
     return q, scales
+
+
+def laid_out(scales: Tensor, device_type: str) -> Tensor:
+    """The scales, [K, groups] or [K, groups, 2], as they lie in memory on a type of device: row by row, or group by group.
+    A copy if need be; the shape is the same."""
+    return scales.transpose(0, 1).contiguous().transpose(0, 1) if device_type in BY_GROUP else scales.contiguous()
+
+
+def lies_in_order(scales: Tensor) -> bool:
+    """Whether scales lie row by row or group by group; these may be some rows of a larger table that does."""
+    if scales.is_contiguous():
+        return True
+    rows, _, *pair = scales.shape
+    width = math.prod(pair)
+    row, group, *last = scales.stride()
+    return row == width and group >= rows * width and last in ([], [1])
 
 
 def dequantize(weight: Tensor, scales: Tensor) -> Tensor:

@@ -6,6 +6,8 @@
 // of a value and a scale is cut into two bf16, which for bf16 are the product itself, and for fp16 miss 2^-18 of it at
 // most. Eight columns of an operand are eight rows of x, each multiplied twice; or up to four rows and their second parts.
 //
+// The scales of a group lie together, those of all rows of the table, and then those of the next group.
+//
 // Compiled at run time with the constants of few_rows.cuh, SPLIT among them, and: BITS (8 or 4), GROUP (columns that share a
 // scale, a multiple of 8 WIDTH). WIDTH is 4, 8 or 16. The adapter has 8 bits.
 
@@ -94,8 +96,8 @@ struct Step {
   u32 scale[4];
 };
 
-// Rows of a weight of WIDE bits from one on.
-template <int WIDE>
+// Rows of a weight of WIDE bits from one on; HEIGHT: rows of the whole weight.
+template <int WIDE, int HEIGHT>
 struct Rows {
   using Batch = Step[BATCH];
   static constexpr int PER_GROUP = WIDE == 4 ? 2 : 1;  // scales
@@ -104,10 +106,10 @@ struct Rows {
   const u16* scales;
 
   __device__ __forceinline__ Rows columns(int from) const {
-    return {at + from * WIDE / 8, scales + from / GROUP * PER_GROUP};
+    return {at + from * WIDE / 8, scales + (u64)(from / GROUP) * (HEIGHT * PER_GROUP)};
   }
   __device__ __forceinline__ Rows behind(int rows) const {
-    return {at + (u64)rows * (COLUMNS / 8 * WIDE), scales + (u64)rows * (COLUMNS / GROUP * PER_GROUP)};
+    return {at + (u64)rows * (COLUMNS / 8 * WIDE), scales + rows * PER_GROUP};
   }
 
   template <bool LISTED>
@@ -182,11 +184,14 @@ struct Rows {
   }
 };
 
-struct Weight : Rows<BITS> {
-  Rows<8> beside;  // the adapter
+using Own = Rows<BITS, CHANNELS>;
+using Adapter = Rows<8, ADAPTER>;
 
-  __device__ __forceinline__ Weight columns(int from) const { return {Rows<BITS>::columns(from), beside.columns(from)}; }
-  __device__ __forceinline__ Rows<8> adapter(int rows) const { return beside.behind(rows); }
+struct Weight : Own {
+  Adapter beside;
+
+  __device__ __forceinline__ Weight columns(int from) const { return {Own::columns(from), beside.columns(from)}; }
+  __device__ __forceinline__ Adapter adapter(int rows) const { return beside.behind(rows); }
 
   // Adds both parts of a row's products, which are two threads', and its offset, of which four threads have each a part.
   __device__ __forceinline__ void settle(Sums& sums) const {

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from larosa_fx.kernels.quantization import dequantize
+from larosa_fx.kernels.quantization import dequantize, lies_in_order
 
 # Floating types that can be ranked, each with the integer type of its width.
 BITS = {
@@ -185,8 +185,9 @@ def check_format(weight: Tensor, scales: Tensor, op: str) -> tuple[int, int]:
     if weight.dim() != 2 or groups == 0 or scales.shape != (rows, groups, *([2] if four else [])) or columns % groups:
         raise ValueError(f"{op}: scales must be [K, groups{', 2' if four else ''}] for a weight of K rows, whose columns "
                          f"the groups divide, got {tuple(scales.shape)} for {tuple(weight.shape)}")
-    if not weight.is_contiguous() or not scales.is_contiguous():
-        raise ValueError(f"{op}: weight and scales must be contiguous, got strides {weight.stride()} and {scales.stride()}")
+    if not weight.is_contiguous() or not lies_in_order(scales):
+        raise ValueError(f"{op}: weight must be contiguous, and scales too, or those of each group together, got strides "
+                         f"{weight.stride()} and {scales.stride()}")
     if weight.device != scales.device:
         raise ValueError(f"{op}: all tensors must be on one device, got {weight.device} and {scales.device}")
     return rows, columns
@@ -459,7 +460,8 @@ def quantized_linear(
     """``sparse_linear`` over weights of 8 or 4 bits, as ``larosa_fx.kernels.quantization`` stores them.
 
     Args:
-        weight, scales: [K, N] int8 with [K, N / group], or [K, N / 2] uint8 with [K, N / group, 2], scales in x's dtype.
+        weight, scales: [K, N] int8 with [K, N / group], or [K, N / 2] uint8 with [K, N / group, 2], scales in x's dtype. These
+            lie row by row, or group by group, as a GPU's kernels read them: elsewhere, and otherwise there, they are copied.
         adapter, adapter_scales: the residual adapter, [C D + E, N] int8 with [C D + E, N / group], C at least 1. Its first
             C D rows multiply the residual, [..., D], which it needs, C times over; the E rows behind them the channels
             ``chosen`` of x.

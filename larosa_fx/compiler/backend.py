@@ -283,7 +283,7 @@ class CompiledGraph:
             specs = binding.specs(here)
         except Exception as error:
             raise PassError.of("folding", error) from error
-        report.bytes_added = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in specs)
+        report.bytes_added = sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs)
         if self.options.weights == "replace":
             report.bytes_added -= sum(here[i].nbytes for i in binding.replaceable(here))
         # The plan's own matrices come with each binding: a graph holds no plan.

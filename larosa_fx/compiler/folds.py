@@ -169,8 +169,9 @@ class FoldStore:
               tensor: torch.Tensor) -> Folded:
         """Take ``tensor`` for what is folded from these parameters, as they are now. Who holds the result keeps it.
 
-        dtype: that of the weights; what is quantised is stored in another.
+        dtype: that of the weights; what is quantised is stored in another. ``tensor`` may lie in memory as files have it.
         """
+        tensor = Recipe(expression).laid_out(tensor, tensor.device.type)
         entry = Folded(tensor, [weakref.ref(p) for p in parameters], self.marks(parameters))
         self._enter((expression, digest, dtype, tensor.device, tuple(map(id, parameters))), entry)
         return entry
@@ -269,7 +270,7 @@ class FoldStore:
         done = [p for p in parameters if id(p) in hosts]
         for p in done:
             if isinstance(p, torch.nn.Parameter):
-                p.data = hosts[id(p)].view(-1)[:p.numel()].as_strided(p.size(), p.stride())
+                p.data = hosts[id(p)].as_strided(p.size(), p.stride())
             else:
                 p.data = without_memory(p)
         self._give_up(done)
@@ -321,7 +322,8 @@ def _evaluate(recipe: Recipe, parameters: Sequence[torch.Tensor], rotations: Map
         folded = None
     if folded is None:  # slower, but there is room; and only here is free what the failure's frames held
         folded = recipe.evaluate(parameters, rotations, dtype=dtype, device=torch.device("cpu"))
-    return {part: _in_memory_of_its_own(tensor.to(device), parameters) for part, tensor in folded.items()}
+    return {part: _in_memory_of_its_own(part.laid_out(tensor.to(device), device.type), parameters)
+            for part, tensor in folded.items()}
 
 
 def _in_memory_of_its_own(folded: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -462,12 +464,13 @@ class Binding:
         kept = set(self.kept())
         return sorted({i for recipe in self.recipes() for i in recipe.sources if i not in kept and args[i].ndim > 1})
 
-    def specs(self, args: Sequence[object]) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:
-        """Shape, dtype and device of each folded tensor, without folding."""
+    def specs(self, args: Sequence[object]) -> list[compat.Spec]:
+        """What each folded tensor will be like, without folding."""
         meta = torch.device("meta")
-        folded = [recipe.evaluate([args[i].to(meta) for i in recipe.sources], self.rotations, dtype=self.dtype,
-                                  device=meta)[recipe] for recipe in self.recipes()]
-        return [(tuple(tensor.shape), tensor.dtype, self.device) for tensor in folded]
+        folded = [recipe.laid_out(recipe.evaluate([args[i].to(meta) for i in recipe.sources], self.rotations,
+                                                  dtype=self.dtype, device=meta)[recipe], self.device.type)
+                  for recipe in self.recipes()]
+        return [compat.Spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, self.device) for tensor in folded]
 
     def fold(self, args: Sequence[object], *, replace: bool = False) -> list[Folded]:
         """The folded tensors for these parameters, in the order of the recipes.

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -140,14 +141,23 @@ def foreach_add(graph: fx.Graph, tensors: Sequence[fx.Node], by: int) -> fx.Node
     return graph.call_function(torch._foreach_add_, (list(tensors), by))
 
 
-def fake_tensors(example_inputs: Sequence[object], specs: Sequence[tuple[tuple[int, ...], torch.dtype, torch.device]]):
-    """Fake tensors of the given (shape, dtype, device): in the fake mode that Dynamo traces with, outside of Dynamo in one
-    of their own; no memory is taken in either (2.11 to 2.13)."""
+class Spec(NamedTuple):
+    """What a tensor is like, but for its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def fake_tensors(example_inputs: Sequence[object], specs: Sequence[Spec]) -> list[torch.Tensor]:
+    """Fake tensors like these: in the fake mode that Dynamo traces with, outside of Dynamo in one of their own; no memory is
+    taken in either (2.11 to 2.13)."""
     from torch._guards import detect_fake_mode
     from torch._subclasses import FakeTensorMode
 
     with detect_fake_mode(example_inputs) or FakeTensorMode():
-        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in specs]
+        return [torch.empty_strided(*spec[:2], dtype=spec.dtype, device=spec.device) for spec in specs]
 
 
 def is_plain(example: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from fractions import Fraction
 import torch
 
 from larosa_fx.ir.expressions import WEIGHT_FUNCTIONS, centred, stored
-from larosa_fx.kernels.quantization import quantize
+from larosa_fx.kernels.quantization import laid_out, quantize
 
 _LARGE = 1 << 24  # elements of a weight that is folded whole
 _ROWS = 128  # what pieces are a multiple of; groups of quantised columns divide it
@@ -51,6 +51,11 @@ class Recipe:
             return (self,)
         weight, pairs = self.expression[:6], self.expression[7:]
         return tuple(Recipe((*weight, ("constant", part), *pairs), self.sources) for part in (0, 1))
+
+    def laid_out(self, value: torch.Tensor, device_type: str) -> torch.Tensor:
+        """The recipe's value as it lies in memory on a type of device; a copy if need be."""
+        is_scales = _is_quantised(self.expression) and self.expression[6] == ("constant", 1)
+        return laid_out(value, device_type) if is_scales else value
 
     def evaluate(self, parameters: Sequence[torch.Tensor], rotations: Mapping[str, torch.Tensor], *, dtype: torch.dtype,
                  device: torch.device) -> dict[Recipe, torch.Tensor]:

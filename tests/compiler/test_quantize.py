@@ -12,7 +12,7 @@ from larosa_fx.compiler.folds import STORE
 from larosa_fx.ir import context, expressions
 from larosa_fx.ir.expressions import alike, doubled, in_two, left_over, strongest
 from larosa_fx.ir.spelling import spell
-from larosa_fx.kernels import cpu, cpu_ops
+from larosa_fx.kernels import cpu, cpu_ops, quantization
 from larosa_fx.kernels.quantization import BITS, dequantize, quantize
 from larosa_fx.passes import pack_adapters
 from tiny import batches, error, ids, llama
@@ -247,6 +247,50 @@ def test_generation_on_a_cpu(bits, fresh_dynamo):
     larosa_fx.enable(model, quantize=bits, sparsity=0.0, compiler="eager")
     assert torch.equal(model.generate(x, max_new_tokens=8, do_sample=False), expected)
     assert {site.kernel for site in larosa_fx.last_report().sites} == {"C++ quantized_linear"}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_scales_that_lie_group_by_group_reach_the_op_so(bits, fresh_dynamo, monkeypatch):
+    """As on a GPU: compiled code makes no copy of them, and what changes is folded into the same memory."""
+    if cpu.library() is None:
+        pytest.skip("there is no C++ compiler")
+    x, seen, run = ids(1, 1), [], cpu.quantized_linear
+
+    def fast():
+        model = llama(**WIDE | {"hidden_size": 256})  # no weight has one group alone, which lies both ways
+        torch.manual_seed(1)
+        larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
+        return model, compiled(model, quantize=bits, sparsity=0.5, compiler="inductor", sparsify="decode")
+
+    def change(model):
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+
+    model, by_row = fast()
+    expected = [by_row(x).logits, change(model), by_row(x).logits]
+    monkeypatch.setattr(cpu, "quantized_linear", lambda *args: seen.append((args[3], args[5])) or run(*args))
+    monkeypatch.setattr(quantization, "BY_GROUP", {"cpu"})
+    model, by_group = fast()
+    assert torch.equal(by_group(x).logits, expected[0])
+    given = [scales for pair in seen for scales in pair if scales is not None]
+    assert len(seen) == len(larosa_fx.last_report().sites) == len(given) - larosa_fx.last_report().adapters
+    assert all(scales.transpose(0, 1).is_contiguous() and not scales.is_contiguous() for scales in given)
+    held = {scales.data_ptr() for scales in given}
+    assert held <= {entry.tensor.data_ptr() for entry in STORE.folded_from(list(model.parameters()))}
+    change(model)
+    made = STORE.made
+    seen.clear()
+    assert torch.equal(by_group(x).logits, expected[2]) and not torch.equal(expected[0], expected[2])
+    assert STORE.made == made and held == {scales.data_ptr() for pair in seen for scales in pair if scales is not None}
+
+
+def test_what_files_hold_lies_as_folded_tensors_do(monkeypatch):
+    monkeypatch.setattr(quantization, "BY_GROUP", {"cpu"})
+    weight, scales = quantize(torch.randn(64, 128), 4, 32, torch.bfloat16)
+    for part, tensor in enumerate((weight, scales)):
+        expression = ("call", expressions.stored, ("input", 0), *(("constant", c) for c in (4, 32, torch.bfloat16, part)))
+        held = STORE.adopt(expression, [torch.nn.Parameter(torch.randn(64, 128))], "", torch.bfloat16, tensor).tensor
+        assert torch.equal(held, tensor) and (held.is_contiguous(), held.mT.is_contiguous()) == (not part, False)
+        assert held is tensor or held.transpose(0, 1).is_contiguous()
 
 
 def test_other_words_are_refused():

@@ -8,7 +8,7 @@ import torch
 
 from larosa_fx.kernels import cpu, cpu_ops
 from larosa_fx.kernels.ops import decode_attention, quantized_linear, sparse_linear
-from larosa_fx.kernels.quantization import quantize
+from larosa_fx.kernels.quantization import laid_out, quantize
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler")
 
@@ -112,6 +112,16 @@ def test_chosen_channels_that_are_not_plain_are_answered(in_python):
     assert torch.equal(quantized_linear(**call | {"chosen": call["chosen"].repeat_interleave(2)[::2]}), got)
     assert torch.equal(quantized_linear(**call | {"residual": call["residual"].T.contiguous().T}), got)
     assert in_python == ["quantized_linear"] * 2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("which", ["scales", "adapter_scales"])
+def test_scales_that_lie_group_by_group_are_answered_by_python(which, bits, in_python):
+    call = _quantized(torch.float32, 2, bits)
+    call[which] = call[which].repeat_interleave(2, 1) if call[which].shape[1] == 1 else call[which]
+    got = quantized_linear(**call)
+    assert not in_python and torch.equal(quantized_linear(**call | {which: laid_out(call[which], "cuda")}), got)
+    assert in_python == ["quantized_linear"]
 
 
 @pytest.mark.parametrize("batch", [1, 2])

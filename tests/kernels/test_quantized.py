@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from larosa_fx.kernels import cuda_quantized, nvrtc, reference
-from larosa_fx.kernels.quantization import dequantize, quantize
+from larosa_fx.kernels.quantization import dequantize, laid_out, lies_in_order, quantize
 
 linear = torch.ops.larosa.quantized_linear.default
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
@@ -219,10 +219,36 @@ def test_any_number_of_rows(times, chosen, rows, dtype, bits, device):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_scales_on_a_gpu_lie_group_by_group(bits):
+    _, scales = quantize(torch.randn(32, 256), bits, 64, torch.bfloat16)
+    there, here = laid_out(scales, "cuda"), laid_out(scales, "cpu")
+    assert torch.equal(there, scales) and there.transpose(0, 1).is_contiguous() and not there.is_contiguous()
+    assert here is scales and laid_out(there, "cuda").data_ptr() == there.data_ptr()
+    assert torch.equal(laid_out(there, "cpu"), scales) and laid_out(there, "cpu").is_contiguous()
+    assert all(map(lies_in_order, (scales, there, there[5:9], there[:1])))
+    assert not any(map(lies_in_order, (there[::2], scales[:, :2], scales[:, :1].expand_as(scales), scales.flip(0)[..., ::2])))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scales_may_lie_group_by_group(bits, device):
+    """Those of an adapter as some rows of a larger one's."""
+    a, _ = case(bits, 64, 256, 192, torch.bfloat16, device, adapter=64, times=2)
+    expected = linear(**a, k=256, threshold=0.7)
+    table = torch.cat([a["adapter_scales"].flip(0), a["adapter_scales"]])
+    other = a | {"scales": laid_out(a["scales"], "cuda"), "adapter_scales": laid_out(table, "cuda")[128:]}
+    assert torch.equal(linear(**other, k=256, threshold=0.7), expected)
+    with pytest.raises(ValueError, match="those of each group together, got strides"):
+        linear(**a | {"scales": a["scales"].repeat_interleave(2, 0)[::2]}, k=256)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_dequantized_rows(bits):
     stored, scales = quantize(torch.randn(32, 128), bits, 64, torch.bfloat16)
     found = torch.ops.larosa.dequantized(stored, scales)
     assert found.dtype == torch.bfloat16 and torch.equal(found, dequantize(stored, scales).bfloat16())
+    again = torch.ops.larosa.dequantized(stored, laid_out(scales, "cuda"))
+    assert torch.equal(again, found) and again.is_contiguous()
     assert torch.ops.larosa.dequantized(stored[:0], scales[:0]).shape == (0, 128)
 
 

@@ -9,6 +9,7 @@ from larosa_fx.compiler.folds import Binding
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir import graph as g
 from larosa_fx.ir.recipe import Recipe
+from larosa_fx.kernels import quantization
 from larosa_fx.passes import fold_weights
 from programs import CASES, assert_close, program, randomize, rewrite, trace
 from tiny import SIZES
@@ -55,11 +56,16 @@ def test_bindings_name_the_original_positions():
     assert all(isinstance(e, Recipe) for e in done.binding.inputs[len(kept):])
 
 
-def test_shapes_are_known_without_folding():
-    p = program("llama-biases")
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_shapes_and_strides_are_known_without_folding(quantize, monkeypatch):
+    monkeypatch.setattr(quantization, "BY_GROUP", {"cpu"})
+    p = program("llama-biases", hidden_size=64, intermediate_size=128)
+    p.context.quantize = quantize
     binding = rewrite(p, "layer").binding
     specs = binding.specs(p.args)
-    assert specs == [(tuple(e.tensor.shape), e.tensor.dtype, e.tensor.device) for e in binding.fold(p.args)]
+    assert specs == [(e.tensor.shape, e.tensor.stride(), e.tensor.dtype, e.tensor.device) for e in binding.fold(p.args)]
+    scales = [i for i, spec in enumerate(specs) if len(spec.shape) > 1 and spec.stride[1] == spec.shape[0] * spec.stride[0]]
+    assert bool(scales) == (quantize != "none") and all(specs[i].dtype == torch.float32 for i in scales)
 
 
 def test_tied_weights_are_not_touched():
