@@ -156,17 +156,20 @@ def refuses(x: Tensor, columns: int, group: int, adapter: int, gate: str, adapte
 def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None,
                      adapter_scales: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float | None,
                      gate: str, gain: Tensor | None, threshold: float | None, chosen: Tensor | None = None) -> Tensor | None:
-    """The op of the same name (see ``ops``), for checked arguments; None if this case, or this machine, is not served.
+    """The op of the same name (see ``ops``), for checked arguments; None if this case, or this machine, is not served: not
+    chosen channels beside a residual that is added as it is, nor such a residual in float32 beside 16 bits.
 
     The same inputs on the same number of threads give the same bits. IndexError where ``chosen`` names a channel that x does
     not have. MemoryError where there is no room for the scratch.
     """
     channels, bits = x.shape[-1], 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
-    adapted, stream = (0, 0) if adapter is None else (len(adapter), residual.shape[-1])
+    adapted, stream = (0 if adapter is None else len(adapter)), (0 if residual is None else residual.shape[-1])
     picked = 0 if chosen is None else len(chosen)
     group, adapter_group = columns // scales.shape[1], columns // adapter_scales.shape[1] if adapted else GROUP
     if columns == 0 or channels > reference.MAX_CHANNELS or refuses(x, columns, group, adapted, gate, adapter_group):
+        return None
+    if (adapted and adapted == picked) or (residual is not None and residual.dtype != x.dtype):
         return None
     return _site("quantized_linear", library().larosa_quantized,
                  (x, weight, scales, adapter, adapter_scales, bias, residual, gain, chosen),

@@ -108,8 +108,8 @@ def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor 
     y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
     aligned = nvrtc.aligned
     inputs = [None if t is None else ready(t) for t, ready in (
-        (x, aligned), (weight, aligned), (scales, _by_group), (adapter, aligned), (adapter_scales, _by_group), (bias, aligned),
-        (residual, aligned), (gain, aligned))]
+        (x, aligned), (weight, aligned), (scales, _by_group), (adapter, aligned), (adapter_scales, _by_group),
+        (bias, aligned), (residual, aligned), (gain, aligned))]
     pointers = [0 if t is None else t.data_ptr() for t in (*inputs, y)]
     blocks = -(-shape.columns // c.tile) * c.split
     launched = kernel.launch((blocks, 1, 1), *pointers, rows, 0.0 if eps is None else eps, threshold or 0.0)

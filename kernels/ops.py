@@ -168,13 +168,14 @@ def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residu
     bits = 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
     rows, adapter_group = (0, None) if adapter is None else (len(adapter), columns // adapter_scales.shape[1])
+    stream, picked = None if residual is None else residual.shape[-1], 0 if chosen is None else len(chosen)
     parts = x, bits, columns, columns // scales.shape[1], rows, eps is not None, gate
-    if not cuda_quantized.refuses(*parts, adapter_group):
+    if not cuda_quantized.refuses(*parts, adapter_group, stream, picked):
         with torch.cuda.device(x.device):
-            if rows and rows != residual.shape[-1]:  # the kernel reads one vector, which the one in front of it makes
-                residual, early = reference.adapter_input(x, residual, rows, chosen), False
             return cuda_quantized.quantized_linear(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate,
-                                                   early, gain, threshold)
+                                                   early, gain, threshold, chosen)
+    if (rows and rows == picked) or (residual is not None and residual.dtype != x.dtype):
+        return None
     drops = bool(threshold)
     if (drops or k == x.shape[-1]) and not cuda_quantized_rows.refuses(*parts, drops, adapter_group):
         with torch.cuda.device(x.device):
@@ -189,6 +190,32 @@ def _(x, k, weight, scales, adapter=None, adapter_scales=None, bias=None, residu
     columns = reference.check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain,
                                         threshold, chosen)
     return x.new_empty((*x.shape[:-1], columns))
+
+
+quantized_linear_beside = _op(reference.quantized_linear_beside)
+
+
+@_on_gpu("quantized_linear_beside")
+def _(x, k, weight, scales, beside, beside_scales, bias=None, eps=None, gate="", gain=None, threshold=None, fine=0.0):
+    reference.check_beside(x, k, weight, scales, beside, beside_scales, bias, eps, gate, gain, threshold, fine)
+    from larosa_fx.kernels import cuda_quantized
+
+    bits = 4 if weight.dtype == torch.uint8 else 8
+    columns, more = weight.shape[1] * 8 // bits, beside.shape[1]
+    group = columns // scales.shape[1]
+    if more != group * beside_scales.shape[1] or cuda_quantized.refuses_beside(
+            x, bits, columns, group, eps is not None, gate, len(beside), more):
+        return None
+    with torch.cuda.device(x.device):
+        return cuda_quantized.quantized_linear(x, k, weight, scales, None, None, bias, None, eps, gate, False, gain,
+                                               threshold, None, beside=beside, beside_scales=beside_scales, fine=fine)
+
+
+@torch.library.register_fake("larosa::quantized_linear_beside")
+def _(x, k, weight, scales, beside, beside_scales, bias=None, eps=None, gate="", gain=None, threshold=None, fine=0.0):
+    out, more = reference.check_beside(x, k, weight, scales, beside, beside_scales, bias, eps, gate, gain, threshold, fine)
+    lead = x.shape[:-1]
+    return x.new_empty((*lead, out)), x.new_empty((*lead, more), dtype=reference.sums_in(x.dtype))
 
 
 dequantized = _op(reference.dequantized)

@@ -55,7 +55,12 @@ def quantize(weight: Tensor, bits: int, group: int, dtype: torch.dtype, pairs: i
 def laid_out(scales: Tensor, device_type: str) -> Tensor:
     """The scales, [K, groups] or [K, groups, 2], as they lie in memory on a type of device: row by row, or group by group.
     A copy if need be; the shape is the same."""
-    return scales.transpose(0, 1).contiguous().transpose(0, 1) if device_type in BY_GROUP else scales.contiguous()
+    if device_type not in BY_GROUP:
+        return scales.contiguous()
+    rows, _, *pair = scales.shape
+    width = math.prod(pair)
+    # By its strides alone: transposed back, a single group would have another than these.
+    return scales.transpose(0, 1).contiguous().as_strided(scales.shape, (width, rows * width, *[1] * len(pair)))
 
 
 def lies_in_order(scales: Tensor) -> bool:

@@ -121,9 +121,12 @@ def check_linear(
 
 def _check_site(
     op: str, x: Tensor, k: int, rows: int, columns: int, bias: Tensor | None, residual: Tensor | None, eps: float | None,
-    gate: str, gain: Tensor | None, threshold: float | None,
+    gate: str, gain: Tensor | None, threshold: float | None, wide_residual: bool = False,
 ) -> int:
-    """What ``sparse_linear`` asks of the arguments around a weight of ``rows`` and ``columns``; the result's columns."""
+    """What ``sparse_linear`` asks of the arguments around a weight of ``rows`` and ``columns``; the result's columns.
+
+    wide_residual: whether it may be float32 whatever x is.
+    """
     check_select(x, k)
     if eps is not None and not eps >= 0:
         raise ValueError(f"{op}: eps must be 0 or more, got {eps}")
@@ -156,7 +159,11 @@ def _check_site(
         raise ValueError(
             f"{op}: gain must be [{channels}], contiguous, got shape {tuple(gain.shape)}, strides {gain.stride()}"
         )
-    _check_alike(op, x, bias=bias, residual=residual, gain=gain)
+    _check_alike(op, x, bias=bias, gain=gain)
+    if residual is not None and wide_residual and residual.dtype == torch.float32:
+        _check_device(op, x, residual)
+    else:
+        _check_alike(op, x, residual=residual)
     return out
 
 
@@ -170,8 +177,13 @@ def _check_alike(op: str, x: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {tensor.device}")
+        if tensor is not None:
+            _check_device(op, x, tensor)
+
+
+def _check_device(op: str, x: Tensor, tensor: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {tensor.device}")
 
 
 def check_format(weight: Tensor, scales: Tensor, op: str) -> tuple[int, int]:
@@ -196,13 +208,12 @@ def check_format(weight: Tensor, scales: Tensor, op: str) -> tuple[int, int]:
 def check_quantized(
     x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None, adapter_scales: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str, gain: Tensor | None,
-    threshold: float | None = None, chosen: Tensor | None = None,
+    threshold: float | None = None, chosen: Tensor | None = None, op: str = "quantized_linear",
 ) -> int:
     """Raise TypeError or ValueError unless ``quantized_linear`` is defined for these; the columns of its result.
 
     What ``chosen`` holds is not looked at: on a GPU that would wait for the answer.
     """
-    op = "quantized_linear"
     check_select(x, k)
     rows, columns = check_format(weight, scales, op)
     if rows != x.shape[-1]:
@@ -214,15 +225,41 @@ def check_quantized(
             raise TypeError(f"{op}: adapter must be torch.int8, got {adapter.dtype}")
         more, width = check_format(adapter, adapter_scales, op)
         stream, picked = _width(residual), _check_chosen(op, x, chosen)
-        if width != columns or stream < 1 or more - picked < stream or (more - picked) % stream:
-            behind = f" + {picked}" if chosen is not None else ""
-            raise ValueError(f"{op}: adapter must be [C D{behind}, {columns}], C at least 1, with a residual of [..., D], "
-                             f"got {tuple(adapter.shape)} and {None if residual is None else tuple(residual.shape)}")
-        rows += stream
+        carries = more != picked or not picked
+        if width != columns or (carries and (stream < 1 or more - picked < stream or (more - picked) % stream)):
+            behind, alone = (f" + {picked}", f", or [{picked}, {columns}]") if chosen is not None else ("", "")
+            raise ValueError(f"{op}: adapter must be [C D{behind}, {columns}], C at least 1, with a residual of [..., D]"
+                             f"{alone}, got {tuple(adapter.shape)} and "
+                             f"{None if residual is None else tuple(residual.shape)}")
+        if gate:
+            raise ValueError(f"{op}: there is no adapter behind a gate")
+        rows += stream if carries else 0
     elif chosen is not None:
         raise ValueError(f"{op}: chosen needs an adapter, whose last rows the chosen channels of x multiply")
     _check_alike(op, x, scales=scales, adapter_scales=adapter_scales)
-    return _check_site(op, x, k, rows, columns, bias, residual, eps, gate, gain, threshold)
+    return _check_site(op, x, k, rows, columns, bias, residual, eps, gate, gain, threshold, rows == x.shape[-1])
+
+
+def check_beside(
+    x: Tensor, k: int, weight: Tensor, scales: Tensor, beside: Tensor, beside_scales: Tensor, bias: Tensor | None,
+    eps: float | None, gate: str, gain: Tensor | None, threshold: float | None, fine: float,
+) -> tuple[int, int]:
+    """Raise TypeError or ValueError unless ``quantized_linear_beside`` is defined for these; the columns of its results."""
+    op = "quantized_linear_beside"
+    out = check_quantized(x, k, weight, scales, None, None, bias, None, eps, gate, gain, threshold, op=op)
+    if beside.dtype != torch.int8:
+        raise TypeError(f"{op}: beside must be torch.int8, got {beside.dtype}")
+    rows, columns = check_format(beside, beside_scales, op)
+    channels = x.shape[-1]
+    if rows < channels or rows % channels:
+        raise ValueError(f"{op}: beside must be [C K, N], C at least 1, for the {channels} channels of x, "
+                         f"got {tuple(beside.shape)}")
+    if not fine >= 0:
+        raise ValueError(f"{op}: fine must be 0 or more, got {fine}")
+    if fine > 0 and rows != 2 * channels:
+        raise ValueError(f"{op}: fine needs a second copy of x, so beside must have {2 * channels} rows, got {rows}")
+    _check_alike(op, x, beside_scales=beside_scales)
+    return out, columns
 
 
 def _check_chosen(op: str, x: Tensor, chosen: Tensor | None) -> int | torch.SymInt:
@@ -460,13 +497,14 @@ def quantized_linear(
     """``sparse_linear`` over weights of 8 or 4 bits, as ``larosa_fx.kernels.quantization`` stores them.
 
     Args:
-        weight, scales: [K, N] int8 with [K, N / group], or [K, N / 2] uint8 with [K, N / group, 2], scales in x's dtype. These
-            lie row by row, or group by group, as a GPU's kernels read them: elsewhere, and otherwise there, they are copied.
+        weight, scales: [K, N] int8 with [K, N / group], or [K, N / 2] uint8 with [K, N / group, 2], scales in x's dtype.
+            Scales lie row by row, or group by group, as kernels on a GPU read them; a kernel copies what it does not read.
         adapter, adapter_scales: the residual adapter, [C D + E, N] int8 with [C D + E, N / group], C at least 1. Its first
             C D rows multiply the residual, [..., D], which it needs, C times over; the E rows behind them the channels
-            ``chosen`` of x.
+            ``chosen`` of x. Or it is these E rows alone, and the residual, if there is one, is added as it is.
         chosen: [E] int64, channels of x as it is given, without gain and norm, whether or not the selection keeps them;
             None for E = 0. It needs an adapter.
+        residual: of x's dtype; one that is added as it is may be float32 as well.
         The others are those of ``sparse_linear``, which chooses the same channels. ``early`` says nothing about the chosen
         channels, which are there when x is.
 
@@ -478,11 +516,17 @@ def quantized_linear(
         IndexError: an entry of ``chosen`` is not in 0..K-1, on a CPU. A GPU does not look: the caller answers for them.
     """
     check_quantized(x, k, weight, scales, adapter, adapter_scales, bias, residual, eps, gate, gain, threshold, chosen)
-    exact = dequantize(weight, scales)
+    wide = sums_in(x.dtype)
+    exact = dequantize(weight, scales).to(wide)
     if adapter is not None:
-        exact = torch.cat([exact, dequantize(adapter, adapter_scales)])
-        residual = adapter_input(x, residual, len(adapter), chosen)
-    return linear_around(_selected(k, threshold), x, exact.to(_wide(x.dtype)), bias, residual, eps, gate, gain)
+        beside = dequantize(adapter, adapter_scales).to(wide)
+        if chosen is not None and len(adapter) == len(chosen):
+            added = _picked(x, chosen).to(wide) @ beside
+            residual = added if residual is None else residual + added
+        else:
+            exact = torch.cat([exact, beside])
+            residual = adapter_input(x, residual, len(adapter), chosen)
+    return linear_around(_selected(k, threshold), x, exact, bias, residual, eps, gate, gain)
 
 
 def adapter_input(x: Tensor, residual: Tensor, rows: int, chosen: Tensor | None) -> Tensor:
@@ -490,10 +534,56 @@ def adapter_input(x: Tensor, residual: Tensor, rows: int, chosen: Tensor | None)
     if chosen is None:
         parts = [residual] * (rows // residual.shape[-1])
     else:
-        if x.is_cpu and ((chosen < 0) | (chosen >= x.shape[-1])).any():
-            raise chosen_error(x)
-        parts = [residual] * ((rows - len(chosen)) // residual.shape[-1]) + [x.index_select(-1, chosen)]
+        parts = [residual] * ((rows - len(chosen)) // residual.shape[-1]) + [_picked(x, chosen)]
     return residual if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _picked(x: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen channels of x."""
+    if x.is_cpu and ((chosen < 0) | (chosen >= x.shape[-1])).any():
+        raise chosen_error(x)
+    return x.index_select(-1, chosen)
+
+
+def quantized_linear_beside(
+    x: Tensor,
+    k: int,
+    weight: Tensor,
+    scales: Tensor,
+    beside: Tensor,
+    beside_scales: Tensor,
+    bias: Tensor | None = None,
+    eps: float | None = None,
+    gate: str = "",
+    gain: Tensor | None = None,
+    threshold: float | None = None,
+    fine: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``quantized_linear``, and in the same launch the product of its x with the adapter of a later site.
+
+    While a site looks for its channels the memory rests, so an adapter that multiplies the same vector is read meanwhile.
+
+    Args:
+        beside, beside_scales: the adapter, [C K, N2] int8 with [C K, N2 / group], C at least 1. It multiplies x, as it is
+            given, without norm and gain, C times over.
+        fine: 0, or with C = 2 more: then the second copy of x counts only where ``|x| >= fine * sqrt(mean(x ** 2))``, the
+            mean over all of a row, and is 0 elsewhere. The second rows hold what 8 bits left over of the first.
+        The others are those of ``quantized_linear``.
+
+    Returns:
+        What ``quantized_linear`` returns of the others, and [..., N2], the sums of the adapter's products as they are:
+        float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: as the other ops, naming the argument.
+    """
+    check_beside(x, k, weight, scales, beside, beside_scales, bias, eps, gate, gain, threshold, fine)
+    y = quantized_linear(x, k, weight, scales, bias=bias, eps=eps, gate=gate, gain=gain, threshold=threshold)
+    z = x.to(sums_in(x.dtype))
+    copies = [z] * (len(beside) // x.shape[-1])
+    if fine > 0:
+        copies[1] = torch.where(z.abs() >= fine * z.square().mean(-1, keepdim=True).sqrt(), z, 0)
+    return y, torch.cat(copies, -1) @ dequantize(beside, beside_scales).to(z.dtype)
 
 
 def dequantized(weight: Tensor, scales: Tensor) -> Tensor:
@@ -512,7 +602,7 @@ def _selected(k: int, threshold: float | None) -> Callable[[Tensor, Tensor | Non
         # One product of many rows rounds to z's dtype before the norm's scalar is applied, and float16 has no room for
         # what a row with massive activations makes there. So the row takes the power of two in the scalar along, which
         # changes no digit, and the sum gives it back in float32.
-        wide = _wide(z.dtype)
+        wide = sums_in(z.dtype)
         many = z.shape[:-1].numel() > GATHER_ROWS
         power = _power_of_two(scale) if many and scale is not None else torch.ones((), dtype=wide, device=z.device)
         if threshold is None:
@@ -564,7 +654,7 @@ def wide_matmul(x: Tensor, weight: Tensor) -> Tensor:
         ValueError: a shape is not as above, or the tensors are on several devices.
     """
     check_matmul(x, weight)
-    wide = _wide(x.dtype)
+    wide = sums_in(x.dtype)
     z = x.to(wide)
     if weight.dim() != 2 or weight.dtype == wide:
         return torch.matmul(z, weight.to(wide)).to(x.dtype)
@@ -583,7 +673,7 @@ def linear_around(
     norm's scalar of each row, float32 (float64 for float64) [..., 1], or None where there is no norm.
     """
     channels = x.shape[-1]
-    wide = _wide(x.dtype)
+    wide = sums_in(x.dtype)
     z = x if gain is None else x * gain
     scale = None if eps is None else torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
     y = product(z, scale, weight[:channels]).to(wide)
@@ -600,7 +690,7 @@ def linear_around(
     return y.to(x.dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def sums_in(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are accumulated in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -618,7 +708,7 @@ def _gemv(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     if rows > GATHER_ROWS:
         y = values.new_zeros(rows, channels).scatter_add_(1, i, v) @ weight
     else:
-        wide = _wide(values.dtype)
+        wide = sums_in(values.dtype)
         y = torch.zeros(rows, 1, columns, dtype=wide, device=values.device)
         step = _CHUNK // max(rows, 1)
         for c in range(0, k, step):

@@ -17,6 +17,7 @@ from larosa_fx.kernels.ops import (
     dense_gemv,
     dequantized,
     quantized_linear,
+    quantized_linear_beside,
     sparse_gemv,
     sparse_linear,
     topk_select,
@@ -62,6 +63,12 @@ def _quantized(dtype):
             "residual": torch.randn(1, 32).to(dtype), "eps": 1e-5, "chosen": torch.randint(64, (8,))}
 
 
+def _beside(dtype):
+    beside, scales = quantize(torch.randn(2 * 64, 64), 8, 32, torch.float32)
+    return {"x": torch.randn(1, 64).to(dtype), "k": 20, **_stored(dtype), "beside": beside,
+            "beside_scales": scales.to(dtype), "bias": torch.randn(96).to(dtype), "eps": 1e-5, "fine": 0.5}
+
+
 def _dense(dtype):
     return {"x": torch.randn(1, 64).to(dtype), "weight": torch.randn(48, 64).to(dtype)}
 
@@ -85,7 +92,8 @@ def _attention_or_several(dtype):
 
 
 OPS = {topk_select: _select, sparse_gemv: _gemv, sparse_linear: _linear, quantized_linear: _quantized,
-       dequantized: _stored, dense_gemv: _dense, wide_matmul: _matmul, decode_attention: _attention_or_several}
+       quantized_linear_beside: _beside, dequantized: _stored, dense_gemv: _dense, wide_matmul: _matmul,
+       decode_attention: _attention_or_several}
 
 # What may befall a tensor among them: name -> f(tensor).
 HARM = {

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from larosa_fx.kernels import cuda_quantized, nvrtc, reference
 from larosa_fx.kernels.quantization import dequantize, laid_out, lies_in_order, quantize
 
-linear = torch.ops.larosa.quantized_linear.default
+linear, beside = torch.ops.larosa.quantized_linear.default, torch.ops.larosa.quantized_linear_beside.default
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 GATES = {"silu": torch.nn.functional.silu, "relu": torch.relu}
 
@@ -158,6 +158,15 @@ def oracle(a, exact, k, threshold):
     return y, size
 
 
+def beside_of(a, times, columns, group=64):
+    """(what ``quantized_linear_beside`` takes besides a case, what is stored in float64)."""
+    rows, dtype = times * a["x"].shape[-1], a["x"].dtype
+    g = torch.Generator().manual_seed(8)
+    stored = quantize(torch.randn(rows, columns, generator=g) / rows**0.5, 8, group, dtype)
+    return dict(zip(("beside", "beside_scales"), (t.to(a["x"].device) for t in stored), strict=True)), dequantize(
+        *stored).double()
+
+
 AROUND = [{}, {"norm": True, "bias": True}, {"gate": "silu", "norm": True}, {"gate": "relu", "bias": True},
           {"residual": True}, {"adapter": 256}, {"norm": True, "gain": True}, {"adapter": 64, "gain": True, "bias": True},
           {"adapter": 128, "times": 2}, {"adapter": 64, "times": 2, "chosen": 8, "bias": True},
@@ -218,6 +227,81 @@ def test_any_number_of_rows(times, chosen, rows, dtype, bits, device):
         assert ((got - want).abs() <= 8 * size * torch.finfo(dtype).eps).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("residual", ["x's", "float32", None])
+def test_chosen_rows_beside_a_residual_that_is_added(residual, rows, dtype, device):
+    a, exact = case(8, 64, 256, 128, dtype, device)
+    g = torch.Generator().manual_seed(2)
+    a["x"] = torch.randn(rows, 256, generator=g).to(dtype).to(device)
+    a["chosen"] = torch.randint(256, (8,), generator=g).to(device)
+    a["adapter"], a["adapter_scales"] = (t.to(device) for t in quantize(torch.randn(8, 128, generator=g), 8, 64, dtype))
+    if residual:
+        a["residual"] = torch.randn(rows, 128, generator=g).to(dtype if residual == "x's" else torch.float32).to(device)
+    adapter = {name: a.pop(name) for name in ("chosen", "adapter", "adapter_scales")}
+    want, size = oracle(a, exact, 80, None)
+    picked = a["x"].cpu().double()[:, adapter["chosen"].cpu()]
+    more = dequantize(adapter["adapter"], adapter["adapter_scales"]).cpu().double()
+    want, size = want + picked @ more, size + picked.abs() @ more.abs() + want.abs()
+    got = linear(**a, **adapter, k=80, threshold=None).cpu()
+    assert got.dtype == dtype and ((got.double() - want).abs() <= 8 * size * torch.finfo(dtype).eps).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("times, fine", [(1, 0.0), (2, 0.0), (2, 0.8), (2, 9e9)])
+@pytest.mark.parametrize("around", [{}, {"norm": True, "gate": "silu"}, {"bias": True, "gain": True, "norm": True}])
+def test_an_adapter_beside(around, times, fine, rows, bits, dtype, device):
+    a, _ = case(bits, 64, 256, 384, dtype, device, **around)
+    a["x"] = torch.randn(rows, 1, 256, generator=torch.Generator().manual_seed(3)).to(dtype).to(device)
+    more, exact = beside_of(a, times, 192)
+    x = a["x"].cpu().double()
+    large = x.abs() >= fine * x.square().mean(-1, keepdim=True).sqrt()
+    assert fine == 0 or (large.any() == (fine < 9) and not large.all())
+    copies = torch.cat([x, x * large], -1)[..., :len(exact)]
+    for k, threshold in ((90, None), (256, 0.7), (256, None)):
+        y, t = beside(**a, **more, k=k, threshold=threshold, fine=fine)
+        whole = linear(**a, k=k, threshold=threshold)
+        assert y.dtype == dtype
+        rounding = max(16 * torch.finfo(dtype).eps, 1e-5)
+        torch.testing.assert_close(y, whole, rtol=rounding, atol=rounding)
+        assert t.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and t.shape == (rows, 1, 192)
+        slack = (copies.abs() @ exact.abs()) * torch.finfo(t.dtype).eps * 64
+        assert ((t.cpu().double() - copies @ exact).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("change, error, words", [
+    ({"beside": torch.zeros(64, 64)}, TypeError, "quantized_linear_beside: weight must be|beside must be torch.int8"),
+    ({"beside": torch.zeros(64, 32, dtype=torch.uint8)}, TypeError, "beside must be torch.int8, got torch.uint8"),
+    ({"beside": torch.zeros(96, 64, dtype=torch.int8), "beside_scales": torch.zeros(96, 1, dtype=torch.bfloat16)},
+     ValueError, r"beside must be \[C K, N\], C at least 1, for the 64 channels of x, got \(96, 64\)"),
+    ({"beside": torch.zeros(0, 64, dtype=torch.int8), "beside_scales": torch.zeros(0, 1, dtype=torch.bfloat16)}, ValueError,
+     "beside must be"),
+    ({"beside_scales": torch.zeros(64, 1)}, TypeError, "beside_scales must have x's dtype"),
+    ({"beside_scales": torch.zeros(63, 1, dtype=torch.bfloat16)}, ValueError, "scales must be"),
+    ({"fine": 1.0}, ValueError, "fine needs a second copy of x, so beside must have 128 rows, got 64"),
+    ({"fine": -1.0}, ValueError, "fine must be 0 or more, got -1.0"), ({"fine": float("nan")}, ValueError, "fine must be"),
+    ({"gate": "tanh"}, ValueError, "quantized_linear_beside: gate must be"),
+    ({"k": 0}, ValueError, "k must be in"), ({"weight": torch.zeros(64, 64)}, TypeError, "quantized_linear_beside: weight"),
+    ({"bias": torch.zeros(3, dtype=torch.bfloat16)}, ValueError, "quantized_linear_beside: bias must be")])
+def test_a_wrong_adapter_beside_is_named(change, error, words):
+    a, _ = case(8, 32, 64, 64, torch.bfloat16, "cpu")
+    a = a | {"k": 64} | beside_of(a, 1, 64)[0] | change
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=words):
+            beside(**{name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in a.items()})
+
+
+def test_an_adapter_beside_as_torch_sees_it():
+    a, _ = case(4, 64, 128, 128, torch.bfloat16, "cpu", norm=True, gate="silu")
+    a = a | {"k": 128, "threshold": 0.5, "fine": 1.0} | beside_of(a, 2, 64)[0]
+    names = ("x", "k", "weight", "scales", "beside", "beside_scales", "bias", "eps", "gate", "gain", "threshold", "fine")
+    torch.library.opcheck(beside, tuple(a.get(name) for name in names))
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_scales_on_a_gpu_lie_group_by_group(bits):
     _, scales = quantize(torch.randn(32, 256), bits, 64, torch.bfloat16)
@@ -226,7 +310,9 @@ def test_scales_on_a_gpu_lie_group_by_group(bits):
     assert here is scales and laid_out(there, "cuda").data_ptr() == there.data_ptr()
     assert torch.equal(laid_out(there, "cpu"), scales) and laid_out(there, "cpu").is_contiguous()
     assert all(map(lies_in_order, (scales, there, there[5:9], there[:1])))
-    assert not any(map(lies_in_order, (there[::2], scales[:, :2], scales[:, :1].expand_as(scales), scales.flip(0)[..., ::2])))
+    assert not any(map(lies_in_order, (there[::2], scales[:, :2], scales[:, :1].expand_as(scales), scales[:, ::2])))
+    one = laid_out(scales[:, :1].contiguous(), "cuda")
+    assert one.stride()[1] == 32 * one.stride()[0] and torch.equal(one, scales[:, :1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -282,7 +368,11 @@ def test_wrong_arguments_are_named(change, error, words):
     ({"chosen": torch.arange(8).int()}, TypeError, "chosen must be torch.int64, got torch.int32"),
     ({"chosen": torch.arange(8)[None]}, ValueError, r"chosen must be \[E\], got \(1, 8\)"),
     ({"chosen": torch.arange(7)}, ValueError, r"adapter must be \[C D \+ 7, 64\].*got \(72, 64\) and \(1, 32\)"),
-    ({"chosen": torch.arange(72)}, ValueError, "adapter must be"),
+    ({"chosen": torch.arange(72)}, ValueError, r"residual must be \(1, 64\)"),
+    ({"chosen": torch.arange(72), "residual": torch.zeros(1, 64, dtype=torch.float16)}, TypeError, "residual must have x's"),
+    ({"adapter": torch.zeros(0, 64, dtype=torch.int8), "adapter_scales": torch.zeros(0, 2, dtype=torch.bfloat16),
+      "chosen": torch.arange(0)}, ValueError, "adapter must be"),
+    ({"residual": torch.zeros(1, 32)}, TypeError, "residual must have x's dtype"),
     ({"chosen": torch.arange(73)}, ValueError, "adapter must be"),
     ({"chosen": None}, ValueError, r"adapter must be \[C D, 64\]"),
     ({"residual": None}, ValueError, "adapter must be"),
