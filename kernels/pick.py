@@ -27,11 +27,13 @@ class Site(Protocol):
     them, so the answer holds for the graph, and other numbers compile anew. columns: N of the weight, [K, N]. format: the
     name of the weight's format. group: columns that share a scale in it. adapter_rows: of a residual adapter behind the
     weight's own, 0 for none; adapter_width of them, or multiples, multiply the residual's channels, and adapter_chosen,
-    the last ones, channels of x. normed: an RMSNorm in front.
-    gate: the activation between the two halves, or "". threshold: None for Top-K. dense: all channels are read.
+    the last ones, channels of x; where these are all, the residual is added as it is. normed: an RMSNorm in front. gate: the
+    activation between the two halves, or "". threshold: None for Top-K. dense: all channels are read.
 
     What ``defect`` asks for besides: kernel, the name of the one that was picked. bias, residual, gain: whatever stands for
-    these tensors, or None. early: an adapter's residual is there before x. selection: (k, threshold), as the op takes them.
+    these tensors, or None. wide_residual: it is float32, and x is not. early: an adapter's residual is there before x.
+    adapter_span: rows of the tensor that an adapter's are some of. selection: (k, threshold), as the op takes them. ahead:
+    the adapter of a later site that x is multiplied by as well, or None.
     """
 
     example: Tensor
@@ -50,8 +52,21 @@ class Site(Protocol):
     bias: object
     residual: object
     gain: object
+    wide_residual: bool
     early: bool
+    adapter_span: int
     selection: tuple[int, float | None]
+    ahead: Ahead | None
+
+
+class Ahead(Protocol):
+    """An adapter, [rows, columns]. group, span, fine: see ``larosa_fx.ir.site.Ahead``."""
+
+    rows: int
+    columns: int
+    group: int
+    span: int
+    fine: float
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,8 @@ class Kernel:
     pays: the most rows at which that was faster than a dense product. dense: the most rows of a site all of whose channels
     are read. topk: whether it finds a Top-K; thresholds all do. declines: why it does not take a site that fits otherwise,
     or "". program: of what is compiled for a site that it takes, None where that is not known before a call; nothing is
-    compiled for single sites where there is no such function.
+    compiled for single sites where there is no such function. leaves: why it does not multiply what a site that it takes has
+    ``ahead``, or ""; None where it never does.
     """
 
     name: str
@@ -89,6 +105,7 @@ class Kernel:
     declines: Callable[[Site], str]
     topk: bool = True
     program: Callable[[Site], nvrtc.Program | None] | None = None
+    leaves: Callable[[Site], str] | None = None
 
     def selects(self, site: Site) -> bool:
         """Whether it finds the channels that the site reads."""
@@ -120,7 +137,27 @@ def _rows(site: Site) -> str:
 
 
 def _quantized(site: Site) -> str:
-    return cuda_quantized.refuses(*_quantized_parts(site))
+    return cuda_quantized.refuses(*_quantized_parts(site), None, site.adapter_width, site.adapter_chosen)
+
+
+def _quantized_beside(site: Site) -> str:
+    more = site.ahead
+    if more.group != site.group:
+        return f"its groups are of {site.group} columns, and the adapter's of {more.group}"
+    if site.residual is not None or site.adapter_rows:
+        return "it adds a residual"
+    return cuda_quantized.refuses_beside(site.example, BITS[site.format], site.columns, site.group, site.normed, site.gate,
+                                         more.rows, more.columns)
+
+
+def _quantized_program(site: Site) -> nvrtc.Program:
+    flags = _flags(site) | {"wide_residual": site.wide_residual, "span": site.adapter_span}
+    more = {}
+    if site.ahead is not None:
+        flags["span"] = site.ahead.span
+        more = {"beside": (site.ahead.rows, site.ahead.columns), "fine": site.ahead.fine > 0}
+    return cuda_quantized.program(*_quantized_parts(site), flags, stream=site.adapter_width, chosen=site.adapter_chosen,
+                                  **more)
 
 
 def _quantized_rows(site: Site) -> str:
@@ -137,12 +174,12 @@ def _quantized_parts(site: Site) -> tuple:
 
 def _flags(site: Site) -> dict[str, bool]:
     k, threshold = site.selection
-    return cuda_linear.flags_of(site.example, k, site.adapter_rows, site.bias, site.residual, site.early, site.gain,
-                                threshold)
+    adapter = site.adapter_rows - site.adapter_chosen
+    return cuda_linear.flags_of(site.example, k, adapter, site.bias, site.residual, site.early, site.gain, threshold)
 
 
-def _quantized_flags(site: Site) -> dict[str, bool]:
-    """What an adapter multiplies is put together in front of these kernels where it is more than the residual."""
+def _several_flags(site: Site) -> dict[str, bool]:
+    """What an adapter multiplies is put together in front of a kernel of several rows where it is more than the residual."""
     flags = _flags(site)
     return flags | {"early": flags["early"] and site.adapter_rows == site.adapter_width}
 
@@ -182,9 +219,9 @@ TABLE = (
     Kernel("NVRTC sparse_rows", "cuda", True, ("dense",), _HALF, takes=8, pays=2, dense=8, declines=_rows, topk=False,
            program=lambda site: cuda_rows.program(*_parts(site), _flags(site))),
     Kernel("NVRTC quantized_linear", "cuda", True, tuple(BITS), _HALF, takes=1, pays=1, dense=1, declines=_quantized,
-           program=lambda site: cuda_quantized.program(*_quantized_parts(site), _quantized_flags(site))),
+           program=_quantized_program, leaves=_quantized_beside),
     Kernel("NVRTC quantized_rows", "cuda", True, tuple(BITS), _HALF, takes=8, pays=1, dense=8, declines=_quantized_rows,
-           topk=False, program=lambda site: cuda_quantized_rows.program(*_quantized_parts(site), _quantized_flags(site))),
+           topk=False, program=lambda site: cuda_quantized_rows.program(*_quantized_parts(site), _several_flags(site))),
     Kernel("Triton gather", "cuda", False, ("dense",), (*_HALF, torch.float32), takes=reference.GATHER_ROWS, pays=1, dense=1,
            declines=_triton),
     Kernel("C++ sparse_linear", "cpu", True, ("dense",), (*_HALF, torch.float32), takes=cpu.MAX_ROWS, pays=8, dense=8,
@@ -226,6 +263,12 @@ def pick(site: Site, device: torch.device, rows: int | None = None, table: Seque
             return Choice(kernel.name, kernel.whole)
         refusals.append(f"{kernel.name}: {refusal}")
     return Choice(reason="; ".join(refusals))
+
+
+def leaves(site: Site) -> str | None:
+    """Why the kernel of a whole site does not multiply what it has ``ahead`` in the same launch, or ""; None where it never
+    does."""
+    return next((kernel.leaves(site) for kernel in TABLE if kernel.name == site.kernel and kernel.leaves), None)
 
 
 def defect(site: Site) -> str:

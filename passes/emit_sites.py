@@ -29,12 +29,19 @@ def run(ctx: Context) -> PassResult:
     for site in ctx.structure.sites:
         sparse = site.sparse
         if sparse.whole:
+            if sparse.alone is not None and sparse.residual not in made:
+                sparse = sparse.alone  # no kernel could be built that multiplies its adapter ahead
             # Early, because the site that makes x has read the residual: only if its kernel could be built.
             sparse = _built(ctx, replace(sparse, early=sparse.early and sparse.x in wholes), result)
         sparse = site.sparse = _on(made, sparse)
         if sparse.whole:
             wholes.add(sparse.output)
-            made[sparse.output] = _replace(sparse.output, _whole(graph, sparse))
+            computed = _whole(graph, sparse)
+            if sparse.ahead is not None:
+                computed, adapted = _both(graph, computed, sparse)
+                made[sparse.ahead.product] = _replace(sparse.ahead.product, adapted)
+                result.count("adapters ahead")
+            made[sparse.output] = _replace(sparse.output, computed)
             result.count("whole sites")
         elif sparse.form == "sparse GEMV":
             made[sparse.product] = _replace(sparse.product, _gemv(graph, sparse))
@@ -52,6 +59,8 @@ def _built(ctx: Context, sparse: SparseSite, result: PassResult) -> SparseSite:
     if not (reason := ctx.device.defect(sparse)):
         return sparse
     result.skip(sparse.name, f"{sparse.kernel}: {reason}")
+    if sparse.ahead is not None:
+        return _built(ctx, replace(sparse, ahead=None), result)
     bare = sparse.bare
     return bare if bare.form == "dense" else ctx.served(bare, without={sparse.kernel: reason})
 
@@ -74,6 +83,14 @@ def _whole(graph: fx.Graph, sparse: SparseSite) -> fx.Node:
             gain = graph.call_method("to", (gain, g.dtype(sparse.x)))
         op, arguments = sparse.weight.call(sparse, gain)
         return graph.call_function(op, arguments)
+
+
+def _both(graph: fx.Graph, computed: fx.Node, sparse: SparseSite) -> tuple[fx.Node, fx.Node]:
+    """The results of an op that multiplies a later site's adapter as well: the site's own, and that."""
+    computed.meta["example_value"] = g.value(sparse.output), g.value(sparse.ahead.product)
+    with graph.inserting_after(computed):
+        adapted = graph.call_function(operator.getitem, (computed, 1))
+        return graph.call_function(operator.getitem, (computed, 0)), adapted
 
 
 def _gemv(graph: fx.Graph, sparse: SparseSite) -> fx.Node:

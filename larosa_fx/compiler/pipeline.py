@@ -21,6 +21,7 @@ from larosa_fx.ir.graph import PARAMETER, placeholders, value
 from larosa_fx.ir.report import PassResult, SiteReport
 from larosa_fx.passes import (
     add_in_place,
+    advance_adapters,
     canonicalize,
     centre_layer_norms,
     defer_counters,
@@ -100,6 +101,7 @@ COMPILE = (
     Pass(lower_topk, needed="it decides how each site runs; pass sparsity=0.0 for a dense model"),
     Pass(pack_adapters),
     Pass(fuse_sites),
+    Pass(advance_adapters),
     Pass(emit_sites, needed="it is what sparsifies; pass sparsity=0.0 for a dense model"),
     Pass(fuse_attention),
     Pass(lower_head),

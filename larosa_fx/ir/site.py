@@ -111,6 +111,10 @@ class QuantizedFormat:
 
     def call(self, site: SparseSite, gain: fx.Node | None) -> tuple[object, tuple]:
         adapter, (k, threshold) = site.adapter.stored if site.adapter else (None, None), site.selection
+        if site.ahead is not None:
+            return torch.ops.larosa.quantized_linear_beside.default, (
+                site.x, k, *site.stored, *site.ahead.stored, site.bias, site.eps, site.gate, gain, threshold,
+                site.ahead.fine)
         return torch.ops.larosa.quantized_linear.default, (
             site.x, k, *site.stored, *adapter, site.bias, site.residual, site.eps, site.gate, site.early, gain, threshold,
             site.adapter.chosen if site.adapter else None)
@@ -133,7 +137,8 @@ class Adapter:
 
     stored: its tensors; of a format that packs, [K + D, N], the site's own rows in front. product: what multiplies the
     residual by it. residual: the stream, [..., D], which its rows multiply as often as they hold D. chosen: the channels of
-    the site's x, ``count`` of them, that its last rows multiply.
+    the site's x, ``count`` of them, that its last rows multiply. Where these are all there are, the residual is added as it
+    is. span: rows of the tensor that the stored ones are some of, 0 where they are all.
     """
 
     stored: tuple[fx.Node, ...]
@@ -142,6 +147,24 @@ class Adapter:
     rows: int
     chosen: fx.Node | None = None
     count: int = 0
+    span: int = 0
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A later site's adapter, [rows, columns], that a site multiplies its own x by, as often as the rows hold its channels.
+
+    stored, span: as an adapter's. product: the node whose place the result takes. group: columns that share a scale. fine:
+    as ``quantized_linear_beside`` takes it.
+    """
+
+    stored: tuple[fx.Node, ...]
+    product: fx.Node
+    rows: int
+    columns: int
+    group: int
+    span: int
+    fine: float
 
 
 @dataclass(frozen=True)
@@ -158,6 +181,7 @@ class SparseSite:
     form: "sparse GEMV", "masked matmul" or "dense". kernel: which runs it, "" for torch's own product. whole: that kernel
     computes all of the site in one launch. reason: why the site is not sparse. unserved: it would be, had it a kernel.
     bare: of a whole site, what it was before it took in what is around it.
+    ahead: what the site's launch computes for a later site. alone: of such a later site, what it is without that.
     """
 
     name: str
@@ -186,6 +210,8 @@ class SparseSite:
     reason: str = ""
     unserved: bool = False
     bare: SparseSite | None = None
+    ahead: Ahead | None = None
+    alone: SparseSite | None = None
 
     @classmethod
     def of(cls, name: str, product: fx.Node, output: fx.Node, bias: fx.Node | None, k: int, columns: int,
@@ -223,6 +249,14 @@ class SparseSite:
     @property
     def adapter_chosen(self) -> int:
         return self.adapter.count if self.adapter else 0
+
+    @property
+    def adapter_span(self) -> int:
+        return (self.adapter.span or self.adapter.rows) if self.adapter else 0
+
+    @property
+    def wide_residual(self) -> bool:
+        return self.residual is not None and g.dtype(self.residual) not in (None, g.dtype(self.x))
 
     @property
     def normed(self) -> bool:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from larosa_fx.compiler.pipeline import Runner, transform
 from larosa_fx.ir.context import Device, PlanView
-from larosa_fx.kernels import cuda_linear, cuda_quantized, cuda_quantized_rows, cuda_rows, nvrtc, pick
+from larosa_fx.kernels import cuda_linear, cuda_quantized, cuda_quantized_rows, cuda_rows, nvrtc, pick, quantization
 from larosa_fx.kernels.reference import rows_of
 from larosa_fx.passes import lower_head
 from programs import assert_close, rotations, tiny_model, trace
@@ -57,6 +57,7 @@ def built(monkeypatch, hopper):
     monkeypatch.setattr(nvrtc, "_warned", set())
     monkeypatch.setattr(nvrtc, "_built", {})
     monkeypatch.setattr(lower_head, "_SMALL", 0)
+    monkeypatch.setattr(quantization, "BY_GROUP", {"cpu"})
     return seen
 
 
@@ -78,7 +79,7 @@ def lowered(rows=1, threshold=0.05, quantize="none", sparse=True, triton=lambda 
     k = {site.name: site.in_features // (2 if sparse else 1) for site in p.structure.sites}
     thresholds = threshold and {site.name: threshold for site in p.structure.sites}
     device = Device(pick=lambda site, _, **how: pick.pick(OnCuda(site), CUDA, rows, table, **how),
-                    defect=lambda site: pick.defect(OnCuda(site)), attends=lambda *_: False)
+                    defect=lambda site: pick.defect(OnCuda(site)), leaves=lambda _: None, attends=lambda *_: False)
     p.context.device, p.context.sparsify, p.context.quantize = device, "decode", quantize
     p.context.plan = PlanView("layer", rotations(p.structure, "layer"), k, thresholds if sparse else None)
     binding = transform(p.context, Runner())
@@ -95,7 +96,8 @@ class Launches(torch.fx.Interpreter):
     def call_function(self, target, args, kwargs):
         if target in (LINEAR, QUANTIZED):
             with FakeTensorMode():
-                here = [torch.empty(a.shape, device=CUDA, dtype=torch.bfloat16 if a.is_floating_point() else a.dtype)
+                here = [torch.empty_strided(a.shape, a.stride(), device=CUDA,
+                                            dtype=torch.bfloat16 if a.is_floating_point() else a.dtype)
                         if isinstance(a, torch.Tensor) else a for a in (*args, *kwargs.values())]
             self.noted.append(self._of(target, here))
         return super().call_function(target, args, kwargs)
@@ -103,14 +105,16 @@ class Launches(torch.fx.Interpreter):
     @staticmethod
     def _of(target, args):
         x, rows = args[0], rows_of(args[0])
-        module = cuda_linear if target is LINEAR else cuda_quantized
+        module, span = cuda_linear if target is LINEAR else cuda_quantized, {}
         if target is QUANTIZED:
-            *args, _ = args
-            adapter, residual = args[4], args[7]
-            if adapter is not None and len(adapter) != residual.shape[-1]:
-                args[10] = False  # what the adapter multiplies is put together in front of the kernel
-            del args[5]
-        shape = module.shape_of_call(*args)
+            adapter, adapter_scales, residual = args[4], args.pop(5), args[6]
+            if rows > 1:
+                args.pop()
+                if adapter is not None and len(adapter) != residual.shape[-1]:
+                    args[9] = False  # what the adapter multiplies is put together in front of the kernel
+            elif adapter is not None:
+                span = {"span": cuda_quantized.by_group(adapter_scales, whole=False).stride(1)}
+        shape = module.shape_of_call(*args)._replace(**span)
         if rows == 1:
             return module._SOURCE.name, module.constants(shape, module.config(shape, 132))
         module = cuda_rows if target is LINEAR else cuda_quantized_rows

@@ -1,6 +1,7 @@
 """The table of kernels: rows, dtypes, parts and formats that each takes, and the reason where none does."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,3 +117,49 @@ def test_no_kernel_is_picked_for_more_than_it_takes():
                  "C++ quantized_linear": lambda n: not cpu.refuses(torch.empty(n, 1, 32), 64, 32, 0, "")}
     for kernel in TABLE:
         assert not launchers[kernel.name](kernel.takes + 1)
+
+
+def whole_site(**parts):
+    """One over 8 bits as ``defect`` and ``leaves`` are asked about it."""
+    given = {"kernel": "NVRTC quantized_linear", "example": torch.empty(1, 1, 32, dtype=torch.bfloat16), "format": "int8",
+             "columns": 128, "group": 64, "normed": True, "gate": "silu", "adapter_rows": 0, "adapter_width": 0,
+             "adapter_chosen": 0, "adapter_span": 0, "bias": None, "residual": None, "gain": None, "wide_residual": False,
+             "early": False, "selection": (32, 0.5), "ahead": None}
+    return SimpleNamespace(**given | parts)
+
+
+AHEAD = SimpleNamespace(rows=64, columns=256, group=64, span=72, fine=0.25)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """What is asked of the kernel of one row: the arguments of its programs, and of its refusals of an adapter beside."""
+    asked = []
+    monkeypatch.setattr(cuda_quantized, "program", lambda *args, **kwargs: asked.append((*args, kwargs)))
+    monkeypatch.setattr(cuda_quantized, "refuses_beside", lambda *args: asked.append(args) or "no room", raising=False)
+    return asked
+
+
+@pytest.mark.parametrize("parts, flags, more", [
+    ({}, {"residual": False, "early": False, "span": 0, "wide_residual": False}, {"stream": 0, "chosen": 0}),
+    ({"adapter_rows": 72, "adapter_width": 32, "adapter_chosen": 8, "adapter_span": 72, "residual": "r", "early": True},
+     {"residual": False, "early": True, "span": 72, "wide_residual": False}, {"stream": 32, "chosen": 8}),
+    ({"adapter_rows": 8, "adapter_width": 128, "adapter_chosen": 8, "adapter_span": 72, "residual": "t",
+      "wide_residual": True},
+     {"residual": True, "early": False, "span": 72, "wide_residual": True}, {"stream": 128, "chosen": 8}),
+    ({"ahead": AHEAD}, {"residual": False, "early": False, "span": 72, "wide_residual": False},
+     {"stream": 0, "chosen": 0, "beside": (64, 256), "fine": True})])
+def test_what_is_built_for_one_row_over_8_bits(parts, flags, more, programs):
+    assert pick.defect(site := whole_site(**parts)) == ""
+    (*asked, found, arguments), = programs
+    assert asked == [site.example, 8, 128, 64, site.adapter_rows, True, "silu"] and arguments == more
+    assert found == flags | {"full": False, "bias": False, "gain": False, "threshold": True}
+
+
+def test_an_adapter_ahead(programs):
+    assert pick.leaves(site := whole_site(ahead=AHEAD)) == "no room"
+    assert programs == [(site.example, 8, 128, 64, True, "silu", 64, 256)]
+    assert "groups are of 32 columns" in pick.leaves(whole_site(ahead=AHEAD, group=32))
+    assert "adds a residual" in pick.leaves(whole_site(ahead=AHEAD, residual="r"))
+    assert all(pick.leaves(whole_site(ahead=AHEAD, kernel=kernel.name)) is None for kernel in TABLE
+               if kernel.name != "NVRTC quantized_linear")
