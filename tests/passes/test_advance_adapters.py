@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import larosa_fx
+from larosa_fx.compiler.folds import STORE
 from larosa_fx.ir import graph as g
-from larosa_fx.kernels import pick
+from larosa_fx.kernels import pick, quantization, reference
 from larosa_fx.passes import advance_adapters, pack_adapters
 from programs import assert_close, rewrite, rotations, tiny_model, trace
 from tiny import batches, compiled, error, ids, llama
@@ -163,3 +164,25 @@ def test_a_compiled_step(bits, dtype, most, fresh_dynamo, monkeypatch):
         pytest.skip("there is no C++ compiler")
     assert report.count("advance_adapters", "adapters") == report.count("emit_sites", "adapters ahead") == 2
     assert report.adapters == 2 and error(got, expected) < most and "2 adapters" in str(report)
+
+
+@pytest.mark.parametrize("by_group", [True, False])
+def test_compiled_code_copies_no_part_of_an_adapter(by_group, fresh_dynamo, monkeypatch):
+    """Both ops read their rows where the folded tensors lie, scales that lie group by group as well."""
+    if by_group:
+        monkeypatch.setattr(quantization, "BY_GROUP", {"cpu"})
+    monkeypatch.setattr(pick, "TABLE", [replace(kernel, leaves=lambda _: "") for kernel in pick.TABLE])
+    seen, check_beside, check = [], reference.check_beside, reference.check_quantized
+    monkeypatch.setattr(reference, "check_beside", lambda *args: seen.append(args[4:6]) or check_beside(*args))
+    monkeypatch.setattr(reference, "check_quantized", lambda *args, **how: seen.append(args[4:6]) or check(*args, **how))
+    model, x = llama(**WIDE | {"hidden_size": 256}), ids(1, 1)
+    larosa_fx.calibrate(model, batches(), progress=False, selection="topk")
+    fast = compiled(model, "inductor", quantize="int8", sparsity=0.0)
+    fast(x)
+    seen.clear()
+    fast(x)
+    read = [pair for pair in seen if pair[0] is not None]
+    assert {len(weight) for weight, _ in read} == {8, 512}
+    stored = {entry.tensor.untyped_storage().data_ptr() for entry in STORE.folded_from(list(model.parameters()))}
+    assert {t.untyped_storage().data_ptr() for pair in read for t in pair} <= stored
+    assert {scales.stride() for _, scales in read} == {(1, 520) if by_group else (2, 1)}
