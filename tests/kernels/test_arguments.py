@@ -150,7 +150,7 @@ def compare(op, arguments, device):
         return got
     assert not isinstance(got, Exception), got
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=4e-2, equal_nan=True)
     return None
 
 
