@@ -57,8 +57,8 @@ extern "C" int larosa_linear(const void* x, const void* weight, const void* bias
 // The same over weights of 8 bits, int8 [channels, columns] with scales [channels, columns / share], or 4, two to a byte,
 // with scale and offset side by side, [channels, columns / share, 2]; the adapter apart, int8 [adapted, columns] with scales
 // [adapted, columns / adapter_share]. Both shares, and what lies on either side of a gate, are multiples of FEWEST.
-// With an adapter residual is [rows, stream]: adapted - picked rows of the adapter, a multiple of stream, multiply it, over
-// and over, and the last ones x's channels chosen [picked]. Returns 1 if one of those is out of range.
+// With an adapter residual is [rows, stream]: adapted - picked rows of the adapter, no fewer and at most twice as
+// many, multiply it, again as far as they go, and the last ones x's channels chosen [picked]. Returns 1 if one of those is out of range.
 extern "C" int larosa_quantized(const void* x, const void* weight, const void* scales, const void* adapter,
                                 const void* adapter_scales, const void* bias, const void* residual, const void* gain,
                                 const int64_t* chosen, void* out, int64_t rows, int64_t channels, int64_t adapted,

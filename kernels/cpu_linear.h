@@ -33,7 +33,7 @@ struct Around {
   int64_t gate;
 };
 
-// What an adapter's rows multiply: the residual's channels, as often as they fill all rows but the last, and x's chosen ones.
+// What an adapter's rows multiply: the residual's channels, again as far as all rows but the last go, and x's chosen ones.
 struct Adapter {
   int64_t rows, stream;
   const int64_t* chosen;
@@ -70,8 +70,8 @@ static int linear(const void* x_, F weight, Int8<D> apart, const Adapter& adapte
     for (int64_t j = 0; j < n; j++) v[j] = D::get1(chosen[j]) * scale;
     float* carried = v + n;
     const T* stream = residual + m * adapter.stream;
-    for (float* last = carried + adapter.rows - adapter.picked; carried < last; carried += adapter.stream)
-      for (int64_t j = 0; j < adapter.stream; j++) carried[j] = D::get1(stream[j]);
+    for (int64_t left = adapter.rows - adapter.picked; left > 0; left -= adapter.stream)
+      for (int64_t j = 0; j < min(left, adapter.stream); j++) *carried++ = D::get1(stream[j]);
     for (int64_t j = 0; j < adapter.picked; j++) carried[j] = D::get1(x[adapter.chosen[j]]);
     for (int64_t j = 0; j < adapter.rows; j++) list[n + j] = (int32_t)(F::ORDERED ? channels + j : j);
     job.length[m] = n + adapter.rows, job.own[m] = F::ORDERED ? job.length[m] : n;

@@ -137,7 +137,7 @@ Tensor quantized_linear(const Tensor& x, int64_t k, const Tensor& weight, const 
     const int64_t share = share_of(weight, scales, site.channels, columns, bits, type, entries.fewest);
     const int64_t adapter_share =
         adapts ? share_of(*adapter, *adapter_scales, adapted, columns, 8, type, entries.fewest) : entries.fewest;
-    const bool carries = !adapts || (stream > 0 && adapted - picked >= stream && (adapted - picked) % stream == 0);
+    const bool carries = !adapts || (stream > 0 && adapted - picked >= stream && adapted - picked <= 2 * stream);
     if (share && adapter_share && carries && site.out(columns) % entries.fewest == 0 &&
         site.fits(columns, adapted, stream)) {
       Tensor out = site.result(columns);

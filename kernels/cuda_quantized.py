@@ -177,14 +177,14 @@ def refuses_beside(x: Tensor, bits: int, columns: int, group: int, norm: bool, g
 
 
 def program(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, bool],
-            stream: int | None = None, chosen: int = 0, beside: tuple[int, int, int] = (0, 0, 0)) -> nvrtc.Program:
+            stream: int | None = None, chosen: int = 0, beside: tuple[int, int] = (0, 0)) -> nvrtc.Program:
     """Of the kernel that ``quantized_linear`` launches for these, which ``refuses`` has passed; flags: of ``flags_of``.
 
-    beside: rows and columns of the adapter beside, which ``refuses_beside`` has passed, and rows of its scales' table.
+    beside: rows and columns of the adapter beside, which ``refuses_beside`` has passed.
     """
     shape = shape_of(x, bits, columns, group, rows, norm, gate, flags, stream, chosen)
     if beside[1]:
-        shape = shape._replace(beside_rows=beside[0], beside=beside[1], span=beside[2])
+        shape = shape._replace(beside_rows=beside[0], beside=beside[1])
     return _program(shape, x.device, config(shape, nvrtc.properties(x.device).multi_processor_count))
 
 
@@ -192,9 +192,10 @@ def shape_of(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bo
              stream: int | None = None, chosen: int = 0) -> Shape:
     """What a kernel for x, [..., K], is compiled for."""
     adapter = rows - chosen
-    return Shape(channels=x.shape[-1], columns=columns, bits=bits, group=group, adapter=adapter,
-                 stream=(adapter if stream is None else stream) if rows else 0, chosen=chosen, span=rows,
-                 half=x.dtype == torch.float16, gate=gate, norm=norm, **flags)
+    known = {"channels": x.shape[-1], "columns": columns, "bits": bits, "group": group, "adapter": adapter,
+             "stream": (adapter if stream is None else stream) if adapter else 0, "chosen": chosen, "span": rows,
+             "half": x.dtype == torch.float16, "gate": gate, "norm": norm}
+    return Shape(**known | flags)
 
 
 def refused_parts(x: Tensor, columns: int, group: int, width: int, rows: int, norm: bool, gate: str,

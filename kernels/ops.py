@@ -196,8 +196,8 @@ quantized_linear_beside = _op(reference.quantized_linear_beside)
 
 
 @_on_gpu("quantized_linear_beside")
-def _(x, k, weight, scales, beside, beside_scales, bias=None, eps=None, gate="", gain=None, threshold=None, fine=0.0):
-    reference.check_beside(x, k, weight, scales, beside, beside_scales, bias, eps, gate, gain, threshold, fine)
+def _(x, k, weight, scales, beside, beside_scales, bias=None, eps=None, gate="", gain=None, threshold=None):
+    reference.check_beside(x, k, weight, scales, beside, beside_scales, bias, eps, gate, gain, threshold)
     from larosa_fx.kernels import cuda_quantized
 
     bits = 4 if weight.dtype == torch.uint8 else 8
@@ -208,12 +208,12 @@ def _(x, k, weight, scales, beside, beside_scales, bias=None, eps=None, gate="",
         return None
     with torch.cuda.device(x.device):
         return cuda_quantized.quantized_linear(x, k, weight, scales, None, None, bias, None, eps, gate, False, gain,
-                                               threshold, None, beside=beside, beside_scales=beside_scales, fine=fine)
+                                               threshold, None, beside=beside, beside_scales=beside_scales)
 
 
 @torch.library.register_fake("larosa::quantized_linear_beside")
-def _(x, k, weight, scales, beside, beside_scales, bias=None, eps=None, gate="", gain=None, threshold=None, fine=0.0):
-    out, more = reference.check_beside(x, k, weight, scales, beside, beside_scales, bias, eps, gate, gain, threshold, fine)
+def _(x, k, weight, scales, beside, beside_scales, bias=None, eps=None, gate="", gain=None, threshold=None):
+    out, more = reference.check_beside(x, k, weight, scales, beside, beside_scales, bias, eps, gate, gain, threshold)
     lead = x.shape[:-1]
     return x.new_empty((*lead, out)), x.new_empty((*lead, more), dtype=reference.sums_in(x.dtype))
 

@@ -60,13 +60,12 @@ class Site(Protocol):
 
 
 class Ahead(Protocol):
-    """An adapter, [rows, columns]. group, span, fine: see ``larosa_fx.ir.site.Ahead``."""
+    """An adapter, [rows, columns]. group, span: see ``larosa_fx.ir.site.Ahead``."""
 
     rows: int
     columns: int
     group: int
     span: int
-    fine: float
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def _quantized_program(site: Site) -> nvrtc.Program:
     more = {}
     if site.ahead is not None:
         flags["span"] = site.ahead.span
-        more = {"beside": (site.ahead.rows, site.ahead.columns), "fine": site.ahead.fine > 0}
+        more = {"beside": (site.ahead.rows, site.ahead.columns)}
     return cuda_quantized.program(*_quantized_parts(site), flags, stream=site.adapter_width, chosen=site.adapter_chosen,
                                   **more)
 

@@ -226,9 +226,9 @@ def check_quantized(
         more, width = check_format(adapter, adapter_scales, op)
         stream, picked = _width(residual), _check_chosen(op, x, chosen)
         carries = more != picked or not picked
-        if width != columns or (carries and (stream < 1 or more - picked < stream or (more - picked) % stream)):
+        if width != columns or (carries and not 0 < stream <= more - picked <= 2 * stream):
             behind, alone = (f" + {picked}", f", or [{picked}, {columns}]") if chosen is not None else ("", "")
-            raise ValueError(f"{op}: adapter must be [C D{behind}, {columns}], C at least 1, with a residual of [..., D]"
+            raise ValueError(f"{op}: adapter must be [R{behind}, {columns}], D <= R <= 2 D, with a residual of [..., D]"
                              f"{alone}, got {tuple(adapter.shape)} and "
                              f"{None if residual is None else tuple(residual.shape)}")
         if gate:
@@ -242,7 +242,7 @@ def check_quantized(
 
 def check_beside(
     x: Tensor, k: int, weight: Tensor, scales: Tensor, beside: Tensor, beside_scales: Tensor, bias: Tensor | None,
-    eps: float | None, gate: str, gain: Tensor | None, threshold: float | None, fine: float,
+    eps: float | None, gate: str, gain: Tensor | None, threshold: float | None,
 ) -> tuple[int, int]:
     """Raise TypeError or ValueError unless ``quantized_linear_beside`` is defined for these; the columns of its results."""
     op = "quantized_linear_beside"
@@ -251,13 +251,8 @@ def check_beside(
         raise TypeError(f"{op}: beside must be torch.int8, got {beside.dtype}")
     rows, columns = check_format(beside, beside_scales, op)
     channels = x.shape[-1]
-    if rows < channels or rows % channels:
-        raise ValueError(f"{op}: beside must be [C K, N], C at least 1, for the {channels} channels of x, "
-                         f"got {tuple(beside.shape)}")
-    if not fine >= 0:
-        raise ValueError(f"{op}: fine must be 0 or more, got {fine}")
-    if fine > 0 and rows != 2 * channels:
-        raise ValueError(f"{op}: fine needs a second copy of x, so beside must have {2 * channels} rows, got {rows}")
+    if not channels <= rows <= 2 * channels:
+        raise ValueError(f"{op}: beside must be [R, N], K <= R <= 2 K for the {channels} channels of x, got {tuple(beside.shape)}")
     _check_alike(op, x, beside_scales=beside_scales)
     return out, columns
 
@@ -499,9 +494,9 @@ def quantized_linear(
     Args:
         weight, scales: [K, N] int8 with [K, N / group], or [K, N / 2] uint8 with [K, N / group, 2], scales in x's dtype.
             Scales lie row by row, or group by group, as kernels on a GPU read them; a kernel copies what it does not read.
-        adapter, adapter_scales: the residual adapter, [C D + E, N] int8 with [C D + E, N / group], C at least 1. Its first
-            C D rows multiply the residual, [..., D], which it needs, C times over; the E rows behind them the channels
-            ``chosen`` of x. Or it is these E rows alone, and the residual, if there is one, is added as it is.
+        adapter, adapter_scales: the residual adapter, [R + E, N] int8 with [R + E, N / group], D <= R <= 2 D. Its first R
+            rows multiply the residual, [..., D], which it needs, and again as far as they go; the E rows behind them the
+            channels ``chosen`` of x. Or it is these E rows alone, and the residual, if there is one, is added as it is.
         chosen: [E] int64, channels of x as it is given, without gain and norm, whether or not the selection keeps them;
             None for E = 0. It needs an adapter.
         residual: of x's dtype; one that is added as it is may be float32 as well.
@@ -532,10 +527,14 @@ def quantized_linear(
 def adapter_input(x: Tensor, residual: Tensor, rows: int, chosen: Tensor | None) -> Tensor:
     """What ``quantized_linear`` multiplies an adapter of so many rows by, [..., rows]."""
     if chosen is None:
-        parts = [residual] * (rows // residual.shape[-1])
-    else:
-        parts = [residual] * ((rows - len(chosen)) // residual.shape[-1]) + [_picked(x, chosen)]
-    return residual if len(parts) == 1 else torch.cat(parts, -1)
+        return _and_again(residual, rows)
+    return torch.cat([_and_again(residual, rows - len(chosen)), _picked(x, chosen)], -1)
+
+
+def _and_again(x: Tensor, length: int) -> Tensor:
+    """x, [..., D], and its first channels again, [..., length]."""
+    more = length - x.shape[-1]
+    return torch.cat([x, x[..., :more]], -1) if more else x
 
 
 def _picked(x: Tensor, chosen: Tensor) -> Tensor:
@@ -557,17 +556,14 @@ def quantized_linear_beside(
     gate: str = "",
     gain: Tensor | None = None,
     threshold: float | None = None,
-    fine: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``quantized_linear``, and in the same launch the product of its x with the adapter of a later site.
 
     While a site looks for its channels the memory rests, so an adapter that multiplies the same vector is read meanwhile.
 
     Args:
-        beside, beside_scales: the adapter, [C K, N2] int8 with [C K, N2 / group], C at least 1. It multiplies x, as it is
-            given, without norm and gain, C times over.
-        fine: 0, or with C = 2 more: then the second copy of x counts only where ``|x| >= fine * sqrt(mean(x ** 2))``, the
-            mean over all of a row, and is 0 elsewhere. The second rows hold what 8 bits left over of the first.
+        beside, beside_scales: the adapter, [R, N2] int8 with [R, N2 / group], K <= R <= 2 K. Its rows multiply x, as it
+            is given, without norm and gain, and again as far as they go.
         The others are those of ``quantized_linear``.
 
     Returns:
@@ -577,13 +573,10 @@ def quantized_linear_beside(
     Raises:
         TypeError, ValueError: as the other ops, naming the argument.
     """
-    check_beside(x, k, weight, scales, beside, beside_scales, bias, eps, gate, gain, threshold, fine)
+    check_beside(x, k, weight, scales, beside, beside_scales, bias, eps, gate, gain, threshold)
     y = quantized_linear(x, k, weight, scales, bias=bias, eps=eps, gate=gate, gain=gain, threshold=threshold)
     z = x.to(sums_in(x.dtype))
-    copies = [z] * (len(beside) // x.shape[-1])
-    if fine > 0:
-        copies[1] = torch.where(z.abs() >= fine * z.square().mean(-1, keepdim=True).sqrt(), z, 0)
-    return y, torch.cat(copies, -1) @ dequantize(beside, beside_scales).to(z.dtype)
+    return y, _and_again(z, len(beside)) @ dequantize(beside, beside_scales).to(z.dtype)
 
 
 def dequantized(weight: Tensor, scales: Tensor) -> Tensor:

@@ -22,9 +22,6 @@ from larosa_fx.ir.report import PassResult
 from larosa_fx.ir.site import Adapter, Ahead, SparseSite
 from larosa_fx.kernels.reference import is_one, sums_in
 
-#: Of the second copy of the stream, whose rows hold what 8 bits left over of the first: see ``quantized_linear_beside``.
-FINE = 0.0
-
 
 def run(ctx: Context) -> PassResult:
     """Move adapters to the sites that make their sites' x; counts ``adapters``."""
@@ -53,8 +50,7 @@ def _ahead(later: SparseSite) -> Ahead:
     """What an earlier site is to multiply of the adapter, whose tensors and product are not there yet."""
     adapter = later.adapter
     rows = adapter.rows - adapter.count
-    return Ahead((), adapter.product, rows, later.columns, later.weight.adapter().group, adapter.rows,
-                 FINE if rows == 2 * later.adapter_width else 0.0)
+    return Ahead((), adapter.product, rows, later.columns, later.weight.adapter().group, adapter.rows)
 
 
 def _moved(graph: fx.Graph, maker: SparseSite, later: SparseSite, more: Ahead) -> tuple[SparseSite, SparseSite]:
@@ -63,7 +59,8 @@ def _moved(graph: fx.Graph, maker: SparseSite, later: SparseSite, more: Ahead) -
     product = adapter.product
     with graph.inserting_before(maker.output):
         stored = _rows(graph, adapter.stored, 0, more.rows)
-        streams = graph.call_function(torch.cat, ([maker.x] * (more.rows // later.adapter_width), -1))
+        again = graph.call_function(torch.narrow, (maker.x, -1, 0, more.rows - later.adapter_width))
+        streams = graph.call_function(torch.cat, ([maker.x, again], -1))
         first = _product(graph, streams, stored, exact)
     for tensor in stored:
         ex.hoist_weights(graph, tensor)

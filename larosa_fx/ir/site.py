@@ -113,8 +113,7 @@ class QuantizedFormat:
         adapter, (k, threshold) = site.adapter.stored if site.adapter else (None, None), site.selection
         if site.ahead is not None:
             return torch.ops.larosa.quantized_linear_beside.default, (
-                site.x, k, *site.stored, *site.ahead.stored, site.bias, site.eps, site.gate, gain, threshold,
-                site.ahead.fine)
+                site.x, k, *site.stored, *site.ahead.stored, site.bias, site.eps, site.gate, gain, threshold)
         return torch.ops.larosa.quantized_linear.default, (
             site.x, k, *site.stored, *adapter, site.bias, site.residual, site.eps, site.gate, site.early, gain, threshold,
             site.adapter.chosen if site.adapter else None)
@@ -136,7 +135,7 @@ class Adapter:
     """A residual adapter, [rows, N], beside a site.
 
     stored: its tensors; of a format that packs, [K + D, N], the site's own rows in front. product: what multiplies the
-    residual by it. residual: the stream, [..., D], which its rows multiply as often as they hold D. chosen: the channels of
+    residual by it. residual: the stream, [..., D], which its rows multiply, and again as far as they go. chosen: the channels of
     the site's x, ``count`` of them, that its last rows multiply. Where these are all there are, the residual is added as it
     is. span: rows of the tensor that the stored ones are some of, 0 where they are all.
     """
@@ -152,10 +151,9 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Ahead:
-    """A later site's adapter, [rows, columns], that a site multiplies its own x by, as often as the rows hold its channels.
+    """A later site's adapter, [rows, columns], that a site multiplies its own x by, and again as far as the rows go.
 
-    stored, span: as an adapter's. product: the node whose place the result takes. group: columns that share a scale. fine:
-    as ``quantized_linear_beside`` takes it.
+    stored, span: as an adapter's. product: the node whose place the result takes. group: columns that share a scale.
     """
 
     stored: tuple[fx.Node, ...]
@@ -164,7 +162,6 @@ class Ahead:
     columns: int
     group: int
     span: int
-    fine: float
 
 
 @dataclass(frozen=True)

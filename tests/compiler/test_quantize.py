@@ -61,9 +61,13 @@ def test_an_adapter_in_two_halves_is_what_it_was():
     """Near the identity, as rotations of neighbouring layers are, 8 bits are too few: the diagonal sets their step."""
     skew = torch.triu(torch.randn(128, 128, dtype=torch.float64) * 0.03, 1)
     adapter = torch.linalg.matrix_exp(skew - skew.T)
-    halves = dequantize(*quantize(in_two(adapter, 64, torch.bfloat16), 8, 64, torch.bfloat16)).double()
+    halves = dequantize(*quantize(in_two(adapter, 64, torch.bfloat16, 128), 8, 64, torch.bfloat16)).double()
     assert (halves[:128] + halves[128:] - adapter).abs().max() < 4e-5
     assert (halves[:128] - adapter).abs().max() > 2e-3
+    some = dequantize(*quantize(in_two(adapter, 64, torch.bfloat16, 32, 1), 8, 64, torch.bfloat16)).double()
+    assert torch.equal(some[:129], torch.cat([halves[:128], some[128:129]])) and torch.equal(some[129:], halves[129:160])
+    both = (some[[0, 127]] - adapter[[0, 127]]).sum(0)  # channels that are multiplied by the same are right together
+    assert (both + some[128]).abs().max() < 8e-5 < both.abs().max()
 
 
 def test_a_doubled_component_lies_in_two_channels():

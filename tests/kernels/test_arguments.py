@@ -66,7 +66,7 @@ def _quantized(dtype):
 def _beside(dtype):
     beside, scales = quantize(torch.randn(2 * 64, 64), 8, 32, torch.float32)
     return {"x": torch.randn(1, 64).to(dtype), "k": 20, **_stored(dtype), "beside": beside,
-            "beside_scales": scales.to(dtype), "bias": torch.randn(96).to(dtype), "eps": 1e-5, "fine": 0.5}
+            "beside_scales": scales.to(dtype), "bias": torch.randn(96).to(dtype), "eps": 1e-5}
 
 
 def _dense(dtype):

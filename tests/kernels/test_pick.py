@@ -128,7 +128,7 @@ def whole_site(**parts):
     return SimpleNamespace(**given | parts)
 
 
-AHEAD = SimpleNamespace(rows=64, columns=256, group=64, span=72, fine=0.25)
+AHEAD = SimpleNamespace(rows=64, columns=256, group=64, span=72)
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def programs(monkeypatch):
       "wide_residual": True},
      {"residual": True, "early": False, "span": 72, "wide_residual": True}, {"stream": 128, "chosen": 8}),
     ({"ahead": AHEAD}, {"residual": False, "early": False, "span": 72, "wide_residual": False},
-     {"stream": 0, "chosen": 0, "beside": (64, 256), "fine": True})])
+     {"stream": 0, "chosen": 0, "beside": (64, 256)})])
 def test_what_is_built_for_one_row_over_8_bits(parts, flags, more, programs):
     assert pick.defect(site := whole_site(**parts)) == ""
     (*asked, found, arguments), = programs

@@ -65,7 +65,7 @@ def test_an_adapter_is_multiplied_by_what_makes_its_sites_x(granularity, bits, t
     assert len(makers) == last and len(makers) + len(sites) == 4 * (last + 1)
     assert not any(site["early"] for _, site in sites)
     for node, maker in makers:
-        assert maker["gate"] == "silu" and maker["fine"] == advance_adapters.FINE
+        assert maker["gate"] == "silu"
         own, product = sorted(node.users, key=lambda user: user.args[1])
         (later,) = own.users
         assert list(product.users) == [later] and g.dtype(product) == torch.float32
@@ -85,13 +85,6 @@ def test_an_adapter_without_chosen_rows_leaves_a_residual_alone(monkeypatch):
     p, results = advanced()
     assert results["advance_adapters"].counts == {"adapters": 2}
     assert all(site["adapter"] is None and site["chosen"] is None for _, site in calls(p, QUANTIZED))
-
-
-@pytest.mark.parametrize("fine, tolerance", [(1e-6, 1e-5), (0.5, 3e-2)])
-def test_the_second_rows_may_be_read_for_large_channels_alone(fine, tolerance, monkeypatch):
-    monkeypatch.setattr(advance_adapters, "FINE", fine)
-    p, _ = advanced(tolerance=tolerance)
-    assert {maker["fine"] for _, maker in calls(p, BESIDE)} == {fine}
 
 
 @pytest.mark.parametrize("leaves, reasons", [(lambda _: None, set()), (lambda _: "it is full", {
