@@ -196,6 +196,8 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
             # Other rotations would take the same time; these are made where the model is, without statistics.
             plan = calibrate(model, [tokens(model, 1, 256)], rotation=setting.rotation, basis="hadamard", progress=False,
                              selection="threshold" if any(v.endswith("-threshold") for v in variants) else "topk")
+            # What a trained model's principal components look like decides how adapters are stored.
+            plan.variances = {name: 1 / torch.arange(1.0, len(q) + 1) for name, q in plan.rotations.items()}
         shared: Row = {"ranks": ranks(), "comm_ms_per_token": 0.0 if ranks() == 1 else None}
         if ranks() > 1:
             shared |= attempt("comm_ms_per_token", lambda: {"comm_ms_per_token": communication(model, setting)}) or {}

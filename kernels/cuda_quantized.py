@@ -166,8 +166,8 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
 
 def refuses_beside(x: Tensor, bits: int, columns: int, group: int, norm: bool, gate: str, rows: int, beside: int) -> str:
     """Why the kernel does not take what ``refuses`` has passed with an adapter beside it, [rows, beside]; "" if it does."""
-    flags = flags_of(x, 0, 0, None, None, False, None, None)
-    shape = shape_of(x, bits, columns, group, 0, norm, gate, flags)._replace(beside_rows=rows, beside=beside, span=rows)
+    flags = flags_of(x, 0, 0, None, None, False, None, None) | {"beside_rows": rows, "beside": beside, "span": rows}
+    shape = shape_of(x, bits, columns, group, 0, norm, gate, flags)
     if beside % group:
         return "the adapter's groups are as wide as the weight's"
     c = config(shape, nvrtc.properties(x.device).multi_processor_count)
@@ -176,19 +176,17 @@ def refuses_beside(x: Tensor, bits: int, columns: int, group: int, norm: bool, g
     return ""
 
 
-def program(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, bool],
-            stream: int | None = None, chosen: int = 0, beside: tuple[int, int] = (0, 0)) -> nvrtc.Program:
-    """Of the kernel that ``quantized_linear`` launches for these, which ``refuses`` has passed; flags: of ``flags_of``.
+def program(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, int],
+            stream: int | None = None, chosen: int = 0) -> nvrtc.Program:
+    """Of the kernel that ``quantized_linear`` launches for these, which ``refuses`` has passed.
 
-    beside: rows and columns of the adapter beside, which ``refuses_beside`` has passed.
+    flags: those of ``flags_of``, and of the last fields of ``Shape`` what is not as it is by default.
     """
     shape = shape_of(x, bits, columns, group, rows, norm, gate, flags, stream, chosen)
-    if beside[1]:
-        shape = shape._replace(beside_rows=beside[0], beside=beside[1])
     return _program(shape, x.device, config(shape, nvrtc.properties(x.device).multi_processor_count))
 
 
-def shape_of(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, bool],
+def shape_of(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, int],
              stream: int | None = None, chosen: int = 0) -> Shape:
     """What a kernel for x, [..., K], is compiled for."""
     adapter = rows - chosen
@@ -223,45 +221,56 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
                      eps: float | None = None, gate: str = "", early: bool = False, gain: Tensor | None = None,
                      threshold: float | None = None, chosen: Tensor | None = None, *, beside: Tensor | None = None,
                      beside_scales: Tensor | None = None, using: Config | None = None
-                     ) -> Tensor | None:
+                     ) -> Tensor | tuple[Tensor, Tensor] | None:
     """Launch on the tensors' device, which must be the current one, with arguments that ``refuses`` has passed.
 
-    None where the kernel cannot be built or launched here, after one warning.
+    beside, beside_scales: an adapter that x is multiplied by as well (see ``quantized_linear_beside``); then both results. None
+    where the kernel cannot be built or launched here, after one warning.
     """
-    shape = shape_of_call(x, k, weight, scales, adapter, bias, residual, eps, gate, early, gain, threshold, chosen)
-    if beside is not None:
-        shape = shape._replace(beside_rows=beside.shape[0], beside=beside.shape[1])
-        adapter, adapter_scales = beside, beside_scales
     scales = by_group(scales, whole=True)
-    if adapter_scales is not None:
-        adapter_scales = by_group(adapter_scales, whole=False)
-        shape = shape._replace(span=adapter_scales.stride(1))
+    table = by_group(adapter_scales if beside is None else beside_scales, whole=False)
+    shape = shape_of_call(x, k, weight, scales, adapter, table, bias, residual, eps, gate, early, gain, threshold, chosen,
+                          beside)
     c = using or config(shape, nvrtc.properties(x.device).multi_processor_count)
     kernel = _kernel(shape, x.device, c)
     if kernel is None:
         return None
-    return launch(kernel, shape, c, (x, weight, scales, adapter, adapter_scales, bias, residual, gain, chosen), k, eps,
-                  threshold)
+    y, more = x.new_empty((*x.shape[:-1], shape.columns // (2 if shape.gate else 1))), None
+    blocks = -(-shape.columns // c.tile) * c.split
+    if beside is not None:
+        adapter, more = beside, x.new_empty((*x.shape[:-1], shape.beside), dtype=torch.float32)
+        blocks += -(-shape.beside // c.beside_tile) * c.split
+    if not launch(kernel, blocks, (x, weight, scales, adapter, table, bias, residual, gain, chosen, y, more), k, eps, threshold):
+        return None
+    return y if more is None else (y, more)
 
 
-def shape_of_call(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None, bias: Tensor | None,
-                  residual: Tensor | None, eps: float | None, gate: str, early: bool, gain: Tensor | None,
-                  threshold: float | None, chosen: Tensor | None = None) -> Shape:
-    """What the kernel is compiled for that computes ``quantized_linear`` of these."""
+def shape_of_call(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Tensor | None, table: Tensor | None,
+                  bias: Tensor | None, residual: Tensor | None, eps: float | None, gate: str, early: bool,
+                  gain: Tensor | None, threshold: float | None, chosen: Tensor | None = None, beside: Tensor | None = None
+                  ) -> Shape:
+    """What the kernel is compiled for that computes ``quantized_linear`` of these. table: the adapter's scales, or those of
+    the adapter beside, as ``by_group`` has them; of no use to kernels of several rows."""
     bits = 4 if weight.dtype == torch.uint8 else 8
     columns = weight.shape[1] * 8 // bits
-    rows = 0 if adapter is None else len(adapter)
-    return shape_of(x, bits, columns, columns // scales.shape[1], rows, eps is not None, gate,
-                    flags_of(x, k, rows - (0 if chosen is None else len(chosen)), bias, residual, early, gain, threshold),
-                    None if residual is None else residual.shape[-1], 0 if chosen is None else len(chosen)
-                    )._replace(wide_residual=residual is not None and residual.dtype == torch.float32)
+    rows, picked = (0 if t is None else len(t) for t in (adapter, chosen))
+    flags = flags_of(x, k, rows - picked, bias, residual, early, gain, threshold)
+    flags["wide_residual"] = residual is not None and residual.dtype == torch.float32
+    if table is not None:
+        flags["span"] = table.stride(1)
+    if beside is not None:
+        flags |= {"beside_rows": len(beside), "beside": beside.shape[1]}
+    return shape_of(x, bits, columns, columns // scales.shape[1], rows, eps is not None, gate, flags,
+                    None if residual is None else residual.shape[-1], picked)
 
 
-def by_group(scales: Tensor, *, whole: bool) -> Tensor:
+def by_group(scales: Tensor | None, *, whole: bool) -> Tensor | None:
     """The scales, [rows, groups] or [rows, groups, 2], with those of one group together in memory; a copy if need be.
 
     whole: they must not be some rows of a larger table.
     """
+    if scales is None:
+        return None
     rows, pair = len(scales), scales.shape[2:].numel()
     first, group, *last = scales.stride()
     lies_so = first == pair and last in ([], [1]) and group % pair == 0 and (group == rows * pair or not whole)
@@ -273,17 +282,12 @@ def by_group(scales: Tensor, *, whole: bool) -> Tensor:
 _SIGNATURE = (*[POINTER] * 11, INT, FLOAT, FLOAT)
 
 
-def launch(kernel: nvrtc.Kernel, shape: Shape, c: Config, tensors: Sequence[Tensor | None], k: int, eps: float | None,
-           threshold: float | None) -> tuple[Tensor, Tensor | None] | None:
-    x = tensors[0]
-    y = x.new_empty((*x.shape[:-1], shape.columns // (2 if shape.gate else 1)))
-    beside = x.new_empty((*x.shape[:-1], shape.beside), dtype=torch.float32) if shape.beside else None
-    tables = tensors[2], tensors[4]
-    inputs = [None if t is None else t if any(t is s for s in tables) else nvrtc.aligned(t) for t in tensors]
-    pointers = [0 if t is None else t.data_ptr() for t in (*inputs, y, beside)]
-    blocks = -(-shape.columns // c.tile) * c.split + (-(-shape.beside // c.beside_tile) * c.split if shape.beside else 0)
-    launched = kernel.launch((blocks, 1, 1), *pointers, k, 0.0 if eps is None else eps, threshold or 0.0)
-    return (y if beside is None else (y, beside)) if launched else None
+def launch(kernel: nvrtc.Kernel, blocks: int, tensors: Sequence[Tensor | None], number: int, eps: float | None,
+           threshold: float | None) -> bool:
+    """Launch a kernel that takes the tensors, scales third and fifth, a number, eps and the threshold; whether it could be."""
+    held = [t if t is None or i in (2, 4) else nvrtc.aligned(t) for i, t in enumerate(tensors)]  # scales lie as they lie
+    return kernel.launch((blocks, 1, 1), *(0 if t is None else t.data_ptr() for t in held), number,
+                         0.0 if eps is None else eps, threshold or 0.0)
 
 
 def _program(shape: Shape, device: torch.device, c: Config) -> nvrtc.Program:

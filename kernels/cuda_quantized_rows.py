@@ -99,27 +99,17 @@ def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, adapter: Tensor 
     rows = rows_of(x)
     if adapter is not None and len(adapter) != residual.shape[-1]:
         residual, early = adapter_input(x, residual, len(adapter), chosen), False
-    shape = cuda_quantized.shape_of_call(x, x.shape[-1], weight, scales, adapter, bias, residual, eps, gate, early, gain,
-                                         threshold)
+    shape = cuda_quantized.shape_of_call(x, x.shape[-1], weight, scales, adapter, None, bias, residual, eps, gate, early,
+                                         gain, threshold)
     c = using or _config(shape, compiled_rows(rows), x.device)
     kernel = _kernel(shape, compiled_rows(rows), x.device, c)
     if kernel is None:
         return None
     y = x.new_empty((*x.shape[:-1], shape.columns // (2 if gate else 1)))
-    aligned = nvrtc.aligned
-    inputs = [None if t is None else ready(t) for t, ready in (
-        (x, aligned), (weight, aligned), (scales, _by_group), (adapter, aligned), (adapter_scales, _by_group),
-        (bias, aligned), (residual, aligned), (gain, aligned))]
-    pointers = [0 if t is None else t.data_ptr() for t in (*inputs, y)]
+    scales, adapter_scales = (by_group(s, whole=True) for s in (scales, adapter_scales))
+    tensors = x, weight, scales, adapter, adapter_scales, bias, residual, gain, y
     blocks = -(-shape.columns // c.tile) * c.split
-    launched = kernel.launch((blocks, 1, 1), *pointers, rows, 0.0 if eps is None else eps, threshold or 0.0)
-    return y if launched else None
-
-
-def _by_group(scales: Tensor) -> Tensor:
-    """The scales as the kernel reads them, a pair with one load."""
-    scales = by_group(scales, whole=True)
-    return scales.clone() if scales.data_ptr() % 4 else scales
+    return y if cuda_quantized.launch(kernel, blocks, tensors, rows, eps, threshold) else None
 
 
 #: Parameters of the kernel: x, weight, scales, adapter, its scales, bias, residual, gain, y; a number; eps, threshold.

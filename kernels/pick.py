@@ -151,12 +151,9 @@ def _quantized_beside(site: Site) -> str:
 
 def _quantized_program(site: Site) -> nvrtc.Program:
     flags = _flags(site) | {"wide_residual": site.wide_residual, "span": site.adapter_span}
-    more = {}
     if site.ahead is not None:
-        flags["span"] = site.ahead.span
-        more = {"beside": (site.ahead.rows, site.ahead.columns)}
-    return cuda_quantized.program(*_quantized_parts(site), flags, stream=site.adapter_width, chosen=site.adapter_chosen,
-                                  **more)
+        flags |= {"span": site.ahead.span, "beside_rows": site.ahead.rows, "beside": site.ahead.columns}
+    return cuda_quantized.program(*_quantized_parts(site), flags, stream=site.adapter_width, chosen=site.adapter_chosen)
 
 
 def _quantized_rows(site: Site) -> str:

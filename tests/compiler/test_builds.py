@@ -105,16 +105,15 @@ class Launches(torch.fx.Interpreter):
     @staticmethod
     def _of(target, args):
         x, rows = args[0], rows_of(args[0])
-        module, span = cuda_linear if target is LINEAR else cuda_quantized, {}
+        module = cuda_linear if target is LINEAR else cuda_quantized
         if target is QUANTIZED:
-            adapter, adapter_scales, residual = args[4], args.pop(5), args[6]
+            adapter, residual = args[4], args[7]
+            args[5] = cuda_quantized.by_group(args[5], whole=False) if rows == 1 else None
             if rows > 1:
                 args.pop()
                 if adapter is not None and len(adapter) != residual.shape[-1]:
-                    args[9] = False  # what the adapter multiplies is put together in front of the kernel
-            elif adapter is not None:
-                span = {"span": cuda_quantized.by_group(adapter_scales, whole=False).stride(1)}
-        shape = module.shape_of_call(*args)._replace(**span)
+                    args[10] = False  # what the adapter multiplies is put together in front of the kernel
+        shape = module.shape_of_call(*args)
         if rows == 1:
             return module._SOURCE.name, module.constants(shape, module.config(shape, 132))
         module = cuda_rows if target is LINEAR else cuda_quantized_rows

@@ -147,8 +147,8 @@ def programs(monkeypatch):
     ({"adapter_rows": 8, "adapter_width": 128, "adapter_chosen": 8, "adapter_span": 72, "residual": "t",
       "wide_residual": True},
      {"residual": True, "early": False, "span": 72, "wide_residual": True}, {"stream": 128, "chosen": 8}),
-    ({"ahead": AHEAD}, {"residual": False, "early": False, "span": 72, "wide_residual": False},
-     {"stream": 0, "chosen": 0, "beside": (64, 256)})])
+    ({"ahead": AHEAD}, {"residual": False, "early": False, "span": 72, "wide_residual": False, "beside_rows": 64,
+                        "beside": 256}, {"stream": 0, "chosen": 0})])
 def test_what_is_built_for_one_row_over_8_bits(parts, flags, more, programs):
     assert pick.defect(site := whole_site(**parts)) == ""
     (*asked, found, arguments), = programs
