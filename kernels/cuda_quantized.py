@@ -17,6 +17,7 @@ _SOURCE = Path(__file__).with_name("quantized_linear.cu")
 _MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
 _WIDTH = 8  # the fewest columns of a thread, which columns and groups are multiples of
 _STEPS, _DIGITS = 8, 3  # as in the kernel: coefficients that a warp makes at a time, times 32, and their bytes
+_SPLITS = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.5}  # blocks of a cluster, and what it costs that its sums meet
 _SHARED = 227 * 1024  # bytes of shared memory that a block of compute capability 9 can have
 
 
@@ -70,10 +71,10 @@ def config(shape: Shape, sms: int) -> Config | None:
     def made(width: int, split: int, held: bool) -> Config:
         at_once = sms if split <= 2 else sms * 7 // 8
         per_tile = -(-(-(-across // (8 * width))) // max(1, at_once // split))
-        tile, batch = 8 * width * halves * per_tile, (2 if shape.bits == 4 else 1) * 16 // width
+        tile = 8 * width * halves * per_tile
         if shape.beside:  # two blocks to a multiprocessor, one of them of the adapter's as far as these go
-            return Config(tile, width, 256, batch, 2, split, held, beside_tile=8 * width, beside_batch=16 // width)
-        return Config(tile, width, 512, batch, 1, split, held)
+            return Config(tile, width, 256, 32 // width, 2, split, held, beside_tile=8 * width, beside_batch=16 // width)
+        return Config(tile, width, 512, 32 // width if shape.bits == 4 else {16: 1, 8: 3}[width], 1, split, held)
 
     def fits(c: Config) -> bool:
         warp = 8 * c.width
@@ -83,9 +84,10 @@ def config(shape: Shape, sms: int) -> Config | None:
                 and (not shape.beside or -(-shape.beside // c.beside_tile) * c.split <= sms)
                 and shared_bytes(shape, c) <= _SHARED // c.resident)
 
-    splits = (4, 2, 1) if shape.beside else (1, 2, 4, 8)
-    found = [made(width, split, held) for held in (True, False) for width in (16, 8) for split in splits]
-    return min(filter(fits, found), key=lambda c: (c.tile / c.split, not c.held), default=None)
+    widths = (16, 8) if shape.bits == 4 or across >= 64 * sms else (8, 16)
+    splits = (2, 4, 1) if shape.beside else _SPLITS
+    found = [made(width, split, held) for held in (True, False) for width in widths for split in splits]
+    return min(filter(fits, found), key=lambda c: (c.tile / c.split * _SPLITS[c.split], not c.held), default=None)
 
 
 def shared_bytes(shape: Shape, c: Config) -> int:
