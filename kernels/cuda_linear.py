@@ -178,7 +178,7 @@ def launch(kernel: nvrtc.Kernel, shape: Shape, tile: int, x: Tensor, weight: Ten
 
 def constants(shape: Shape, c: Config) -> dict[str, int]:
     """The macros that sparse_linear.cu is compiled with."""
-    return constants_of(shape) | {"TILE": c.tile, "THREADS": c.threads, "BATCH": c.batch, "SPLIT": 1, "SHARED": shared_bytes(shape, c)}
+    return constants_of(shape) | {"TILE": c.tile, "THREADS": c.threads, "BATCH": c.batch, "SHARED": shared_bytes(shape, c)}
 
 
 def constants_of(shape: Shape) -> dict[str, int]:

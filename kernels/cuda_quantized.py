@@ -70,8 +70,8 @@ def config(shape: Shape, sms: int) -> Config | None:
 
     def made(width: int, split: int, held: bool) -> Config:
         at_once = sms if split <= 2 else sms * 7 // 8
-        per_tile = -(-(-(-across // (8 * width))) // max(1, at_once // split))
-        tile = 8 * width * halves * per_tile
+        pieces = -(-across // (8 * width))
+        tile = 8 * width * halves * -(-pieces // max(1, at_once // split))
         if shape.beside:  # two blocks to a multiprocessor, one of them of the adapter's as far as these go
             return Config(tile, width, 256, 32 // width, 2, split, held, beside_tile=8 * width, beside_batch=16 // width)
         return Config(tile, width, 512, 32 // width if shape.bits == 4 else {16: 1, 8: 3}[width], 1, split, held)
@@ -167,7 +167,9 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
 
 
 def refuses_beside(x: Tensor, bits: int, columns: int, group: int, norm: bool, gate: str, rows: int, beside: int) -> str:
-    """Why the kernel does not take what ``refuses`` has passed with an adapter beside it, [rows, beside]; "" if it does."""
+    """Why the kernel does not take these with an adapter beside them, [rows, beside]; "" if it does."""
+    if reason := refuses(x, bits, columns, group, 0, norm, gate):
+        return reason
     flags = flags_of(x, 0, 0, None, None, False, None, None) | {"beside_rows": rows, "beside": beside, "span": rows}
     shape = shape_of(x, bits, columns, group, 0, norm, gate, flags)
     if beside % group:
@@ -226,8 +228,8 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
                      ) -> Tensor | tuple[Tensor, Tensor] | None:
     """Launch on the tensors' device, which must be the current one, with arguments that ``refuses`` has passed.
 
-    beside, beside_scales: an adapter that x is multiplied by as well (see ``quantized_linear_beside``); then both results. None
-    where the kernel cannot be built or launched here, after one warning.
+    beside, beside_scales: an adapter that x is multiplied by as well (see ``quantized_linear_beside``); then both results.
+    None where the kernel cannot be built or launched here, after one warning.
     """
     scales = by_group(scales, whole=True)
     table = by_group(adapter_scales if beside is None else beside_scales, whole=False)
@@ -242,7 +244,8 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
     if beside is not None:
         adapter, more = beside, x.new_empty((*x.shape[:-1], shape.beside), dtype=torch.float32)
         blocks += -(-shape.beside // c.beside_tile) * c.split
-    if not launch(kernel, blocks, (x, weight, scales, adapter, table, bias, residual, gain, chosen, y, more), k, eps, threshold):
+    tensors = x, weight, scales, adapter, table, bias, residual, gain, chosen, y, more
+    if not launch(kernel, blocks, tensors, k, eps, threshold):
         return None
     return y if more is None else (y, more)
 
@@ -259,7 +262,7 @@ def shape_of_call(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter: Te
     flags = flags_of(x, k, rows - picked, bias, residual, early, gain, threshold)
     flags["wide_residual"] = residual is not None and residual.dtype == torch.float32
     if table is not None:
-        flags["span"] = table.stride(1)
+        flags["span"] = max(table.stride(1), len(table))  # of one group any stride will do
     if beside is not None:
         flags |= {"beside_rows": len(beside), "beside": beside.shape[1]}
     return shape_of(x, bits, columns, columns // scales.shape[1], rows, eps is not None, gate, flags,
@@ -276,17 +279,20 @@ def by_group(scales: Tensor | None, *, whole: bool) -> Tensor | None:
     rows, pair = len(scales), scales.shape[2:].numel()
     first, group, *last = scales.stride()
     lies_so = first == pair and last in ([], [1]) and group % pair == 0 and (group == rows * pair or not whole)
-    return scales if lies_so and scales.data_ptr() % 16 == 0 else scales.transpose(0, 1).contiguous().transpose(0, 1)
+    if lies_so and scales.storage_offset() * scales.itemsize % 16 == 0:
+        return scales
+    return scales.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 
 
-#: Parameters of the kernel: x, weight, scales, adapter, its scales, bias, residual, gain, chosen, y, what is beside; a number;
-#: eps, threshold.
+#: Parameters of the kernel: x, weight, scales, adapter, its scales, bias, residual, gain, chosen, y, the result beside; a
+#: number; eps, threshold.
 _SIGNATURE = (*[POINTER] * 11, INT, FLOAT, FLOAT)
 
 
 def launch(kernel: nvrtc.Kernel, blocks: int, tensors: Sequence[Tensor | None], number: int, eps: float | None,
            threshold: float | None) -> bool:
-    """Launch a kernel that takes the tensors, scales third and fifth, a number, eps and the threshold; whether it could be."""
+    """Launch a kernel that takes the tensors, scales third and fifth, a number, eps and the threshold; whether it could be.
+    """
     held = [t if t is None or i in (2, 4) else nvrtc.aligned(t) for i, t in enumerate(tensors)]  # scales lie as they lie
     return kernel.launch((blocks, 1, 1), *(0 if t is None else t.data_ptr() for t in held), number,
                          0.0 if eps is None else eps, threshold or 0.0)

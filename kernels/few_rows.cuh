@@ -104,6 +104,11 @@ __device__ __forceinline__ u32 gained(u32 pair, u32 gains) {
   return narrow(widen(pair & 0xffff) * widen(gains & 0xffff)) | (u32)narrow(widen(pair >> 16) * widen(gains >> 16)) << 16;
 }
 
+__device__ __forceinline__ float squared(u32 pair, float sum) {
+  const float a = widen(pair & 0xffff), b = widen(pair >> 16);
+  return fmaf(b, b, fmaf(a, a, sum));
+}
+
 // Brings ``count`` channels of each row of ``from``, [rows, width], to the block, zeros behind them: those that the block
 // multiplies, or all for the norm. OF_X: times the gain, if there is one, and the squares are added up for the norm.
 template <bool OF_X>

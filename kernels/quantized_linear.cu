@@ -30,7 +30,7 @@
 // are near each other, are a few lines of memory then. Of the adapter's these are ADAPTER_SPAN.
 
 #include "cluster.cuh"
-#include "selection.cuh"
+#include "shares.cuh"
 
 constexpr int OUT_COLUMNS = GATE ? COLUMNS / 2 : COLUMNS;
 constexpr int OUT_TILE = GATE ? TILE / 2 : TILE;
@@ -425,9 +425,10 @@ __device__ __forceinline__ void multiply_beside(char* memory, const u16* x, cons
   all.ask();
   wait_for_producer();
   scales_are_there();
-  u32 channels[PAIRS];
-  fetch(channels, x);
-  copy(channels, 0.f, values, reinterpret_cast<Scalars*>(memory + SCALARS_AT));
+  Row channels;
+  channels.fetch(x);
+  channels.copy(values);
+  __syncthreads();
   all.add(sums);
   sum_up<Beside>(memory, sums, [=](int i, float total, float) {
     const int to = tile + blockIdx.x % SPLIT * Beside::outputs + i;
@@ -466,8 +467,8 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
                                                                                                  policy);
   for (int i = t; RANKED && i < HISTOGRAM_BYTES / 16; i += THREADS)
     reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
-  u32 gains[PAIRS];
-  if (GAIN) fetch(gains, gain);  // before the wait: a weight, which no kernel in flight writes
+  Row gains;
+  if (GAIN) gains.fetch(gain);  // before the wait: a weight, which no kernel in flight writes
   for (int i = t; i < CHOSEN * OUTPUTS; i += THREADS) {
     const int row = ADAPTER + i / OUTPUTS, to = column_of(blockIdx.x % SPLIT * OUTPUTS + i % OUTPUTS);
     beside[i] = to < 0 ? 0.f : widen(__ldg(adapter_scales + (u64)(to / GROUP) * ADAPTER_SPAN + row)) *
@@ -492,27 +493,19 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
   if (EARLY) wait_for_producer();
   scales_are_there();
 
-  u32 channels[PAIRS];
-  fetch(channels, x);
+  Row channels;
+  channels.fetch(x);
   if (CHOSEN && t < CHOSEN) {
     const u64 of = chosen[t];
     named[t] = of < CHANNELS ? widen(__ldcg(x + of)) : __uint_as_float(0x7fffffff);  // nothing outside of x is read
   }
-  float squares = NORM ? squares_of(channels, x) : 0.f;  // of x itself, without the gain
+  float squares = NORM ? channels.squares(x) : 0.f;  // of x itself, without the gain
   if (GAIN) multiply_by(channels, gains);
-  if (RANKED) __syncthreads();  // the histogram is empty
   if (FULL) {
-    squares = copy(channels, squares, reinterpret_cast<u16*>(list), scalars);
+    channels.copy(reinterpret_cast<u16*>(list));
+    squares = block_sum(squares, scalars->squares);
   } else {
-    int kept = keep;
-    if (THRESHOLD) {
-      if (NORM) squares = block_sum(squares, scalars->squares);
-      const float scale = norm_scale(squares, eps);
-      kept = reaching(channels, list, scalars->warp, [=](u32 key) { return !(widen(key) * scale < threshold); });
-    } else {
-      squares = select(channels, squares, keep, histogram, list, scalars);
-    }
-    own.of(list, nullptr, kept);
+    own.of(list, nullptr, channels.choose(squares, keep, eps, threshold, histogram, list, scalars));
     own.ask();
   }
   own.add(sums);

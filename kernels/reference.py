@@ -252,7 +252,8 @@ def check_beside(
     rows, columns = check_format(beside, beside_scales, op)
     channels = x.shape[-1]
     if not channels <= rows <= 2 * channels:
-        raise ValueError(f"{op}: beside must be [R, N], K <= R <= 2 K for the {channels} channels of x, got {tuple(beside.shape)}")
+        raise ValueError(f"{op}: beside must be [R, N], K <= R <= 2 K for the {channels} channels of x, "
+                         f"got {tuple(beside.shape)}")
     _check_alike(op, x, beside_scales=beside_scales)
     return out, columns
 

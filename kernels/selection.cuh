@@ -1,26 +1,13 @@
 // Which channels of one row a block reads, and what surrounds a product: norm and gate.
 //
 // Every block of a site finds the Top-K itself, or what reaches the threshold, and compacts it to a list in shared memory.
-// Constants: CHANNELS, THREADS, HALF, GATE and the flags FULL, NORM and THRESHOLD, as sparse_linear.cu describes them.
+// Constants: CHANNELS, THREADS, HALF, GATE and the flags NORM and THRESHOLD, as sparse_linear.cu describes them.
 #pragma once
 
 #include "common.cuh"
 
 constexpr int WARPS = THREADS / 32;
 constexpr int EACH = (CHANNELS + 4 * THREADS - 1) / (4 * THREADS) * 4;  // consecutive channels a thread ranks
-
-// A thread holds its channels two to a word, zero beyond the last. A Top-K's thread ranks neighbours among all, so that a scan
-// over the threads is one over the channels. Without ranks the SPLIT blocks of a cluster share the channels, every SPLIT-th 64
-// of them to a block, and a warp lists its 64 by two votes.
-constexpr bool RANKED = !THRESHOLD && !FULL;
-constexpr int TURNS = (CHANNELS + 64 * WARPS * SPLIT - 1) / (64 * WARPS * SPLIT), PAIRS = RANKED ? EACH / 2 : TURNS;
-constexpr int OWN_CHANNELS = TURNS * 64 * WARPS;  // that a block lists at most
-
-// The first channel of this thread's i-th word; ``further``: of the block so many behind this one.
-__device__ __forceinline__ int channel_of(int i, int further = 0) {
-  if (RANKED) return threadIdx.x * EACH + 2 * i;
-  return 64 * ((i * WARPS + threadIdx.x / 32) * SPLIT + (blockIdx.x + further) % SPLIT) + 2 * (threadIdx.x & 31);
-}
 
 // A bin is one bit pattern of bf16 in [2^-40, 2^24), with the rest in the outer bins; or four patterns of fp16.
 constexpr u32 MAGNITUDE = 0x7fff;
@@ -81,46 +68,19 @@ __device__ __forceinline__ float block_sum(float v, float* scratch) {
   return warp_sum(lane < WARPS ? scratch[lane] : 0.f);
 }
 
-// Lists the channels for which ``keeps`` of the magnitude says so, with those of a warp's 64 that stand at an even place before
-// the others. Returns how many.
-template <class Keeps>
-__device__ __forceinline__ int reaching(const u32 (&x)[PAIRS], u32* list, u32* scratch, Keeps keeps) {
-  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, before = (1u << lane) - 1;
-  u32 votes[PAIRS][2], count = 0;
-#pragma unroll
-  for (int i = 0; i < PAIRS; i++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      votes[i][half] = __ballot_sync(~0u, channel_of(i) < CHANNELS && keeps(x[i] >> half * 16 & MAGNITUDE));
-      count += __popc(votes[i][half]);
-    }
-  if (lane == 0) scratch[warp] = count;
-  __syncthreads();
-  const u32 counts = lane < WARPS ? scratch[lane] : 0u, all = __reduce_add_sync(~0u, counts);
-  u32 at = __reduce_add_sync(~0u, lane < warp ? counts : 0u);
-#pragma unroll
-  for (int i = 0; i < PAIRS; i++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      if (votes[i][half] >> lane & 1)
-        list[at + __popc(votes[i][half] & before)] = (u32)(channel_of(i) + half) << 16 | (x[i] >> half * 16 & 0xffff);
-      at += __popc(votes[i][half]);
-    }
-  __syncthreads();
-  return all;
-}
-
 // Lists channels, ascending, those for which ``rank`` of the magnitude is 1, and of those where it is 1 << 16 as many as
-// are ``missing``, the lowest ones; 0 drops.
+// are ``missing``, the lowest ones; 0 drops. ``x``: this thread's channels, two to a word, zero beyond the last. Returns
+// how many have rank 1.
 template <class Rank>
-__device__ __forceinline__ void compact(const u32 (&x)[PAIRS], u32 missing, u32* list, u32* scratch, Rank rank) {
+__device__ __forceinline__ int compact(const u32 (&x)[EACH / 2], u32 missing, u32* list, u32* scratch, Rank rank) {
   const int mine = threadIdx.x * EACH;
   u32 counts = 0;  // rank 1 in the lower half, 1 << 16 in the upper
 #pragma unroll
   for (int e = 0; e < EACH; e++)
     if (mine + e < CHANNELS) counts += rank((x[e >> 1] >> (e & 1) * 16) & MAGNITUDE);
-  __syncthreads();
+  if (!THRESHOLD) __syncthreads();  // else the scratch has not been used
   const u32 scanned = warp_scan(counts), before = over_warps(scanned, scratch) + scanned - counts;
+  const u32 all = THRESHOLD ? __reduce_add_sync(~0u, (threadIdx.x & 31) < WARPS ? scratch[threadIdx.x & 31] : 0u) : 0u;
   u32 over = before & 0xffff, at = before >> 16;
 #pragma unroll
   for (int e = 0; e < EACH; e++)
@@ -130,11 +90,12 @@ __device__ __forceinline__ void compact(const u32 (&x)[PAIRS], u32 missing, u32*
       over += r & 1, at += r >> 16;
     }
   __syncthreads();
+  return all;
 }
 
-// Lists the ``keep`` channels of largest magnitude, ascending; equal magnitudes from the lowest channel up. Returns the sum of
-// the threads' ``squares``.
-__device__ __forceinline__ float select(const u32 (&x)[PAIRS], float squares, int keep, u32* histogram, u32* list,
+// Lists the ``keep`` channels of largest magnitude, ascending; equal magnitudes from the lowest channel up. ``x``: this
+// thread's channels, two to a word, zero beyond the last. Returns the sum of the threads' ``squares``.
+__device__ __forceinline__ float select(const u32 (&x)[EACH / 2], float squares, int keep, u32* histogram, u32* list,
                                         Scalars* s) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, mine = threadIdx.x * EACH;
 #pragma unroll
@@ -201,52 +162,21 @@ __device__ __forceinline__ float select(const u32 (&x)[PAIRS], float squares, in
   return squares;
 }
 
-// Copies the block's channels to their places in shared memory. Returns the sum of the threads' ``squares``.
-__device__ __forceinline__ float copy(const u32 (&x)[PAIRS], float squares, u16* to, Scalars* s) {
+// Copies all channels to shared memory. Returns the sum of the threads' ``squares``.
+__device__ __forceinline__ float copy(const u32 (&x)[EACH / 2], float squares, u16* to, Scalars* s) {
+  const int mine = threadIdx.x * EACH;
 #pragma unroll
-  for (int i = 0; i < PAIRS; i++)
-    if (channel_of(i) < CHANNELS) *reinterpret_cast<u32*>(to + channel_of(i)) = x[i];
+  for (int e = 0; e < EACH; e += 2)
+    if (mine + e < CHANNELS) *reinterpret_cast<u32*>(to + mine + e) = x[e >> 1];
   return block_sum(squares, s->squares);
 }
 
-// This thread's channels.
-__device__ __forceinline__ void fetch(u32 (&to)[PAIRS], const u16* from) {
-  if (RANKED) {
+// This thread's channels, two to a word, zero beyond the last.
+__device__ __forceinline__ void fetch(u32 (&to)[EACH / 2], const u16* from) {
 #pragma unroll
-    for (int i = 0; i < PAIRS; i += 2) {
-      const uint2 v = channel_of(i) < CHANNELS ? __ldcg(reinterpret_cast<const uint2*>(from + channel_of(i))) : make_uint2(0, 0);
-      to[i] = v.x, to[i + 1] = v.y;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < PAIRS; i++)
-      to[i] = channel_of(i) < CHANNELS ? __ldcg(reinterpret_cast<const u32*>(from + channel_of(i))) : 0u;
+  for (int i = 0; i < EACH / 4; i++) {
+    const int q = threadIdx.x * (EACH / 4) + i;
+    const uint2 v = q < CHANNELS / 4 ? __ldcg(reinterpret_cast<const uint2*>(from) + q) : make_uint2(0, 0);
+    to[2 * i] = v.x, to[2 * i + 1] = v.y;
   }
-}
-
-__device__ __forceinline__ float squared(u32 pair, float sum) {
-  const float a = widen(pair & 0xffff), b = widen(pair >> 16);
-  return fmaf(b, b, fmaf(a, a, sum));
-}
-
-// Of the squares of all of ``from`` a thread's part: of its channels x, and of those that it would hold in the cluster's other
-// blocks.
-__device__ __forceinline__ float squares_of(const u32 (&x)[PAIRS], const u16* from) {
-  float squares = 0.f;
-#pragma unroll
-  for (int further = 1; further < (RANKED ? 1 : SPLIT); further++)
-#pragma unroll
-    for (int i = 0; i < PAIRS; i++)
-      if (channel_of(i, further) < CHANNELS)
-        squares = squared(__ldcg(reinterpret_cast<const u32*>(from + channel_of(i, further))), squares);
-#pragma unroll
-  for (int i = 0; i < PAIRS; i++) squares = squared(x[i], squares);
-  return squares;
-}
-
-// This thread's channels times their gains.
-__device__ __forceinline__ void multiply_by(u32 (&x)[PAIRS], const u32 (&gains)[PAIRS]) {
-#pragma unroll
-  for (int i = 0; i < PAIRS; i++)
-    x[i] = narrow(widen(x[i] & 0xffff) * widen(gains[i] & 0xffff)) | (u32)narrow(widen(x[i] >> 16) * widen(gains[i] >> 16)) << 16;
 }

@@ -92,7 +92,7 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
   float sum[8] = {};
   for (int i = t; !FULL && i < HISTOGRAM_BYTES / 16; i += THREADS)
     reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
-  u32 gains[PAIRS];
+  u32 gains[EACH / 2];
   if (GAIN) fetch(gains, gain);  // before the wait: a weight, which no kernel in flight writes
 
   // EARLY: the kernel before this one read the residual too, so it is complete although that kernel may not be.
@@ -108,10 +108,15 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
   float added = 0.f;  // this thread's output; read now, so that it is there when it is needed
   if (RESIDUAL && blockIdx.x * OUT_TILE + t / FOLD < OUT_COLUMNS && t / FOLD < OUT_TILE)
     added = widen(__ldcg(residual + blockIdx.x * OUT_TILE + t / FOLD));
-  u32 channels[PAIRS];
+  u32 channels[EACH / 2];
   fetch(channels, x);
-  float squares = NORM ? squares_of(channels, x) : 0.f;  // of x itself, without the gain
-  if (GAIN) multiply_by(channels, gains);
+  float squares = 0.f;  // of x itself, without the gain
+#pragma unroll
+  for (int i = 0; i < EACH / 2; i++) {
+    const float a = widen(channels[i] & 0xffff), b = widen(channels[i] >> 16);
+    if (NORM) squares = fmaf(b, b, fmaf(a, a, squares));
+    if (GAIN) channels[i] = narrow(a * widen(gains[i] & 0xffff)) | (u32)narrow(b * widen(gains[i] >> 16)) << 16;
+  }
   if (!THRESHOLD) __syncthreads();  // the histogram is empty
   if (FULL) {
     squares = copy(channels, squares, reinterpret_cast<u16*>(list), scalars);
@@ -119,7 +124,8 @@ sparse_linear(const u16* __restrict__ x, const u16* __restrict__ weight, const u
   } else if (THRESHOLD) {
     if (NORM) squares = block_sum(squares, scalars->squares);
     const float scale = norm_scale(squares, eps);
-    const int kept = reaching(channels, list, scalars->warp, [=](u32 key) { return !(widen(key) * scale < threshold); });
+    const int kept = compact(channels, 0, list, scalars->warp,
+                             [=](u32 key) { return widen(key) * scale < threshold ? 0u : 1u; });
     stream<true>(mine, list, kept, reads, sum, policy);
   } else {
     squares = select(channels, squares, keep, histogram, list, scalars);

@@ -2,13 +2,13 @@
 
 Graphs read their part of the packed tensor as a view, or all of it at once (``fuse_sites``): prefill and decode share it.
 
-Where weights are quantised an adapter has tensors of its own, twice 8 bits: r A = [r, r_L] . [A_8; (A - A_8)_L]. The stream
-goes through all adapters, and its few large channels would make the rounding of 8 bits noise beside all others; the noise of
-a weight enters a branch alone. L is the first quarter of the channels where principal components have nearly all of the stream
-there, and all channels where the plan does not say so.
+Where weights are quantised an adapter has tensors of its own, twice 8 bits: r A = [r, r_L] . [A_8; (A - A_8)_L]. The
+stream goes through all adapters, and its few large channels would make the rounding of 8 bits noise beside all others; the
+noise of a weight enters a branch alone. L is the first quarter of the channels where the principal components there have
+nearly all of the stream, and all channels where the plan does not say so.
 
-The same product takes in what rounding leaves over in a few rows of h4, S: [r, r_L, x_S] . [A_8; (A - A_8)_L; (W - W_q)_S], W_q
-the weight in its few bits. A model makes its massive activations there, one channel of thousands, and the rounding of
+The same product takes in what rounding leaves over in a few rows of h4, S: [r, r_L, x_S] . [A_8; (A - A_8)_L; (W - W_q)_S],
+W_q the weight in its few bits. A model makes its massive activations there, one channel of thousands, and the rounding of
 that channel's row is noise in all that attends to the token (``ir.expressions.strongest`` finds it without data).
 
 A product of many rows reads [r, r_L, x_S] as a tensor. The site's op reads r and x where they lie: to put it together is a

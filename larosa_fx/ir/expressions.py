@@ -85,7 +85,7 @@ def left_over(w: torch.Tensor, chosen: torch.Tensor, bits: int, group: int, dtyp
 def in_two(w: torch.Tensor, group: int, dtype: torch.dtype, rows: int, pairs: int = 0) -> torch.Tensor:
     """w, [D, N], as 8 bits hold it, and below it what they leave over of the first ``rows``: [D + rows, N].
 
-    pairs: that many first rows are multiplied by the same as the last ones (``doubled``), and hold what is left over of both.
+    pairs: that many first rows are multiplied by the same as the last ones (``doubled``), and hold what both leave over.
     """
     coarse = dequantize(*quantize(w, 8, group, dtype)).to(w.dtype)
     over = w - coarse

@@ -135,7 +135,7 @@ class Adapter:
     """A residual adapter, [rows, N], beside a site.
 
     stored: its tensors; of a format that packs, [K + D, N], the site's own rows in front. product: what multiplies the
-    residual by it. residual: the stream, [..., D], which its rows multiply, and again as far as they go. chosen: the channels of
+    residual by it. residual: the stream, [..., D], that its rows multiply, again as far as they go. chosen: the channels of
     the site's x, ``count`` of them, that its last rows multiply. Where these are all there are, the residual is added as it
     is. span: rows of the tensor that the stored ones are some of, 0 where they are all.
     """

@@ -26,8 +26,8 @@ from larosa_fx.plan.sites import PlanSite
 #: What the last channel's variance is at most, in parts of the first's, where the last may take its weights: what leaves out
 #: the weights of the last costs then about what rounding the first's to 4 bits does (``ir.expressions.doubled``).
 IDLE = 1e-3
-#: What the first quarter of a basis' channels has at least of all that lies in it, where what 8 bits leave over of an adapter is
-#: kept for them alone. On SmolLM2 it is 0.90 to 0.95 (0.25 where no channel leads), and that costs 0.0005 nats.
+#: What the first quarter of a basis' channels has at least of all that lies in it, where what 8 bits leave over of an
+#: adapter is kept for them alone. On SmolLM2 it is 0.90 to 0.95 (0.25 where no channel leads), and that costs 0.0005 nats.
 NEARLY_ALL = 0.8
 
 

@@ -10,7 +10,7 @@ import larosa_fx
 from larosa_fx.compiler.folds import STORE
 from larosa_fx.ir import graph as g
 from larosa_fx.kernels import pick, quantization, reference
-from larosa_fx.passes import advance_adapters, pack_adapters
+from larosa_fx.passes import pack_adapters
 from programs import assert_close, rewrite, rotations, tiny_model, trace
 from tiny import batches, compiled, error, ids, llama
 
