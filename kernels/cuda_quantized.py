@@ -81,7 +81,8 @@ def config(shape: Shape, sms: int) -> Config | None:
         return ((shape.group % warp == 0 or shape.group in (warp, warp // 2))
                 and (not shape.gate or across % min(warp, shape.group) == 0)
                 and c.tile // warp <= c.threads // 32
-                and (not shape.beside or -(-shape.beside // c.beside_tile) * c.split <= sms)
+                and (not shape.beside or (-(-shape.beside // c.beside_tile) * c.split <= sms
+                                          and shape.channels % (64 * c.split) == 0))
                 and shared_bytes(shape, c) <= _SHARED // c.resident)
 
     widths = (16, 8) if shape.bits == 4 or across >= 64 * sms else (8, 16)
@@ -174,8 +175,7 @@ def refuses_beside(x: Tensor, bits: int, columns: int, group: int, norm: bool, g
     shape = shape_of(x, bits, columns, group, 0, norm, gate, flags)
     if beside % group:
         return "the adapter's groups are as wide as the weight's"
-    c = config(shape, nvrtc.properties(x.device).multi_processor_count)
-    if c is None or shape.channels % (64 * c.split):
+    if config(shape, nvrtc.properties(x.device).multi_processor_count) is None:
         return "two blocks do not fit on a multiprocessor, or channels are not whole shares of 64"
     return ""
 

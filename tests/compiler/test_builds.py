@@ -22,6 +22,7 @@ from tiny import ids
 CUDA = torch.device("cuda")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
 LINEAR, QUANTIZED = torch.ops.larosa.sparse_linear.default, torch.ops.larosa.quantized_linear.default
+BESIDE = torch.ops.larosa.quantized_linear_beside.default
 
 
 class OnCuda:
@@ -79,7 +80,7 @@ def lowered(rows=1, threshold=0.05, quantize="none", sparse=True, triton=lambda 
     k = {site.name: site.in_features // (2 if sparse else 1) for site in p.structure.sites}
     thresholds = threshold and {site.name: threshold for site in p.structure.sites}
     device = Device(pick=lambda site, _, **how: pick.pick(OnCuda(site), CUDA, rows, table, **how),
-                    defect=lambda site: pick.defect(OnCuda(site)), leaves=lambda _: None, attends=lambda *_: False)
+                    defect=lambda site: pick.defect(OnCuda(site)), leaves=lambda site: pick.leaves(OnCuda(site)), attends=lambda *_: False)
     p.context.device, p.context.sparsify, p.context.quantize = device, "decode", quantize
     p.context.plan = PlanView("layer", rotations(p.structure, "layer"), k, thresholds if sparse else None)
     binding = transform(p.context, Runner())
@@ -94,7 +95,7 @@ class Launches(torch.fx.Interpreter):
         self.noted = []
 
     def call_function(self, target, args, kwargs):
-        if target in (LINEAR, QUANTIZED):
+        if target in (LINEAR, QUANTIZED, BESIDE):
             with FakeTensorMode():
                 here = [torch.empty_strided(a.shape, a.stride(), device=CUDA,
                                             dtype=torch.bfloat16 if a.is_floating_point() else a.dtype)
@@ -113,6 +114,10 @@ class Launches(torch.fx.Interpreter):
                 args.pop()
                 if adapter is not None and len(adapter) != residual.shape[-1]:
                     args[10] = False  # what the adapter multiplies is put together in front of the kernel
+        elif target is BESIDE:
+            x, k, weight, scales, beside, table, bias, eps, gate, gain, threshold = args
+            table = cuda_quantized.by_group(table, whole=False)
+            args = x, k, weight, scales, None, table, bias, None, eps, gate, False, gain, threshold, None, beside
         shape = module.shape_of_call(*args)
         if rows == 1:
             return module._SOURCE.name, module.constants(shape, module.config(shape, 132))
@@ -136,6 +141,7 @@ def test_what_is_built_is_what_is_launched_once(built, rows, threshold, sparse, 
     assert all(site.kernel.startswith("NVRTC") for site in report.sites)
     _, launched = launches(p, binding)
     assert len(launched) == len(report.sites) + (quantize != "none")  # the head
+    assert p.calls(BESIDE) == (rows == 1 and quantize != "none")
     assert len(built) < len(launched) and sorted(map(str, built)) == sorted(set(map(str, launched)))
 
 
