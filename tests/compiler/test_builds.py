@@ -20,7 +20,7 @@ from programs import assert_close, rotations, tiny_model, trace
 from tiny import ids
 
 CUDA = torch.device("cuda")
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
 LINEAR, QUANTIZED = torch.ops.larosa.sparse_linear.default, torch.ops.larosa.quantized_linear.default
 BESIDE = torch.ops.larosa.quantized_linear_beside.default
 
@@ -171,7 +171,7 @@ def test_a_kernel_that_does_not_build_costs_its_own_sites_alone(built, sparse):
     """And what comes behind them reads no residual before it is there."""
     _, before, _ = lowered(sparse=sparse)
     early = {constants["CHANNELS"] for _, constants in built if constants["EARLY"]}
-    assert early == {128}  # h4 reads the residual that h3 has read
+    assert early == {256}  # h4 reads the residual that h3 has read
     built.clear()
     nvrtc._built.clear()
     built.refuse = lambda _, constants: constants["GATE"] > 0
