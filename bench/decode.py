@@ -353,9 +353,8 @@ def _changed_bytes(model: torch.nn.Module, report: Report, byte_sparsity: float,
     share = hidden // ranks()  # rows of an adapter that ranks split: none else is packed where there are several
     sites = sum(s.weight_bytes for s in report.sites)
     change = round((1 - byte_sparsity) * sites) - sum(s.channels * s.outputs for s in report.sites) * size
-    # Beside a quantised weight an adapter has twice 8 bits.
-    packed = report.count("pack_adapters", "adapters") if quantized else 0
-    change += packed * 2 * share * format_of("int8", model.dtype, hidden).row_bytes(hidden)
+    packed = report.count("pack_adapters", "adapters") if quantized else 0  # beside its weight, in rows of 8 bits
+    change += report.count("pack_adapters", "rows apart") * format_of("int8", model.dtype, hidden).row_bytes(hidden)
     split = report.count("split_adapters", "adapters")
     change += ((_rotations(report) - split) * hidden + (split - packed) * share) * hidden * size
     if report.count("lower_head", "linears in 8 bits"):

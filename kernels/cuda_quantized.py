@@ -159,8 +159,8 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
         return reason
     shape = shape_of(x, bits, columns, group, rows, norm, gate, flags_of(x, 0, rows, None, None, False, None, None), stream,
                      chosen)
-    if shape.stream % 8:
-        return f"a residual's values must be a multiple of 8, not {shape.stream}"
+    if shape.stream % 8 or rows % 4:
+        return f"a residual's values must be a multiple of 8 and an adapter's rows one of 4, not {shape.stream} and {rows}"
     c = config(shape, nvrtc.properties(x.device).multi_processor_count)
     if c is None:
         return f"groups of {group} columns do not fit a warp's, or a row's list does not fit into shared memory"

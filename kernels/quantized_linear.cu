@@ -10,24 +10,25 @@
 // made at a time, while the first of their weights are on their way. NaN or infinity in any of them makes all of their sums
 // NaN. A coefficient below 1e-30 is a multiple of 1e-37.
 //
-// The SPLIT blocks of a cluster share a tile, each takes every SPLIT-th step of its rows, and the sums meet in the cluster's
-// shared memory, always in the same order.
+// The SPLIT blocks of a cluster share a tile. Each has its share of the channels, every SPLIT-th 64 of them, lists those of them
+// that are kept and multiplies their rows; a Top-K, which ranks all channels, has one list in all blocks, of which each takes
+// its part. The sums meet in the block that finishes their columns, always in the same order.
 //
 // BESIDE: in the same launch further blocks multiply x as it is by a residual adapter, whose result a later site adds: an
 // adapter reads all of its rows, so its blocks have work while the others choose theirs.
 //
 // Compiled at run time with these constants, besides those of selection.cuh: COLUMNS (N), BITS (8 or 4), GROUP (columns
-// that share a scale), ADAPTER (rows of a residual adapter, in 8 bits, for a residual of STREAM values that is repeated as
-// often as it takes), CHOSEN (rows of 8 bits behind these, for channels of x that are named), TILE (columns a cluster reads),
-// WIDTH (of them a thread's, 8 or 16), BATCH (times 32 rows a warp has in flight), RESIDENT (blocks that find room on a
-// multiprocessor), SPLIT (blocks of a cluster), HELD (whether scales have room in shared memory), SHARED (its bytes), the flags FULL, BIAS, RESIDUAL, EARLY
-// and GAIN, as sparse_linear.cu describes them, and WIDE_RESIDUAL (the residual is float32). BESIDE is the number of columns
-// of the adapter beside, 0 without, and BESIDE_ROWS of its rows, whose values begin anew behind the last channel; BESIDE_TILE
-// and BESIDE_BATCH are to it what TILE and BATCH are to the weight.
+// that share a scale), ADAPTER (rows of a residual adapter, in 8 bits, for a residual of STREAM values that begins anew behind
+// its last), CHOSEN (rows of 8 bits behind these, for channels of x that are named), TILE (columns a cluster reads), WIDTH (of
+// them a thread's, 8 or 16), BATCH (times 32 rows a warp has in flight), RESIDENT (blocks that find room on a multiprocessor),
+// SPLIT (blocks of a cluster), HELD (whether scales have room in shared memory), SHARED (its bytes), the flags FULL, BIAS,
+// RESIDUAL, EARLY and GAIN, as sparse_linear.cu describes them, and WIDE_RESIDUAL (the residual is float32). BESIDE is the
+// number of columns of the adapter beside, 0 without, and BESIDE_ROWS of its rows, whose values begin anew behind the last
+// channel; BESIDE_TILE and BESIDE_BATCH are to it what TILE and BATCH are to the weight.
 //
 // 8 bits: w = s q, q signed. 4 bits: w = s u + m, u = 0..15, two to a byte, the lower column in the lower half; s and m,
-// 16 bits each, lie side by side. The scales of all rows for one group of columns lie together: those of listed rows, which
-// are near each other, are a few lines of memory then. Of the adapter's these are ADAPTER_SPAN.
+// 16 bits each, lie side by side. The scales of all rows for one group of columns lie together, ADAPTER_SPAN of the adapter's: a
+// block brings those of its channels to shared memory before x is there. Row by row they would be a line of memory each.
 
 #include "cluster.cuh"
 #include "shares.cuh"
@@ -41,8 +42,8 @@ constexpr int SETS = WARP_COLUMNS > GROUP ? WARP_COLUMNS / GROUP : 1;  // groups
 constexpr int DIGITS = 3, PLANES = SETS * DIGITS;
 constexpr int MAIN_BLOCKS = (OUT_COLUMNS + OUT_TILE - 1) / OUT_TILE * SPLIT;
 
-// How the warps of a cluster share a tile of COLUMNS_OF_TILE columns, which make OUT outputs: ``across`` side by side, ``deep`` in
-// a block for the same columns.
+// How the warps of a cluster share a tile of COLUMNS_OF_TILE columns, which make OUT outputs: ``across`` side by side, ``deep``
+// in a block for the same columns.
 template <int COLUMNS_OF_TILE, int OUT>
 struct Warps {
   static constexpr int across = COLUMNS_OF_TILE / WARP_COLUMNS, deep = WARPS / across;
@@ -55,8 +56,8 @@ struct Warps {
 using Main = Warps<TILE, OUT_TILE>;
 using Beside = Warps<BESIDE_TILE, BESIDE_TILE>;
 
-// Which rows of a weight a block multiplies: those of its own list, its share of a list that all blocks of the cluster have, or
-// of the first rows its share, every SPLIT-th 64 of them.
+// Which rows of a weight a block multiplies: those of its own list, its part of a list that all blocks of the cluster have, or
+// its share of the first rows.
 enum class Rows { OWN_LIST, SHARED_LIST, FIRST };
 
 // A tile's columns lie in so many groups, of each half so many.
@@ -64,6 +65,7 @@ template <class Place>
 constexpr int groups_of() {
   return (Place::out + GROUP - 1) / GROUP + (Place::out % GROUP && GROUP % Place::out ? 1 : 0);
 }
+
 // Rows of which a block holds the scales: all, or its share of the first ``rows``.
 template <Rows ROWS>
 constexpr int share_of(int rows) {
@@ -80,7 +82,7 @@ constexpr int LIST_BYTES = LISTED * 4 > COPIED * 2 ? LISTED * 4 : COPIED * 2;
 constexpr int RESIDUAL_AT = HISTOGRAM_BYTES + LIST_BYTES;
 constexpr int SCALES_AT = RESIDUAL_AT + (ADAPTER ? (STREAM + 7) / 8 * 16 : 0);
 constexpr Rows OWN_ROWS = FULL ? Rows::FIRST : THRESHOLD ? Rows::OWN_LIST : Rows::SHARED_LIST;
-constexpr int OWN_SCALES = !HELD ? 0 : groups_of<Main>() * Main::halves * share_of<OWN_ROWS>(CHANNELS) * (BITS == 4 ? 4 : 2);
+constexpr int OWN_SCALES = HELD ? groups_of<Main>() * Main::halves * share_of<OWN_ROWS>(CHANNELS) * (BITS == 4 ? 4 : 2) : 0;
 constexpr int ADAPTER_SCALES = ADAPTER ? groups_of<Main>() * share_of<Rows::FIRST>(ADAPTER) * 2 : 0;
 constexpr int BESIDE_SCALES = BESIDE ? groups_of<Beside>() * share_of<Rows::FIRST>(BESIDE_ROWS) * 2 : 0;
 constexpr int SCALES_BYTES = OWN_SCALES + ADAPTER_SCALES > BESIDE_SCALES ? OWN_SCALES + ADAPTER_SCALES : BESIDE_SCALES;
@@ -140,18 +142,18 @@ struct Sums {
 
 // The products of some rows of a weight of WIDE bits with their values, for this thread's columns.
 //
-// Lists say row << 16 | value, of LENGTH rows at most. Of the first LENGTH rows ``values`` has the values, and begins anew after
-// every PERIOD. A row has ROW columns, and the scales of a group of columns lie together, SPAN rows'.
+// Lists say row << 16 | value, of LENGTH rows at most. Of the first LENGTH rows ``values`` has the values, which begin anew
+// after every PERIOD. A row has ROW columns, and the scales of a group of columns lie together, SPAN rows'.
 template <int WIDE, int DEPTH, Rows ROWS, int LENGTH, int PERIOD, int ROW, int SPAN, bool IN_BLOCK, class Place>
 struct Product {
   static constexpr bool LIST = ROWS != Rows::FIRST;
   static constexpr int WORDS = WIDTH * WIDE / 32, PER_GROUP = WIDE == 4 ? 2 : 1, APART = Place::deep;
-  static constexpr int ROW_BYTES = ROW / 8 * WIDE, SCALE_BYTES = 2 * PER_GROUP;
-
-  static constexpr int SHARE = share_of<ROWS>(LENGTH);
+  static constexpr int ROW_BYTES = ROW / 8 * WIDE, SCALE_BYTES = 2 * PER_GROUP, SHARE = share_of<ROWS>(LENGTH);
+  static_assert((u64)LENGTH * ROW_BYTES < 1ull << 32, "places in a weight are counted in 32 bits");
+  static_assert(SPAN * SCALE_BYTES % 8 == 0, "scales come to shared memory 8 bytes at a time");
 
   const u8* weight;
-  u32 mine;  // bytes of a row before this thread's columns
+  u32 mine;                // bytes of a row before this thread's columns
   const u8* scales[SETS];  // of a group of this warp's columns: IN_BLOCK, those of the rows that the block may multiply
   u8* digits;              // [STEPS, PLANES, 32], this warp's
   u64 policy;
@@ -164,7 +166,8 @@ struct Product {
 
   __device__ __forceinline__ void of(u32* rows, const u16* row_values, int rows_count) {
     constexpr int UNIT = ROWS == Rows::FIRST ? 64 : 32, BLOCKS = ROWS == Rows::OWN_LIST ? 1 : SPLIT;
-    const int warp = threadIdx.x / 32, units = ((rows_count + UNIT - 1) / UNIT + BLOCKS - 1 - (int)blockIdx.x % BLOCKS) / BLOCKS;
+    const int warp = threadIdx.x / 32, all = (rows_count + UNIT - 1) / UNIT, rank = blockIdx.x % BLOCKS;
+    const int units = (all + BLOCKS - 1 - rank) / BLOCKS;
     list = rows, values = row_values, count = rows_count;
     steps = __shfl_sync(~0u, warp < Place::across * Place::deep ? units * (UNIT / 32) : 0, 0);  // a warp's alike
     begin = __shfl_sync(~0u, warp / Place::across, 0);
@@ -181,9 +184,10 @@ struct Product {
 
   // Brings the block the scales of the rows that it may multiply, for ``groups`` groups from one on, to ``to``.
   __device__ __forceinline__ static void bring_scales(u8* to, const u16* from, int group, int groups) {
-    constexpr int UNIT = SPAN * SCALE_BYTES % 16 ? 8 : 16, UNITS = SHARE * SCALE_BYTES / UNIT, EACH_64 = 64 * SCALE_BYTES / UNIT;
+    constexpr int UNIT = SPAN * SCALE_BYTES % 16 ? 8 : 16, EACH_64 = 64 * SCALE_BYTES / UNIT;  // bytes; units of 64 rows
+    constexpr int UNITS = SHARE / 64 * EACH_64, APART_64 = ROWS == Rows::SHARED_LIST ? 1 : SPLIT;
     for (int i = threadIdx.x; i < groups * UNITS; i += THREADS) {
-      const int unit = i % UNITS, block = ROWS == Rows::SHARED_LIST ? unit / EACH_64 : unit / EACH_64 * SPLIT + blockIdx.x % SPLIT;
+      const int unit = i % UNITS, block = unit / EACH_64 * APART_64 + blockIdx.x % APART_64;
       const int offset = block * 64 * SCALE_BYTES + unit % EACH_64 * UNIT;
       if (offset < SPAN * SCALE_BYTES && group + i / UNITS < ROW / GROUP) {
         const u8* address = reinterpret_cast<const u8*>(from) + (u64)(group + i / UNITS) * (SPAN * SCALE_BYTES) + offset;
@@ -242,8 +246,8 @@ struct Product {
     }
   }
 
-  // The coefficients of the rows of STEPS steps, in digits; the unit that they are multiples of, for each group,
-  // and what the rows add to all columns of it alike.
+  // The coefficients of the rows of STEPS steps, in digits; the unit that they are multiples of, for each group, and what the
+  // rows add to all columns of it alike.
   __device__ __forceinline__ void make_digits(int first, float (&unit)[SETS], float (&offset)[SETS]) {
     u32 scale[STEPS][SETS];
     constexpr float LARGEST = 0x7f7f00;  // balanced digits can say 0x7f7f7f; the rest is for the rounding of a quotient
@@ -339,12 +343,12 @@ struct Product {
 template <class Place>
 struct Columns {
   static constexpr int GROUPS = groups_of<Place>();
-  int column;       // of the weight, this thread's first
-  int group[SETS];  // of the tile's, this warp's
+  int column;                      // of the weight, this thread's first
+  int group[SETS];                 // of the tile's, this warp's
   int first_group[Place::halves];  // of the weight, that the tile's begin with
 
-  // ``of``: the weight's column of one of the tile's, or -1. Threads that have none read their warp's first, and warps that have
-  // none the weight's, for nothing.
+  // ``of``: the weight's column of one of the tile's, or -1. Threads that have none read their warp's first, and warps that
+  // have none the weight's, for nothing.
   template <class Of>
   __device__ __forceinline__ explicit Columns(Of of) {
     const int start = threadIdx.x / 32 % Place::across * WARP_COLUMNS, local = start + threadIdx.x % 32 / 4 * WIDTH;
@@ -397,7 +401,7 @@ __device__ __forceinline__ void sum_up(char* memory, const Sums& sums, Finish fi
                sums.of[i][0], sums.of[i][1]);
     }
   cluster_barrier();
-  for (int i = threadIdx.x / FOLD; i < (Place::outputs + 31) / 32 * 32; i += THREADS / FOLD) {  // whole warps, for the shuffles
+  for (int i = threadIdx.x / FOLD; i < (Place::outputs + 31) / 32 * 32; i += THREADS / FOLD) {  // whole warps: they shuffle
     float total[2] = {0.f, 0.f};
     for (int part = threadIdx.x % FOLD; part < Place::parts && i < Place::outputs; part += FOLD)
 #pragma unroll
@@ -413,8 +417,8 @@ __device__ __forceinline__ void sum_up(char* memory, const Sums& sums, Finish fi
 }
 
 // A block of those that multiply x by the adapter beside.
-__device__ __forceinline__ void multiply_beside(char* memory, const u16* x, const u8* adapter, const u16* scales, float* result,
-                                                u64 policy) {
+__device__ __forceinline__ void multiply_beside(char* memory, const u16* x, const u8* adapter, const u16* scales,
+                                                float* result, u64 policy) {
   const int tile = (blockIdx.x - MAIN_BLOCKS) / SPLIT * BESIDE_TILE;
   u16* values = reinterpret_cast<u16*>(memory + HISTOGRAM_BYTES);
   const Columns<Beside> mine([=](int local) { return tile + local < BESIDE ? tile + local : -1; });
@@ -463,8 +467,8 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
   const Columns<Main> mine(column_of);
   u8* table = reinterpret_cast<u8*>(memory + SCALES_AT);
   Sums sums;
-  auto own = mine.template product<BITS, BATCH, OWN_ROWS, CHANNELS, CHANNELS, COLUMNS, CHANNELS, HELD>(memory, weight, scales, table,
-                                                                                                 policy);
+  auto own = mine.template product<BITS, BATCH, OWN_ROWS, CHANNELS, CHANNELS, COLUMNS, CHANNELS, HELD>(
+      memory, weight, scales, table, policy);
   for (int i = t; RANKED && i < HISTOGRAM_BYTES / 16; i += THREADS)
     reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
   Row gains;

@@ -4,8 +4,8 @@ Graphs read their part of the packed tensor as a view, or all of it at once (``f
 
 Where weights are quantised an adapter has tensors of its own, twice 8 bits: r A = [r, r_L] . [A_8; (A - A_8)_L]. The
 stream goes through all adapters, and its few large channels would make the rounding of 8 bits noise beside all others; the
-noise of a weight enters a branch alone. L is the first quarter of the channels where the principal components there have
-nearly all of the stream, and all channels where the plan does not say so.
+noise of a weight enters a branch alone. L is the first quarter of the channels beside 4 bits, half of them beside 8, where
+principal components have nearly all of the stream there, and all channels where the plan does not say so.
 
 The same product takes in what rounding leaves over in a few rows of h4, S: [r, r_L, x_S] . [A_8; (A - A_8)_L; (W - W_q)_S],
 W_q the weight in its few bits. A model makes its massive activations there, one channel of thousands, and the rounding of
@@ -32,6 +32,7 @@ from larosa_fx.ir.site import Adapter, SparseSite
 from larosa_fx.ir.structure import Site
 
 STRONGEST = 8  # rows of h4; a vector's length stays a multiple of 16 bytes
+LEADING = {8: 2, 4: 4}  # the part of the channels, by bits of the weights, that an adapter has 16 bits for
 
 
 def run(ctx: Context) -> PassResult:
@@ -52,7 +53,8 @@ def run(ctx: Context) -> PassResult:
             made = _made_by(site, sites)
             with graph.inserting_before(add):  # behind x, which the product may read
                 basis = _basis(adapter)
-                twice = width // 4 if basis in ctx.plan.led and width % 64 == 0 else width  # a vector stays whole 16 bytes
+                parts = LEADING[sparse.weight.bits] if basis in ctx.plan.led else 1
+                twice = width // parts if width % (16 * parts) == 0 else width  # a vector's length stays whole 16 bytes
                 rows = ex.weight_call(graph, ex.in_two, adapter, quantised.group, quantised.dtype, twice, ctx.pairs(basis))
                 read, chosen, count = [residual, graph.call_function(torch.narrow, (residual, -1, 0, twice))], None, 0
                 if made is not None:
@@ -68,6 +70,7 @@ def run(ctx: Context) -> PassResult:
             adapted.replace_all_uses_with(product)
             site.sparse = replace(sparse, beside=Adapter(stored, product, residual, width + twice + count, chosen, count))
             result.count("adapters")
+            result.count("rows apart", width + twice + count)
             continue
         with graph.inserting_after(leaves[-1]):
             packed = graph.call_function(torch.cat, ([*sparse.stored, adapter], 0))

@@ -114,11 +114,14 @@ def text():
 def test_few_bits_spare_the_first_component_and_massive_activations(bits, without, fresh_dynamo, monkeypatch):
     model, x = like_a_trained_one(llama(**WIDE)), ids(2, 12)
     plan = larosa_fx.calibrate(model, text(), progress=False, selection="topk")
-    assert plan.idle == plan.rotations.keys()
+    assert plan.idle == plan.led == plan.rotations.keys()
     exact = model(x).logits
     ours = (compiled(model, quantize=bits, sparsity=0.0)(x).logits - exact).norm()
-    # Two layers have one adapter.
+    # Two layers have one adapter, with 16 bits for the channels that lead.
     assert larosa_fx.last_report().count("pack_adapters", "rows left over") == pack_adapters.STRONGEST
+    width = model.config.hidden_size
+    assert larosa_fx.last_report().count("pack_adapters", "rows apart") == (
+        width + width // {"int4": 4, "int8": 2}[bits] + pack_adapters.STRONGEST)
     if without == "pairs":
         monkeypatch.setattr(context, "PAIRS", 0)
     else:

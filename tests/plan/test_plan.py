@@ -110,6 +110,14 @@ def test_a_basis_is_idle_where_its_last_channel_has_a_thousandth_of_the_firsts_v
     assert not plan_of(p).idle
 
 
+def test_a_basis_is_led_by_its_first_quarter_where_that_has_nearly_all(p, path):
+    plan = plan_of(p)
+    shares = [torch.tensor([share / 8] * 8 + [(1 - share) / 24] * 24) for share in (0.81, 0.79)]
+    plan.variances = dict(zip(plan.rotations, shares, strict=True))
+    assert plan.led == {"layers.0"} == Plan.load(plan.save(path)).led
+    assert not plan_of(p).led
+
+
 def test_digest_names_rotations(p):
     plan = plan_of(p)
     same, other = plan_of(p), plan_of(p)
