@@ -89,8 +89,8 @@ class Kernel:
     pays: the most rows at which that was faster than a dense product. dense: the most rows of a site all of whose channels
     are read. topk: whether it finds a Top-K; thresholds all do. declines: why it does not take a site that fits otherwise,
     or "". program: of what is compiled for a site that it takes, None where that is not known before a call; nothing is
-    compiled for single sites where there is no such function. leaves: why it does not multiply what a site that it takes has
-    ``ahead``, or ""; None where it never does.
+    compiled for single sites where there is no such function. refuses_ahead: why it does not multiply what a site that it
+    takes has ``ahead``, or ""; None where it never does.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Kernel:
     declines: Callable[[Site], str]
     topk: bool = True
     program: Callable[[Site], nvrtc.Program | None] | None = None
-    leaves: Callable[[Site], str] | None = None
+    refuses_ahead: Callable[[Site], str] | None = None
 
     def selects(self, site: Site) -> bool:
         """Whether it finds the channels that the site reads."""
@@ -215,7 +215,7 @@ TABLE = (
     Kernel("NVRTC sparse_rows", "cuda", True, ("dense",), _HALF, takes=8, pays=2, dense=8, declines=_rows, topk=False,
            program=lambda site: cuda_rows.program(*_parts(site), _flags(site))),
     Kernel("NVRTC quantized_linear", "cuda", True, tuple(BITS), _HALF, takes=1, pays=1, dense=1, declines=_quantized,
-           program=_quantized_program, leaves=_quantized_beside),
+           program=_quantized_program, refuses_ahead=_quantized_beside),
     Kernel("NVRTC quantized_rows", "cuda", True, tuple(BITS), _HALF, takes=8, pays=1, dense=8, declines=_quantized_rows,
            topk=False, program=lambda site: cuda_quantized_rows.program(*_quantized_parts(site), _several_flags(site))),
     Kernel("Triton gather", "cuda", False, ("dense",), (*_HALF, torch.float32), takes=reference.GATHER_ROWS, pays=1, dense=1,
@@ -261,10 +261,11 @@ def pick(site: Site, device: torch.device, rows: int | None = None, table: Seque
     return Choice(reason="; ".join(refusals))
 
 
-def leaves(site: Site) -> str | None:
+def refuses_ahead(site: Site) -> str | None:
     """Why the kernel of a whole site does not multiply what it has ``ahead`` in the same launch, or ""; None where it never
     does."""
-    return next((kernel.leaves(site) for kernel in TABLE if kernel.name == site.kernel and kernel.leaves), None)
+    asked = next((kernel.refuses_ahead for kernel in TABLE if kernel.name == site.kernel), None)
+    return asked and asked(site)
 
 
 def defect(site: Site) -> str:

@@ -35,7 +35,7 @@ def run(ctx: Context) -> PassResult:
         if maker.sparse.weight.packs or maker.sparse.ahead is not None:
             continue
         more = _ahead(later)
-        reason = ctx.device.leaves(replace(maker.sparse, ahead=more))
+        reason = ctx.device.refuses_ahead(replace(maker.sparse, ahead=more))
         if reason is None:
             continue
         if reason:

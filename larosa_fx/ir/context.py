@@ -13,7 +13,7 @@ from larosa_fx.ir.report import Report
 from larosa_fx.ir.site import SparseSite
 from larosa_fx.ir.structure import Structure
 from larosa_fx.kernels import ops
-from larosa_fx.kernels.pick import Choice, defect, leaves, pick
+from larosa_fx.kernels.pick import Choice, defect, pick, refuses_ahead
 
 PAIRS = 1  # components
 
@@ -41,7 +41,7 @@ class Device:
 
     pick: Callable[..., Choice] = pick
     defect: Callable[[SparseSite], str] = defect
-    leaves: Callable[[SparseSite], str | None] = leaves
+    refuses_ahead: Callable[[SparseSite], str | None] = refuses_ahead
     attends: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], bool] = ops.attends
     attention_defect: Callable[..., str] = ops.attention_defect
     multiplies: Callable[[torch.Tensor, torch.Tensor], bool] = ops.multiplies

@@ -80,7 +80,8 @@ def lowered(rows=1, threshold=0.05, quantize="none", sparse=True, triton=lambda 
     k = {site.name: site.in_features // (2 if sparse else 1) for site in p.structure.sites}
     thresholds = threshold and {site.name: threshold for site in p.structure.sites}
     device = Device(pick=lambda site, _, **how: pick.pick(OnCuda(site), CUDA, rows, table, **how),
-                    defect=lambda site: pick.defect(OnCuda(site)), leaves=lambda site: pick.leaves(OnCuda(site)), attends=lambda *_: False)
+                    defect=lambda site: pick.defect(OnCuda(site)), attends=lambda *_: False,
+                    refuses_ahead=lambda site: pick.refuses_ahead(OnCuda(site)))
     p.context.device, p.context.sparsify, p.context.quantize = device, "decode", quantize
     p.context.plan = PlanView("layer", rotations(p.structure, "layer"), k, thresholds if sparse else None)
     binding = transform(p.context, Runner())

@@ -120,7 +120,7 @@ def test_no_kernel_is_picked_for_more_than_it_takes():
 
 
 def whole_site(**parts):
-    """One over 8 bits as ``defect`` and ``leaves`` are asked about it."""
+    """One over 8 bits as ``defect`` and ``refuses_ahead`` are asked about it."""
     given = {"kernel": "NVRTC quantized_linear", "example": torch.empty(1, 1, 32, dtype=torch.bfloat16), "format": "int8",
              "columns": 128, "group": 64, "normed": True, "gate": "silu", "adapter_rows": 0, "adapter_width": 0,
              "adapter_chosen": 0, "adapter_span": 0, "bias": None, "residual": None, "gain": None, "wide_residual": False,
@@ -157,9 +157,9 @@ def test_what_is_built_for_one_row_over_8_bits(parts, flags, more, programs):
 
 
 def test_an_adapter_ahead(programs):
-    assert pick.leaves(site := whole_site(ahead=AHEAD)) == "no room"
+    assert pick.refuses_ahead(site := whole_site(ahead=AHEAD)) == "no room"
     assert programs == [(site.example, 8, 128, 64, True, "silu", 64, 256)]
-    assert "groups are of 32 columns" in pick.leaves(whole_site(ahead=AHEAD, group=32))
-    assert "adds a residual" in pick.leaves(whole_site(ahead=AHEAD, residual="r"))
-    assert all(pick.leaves(whole_site(ahead=AHEAD, kernel=kernel.name)) is None for kernel in TABLE
+    assert "groups are of 32 columns" in pick.refuses_ahead(whole_site(ahead=AHEAD, group=32))
+    assert "adds a residual" in pick.refuses_ahead(whole_site(ahead=AHEAD, residual="r"))
+    assert all(pick.refuses_ahead(whole_site(ahead=AHEAD, kernel=kernel.name)) is None for kernel in TABLE
                if kernel.name != "NVRTC quantized_linear")

@@ -27,15 +27,15 @@ def traced(rows, tokens):
     return trace(tiny_model("llama", **WIDE), ids(rows, tokens), use_cache=False)
 
 
-def advanced(granularity="layer", bits="int8", leaves=lambda _: "", defect=lambda _: "", fuses=everything, shape=(1, 1),
-             edit=lambda p: None, threshold=None, tolerance=1e-5):
+def advanced(granularity="layer", bits="int8", refuses_ahead=lambda _: "", defect=lambda _: "", fuses=everything,
+             shape=(1, 1), edit=lambda p: None, threshold=None, tolerance=1e-5):
     """(the program with its adapters multiplied ahead, the results of its passes); it computes what it does without."""
     outputs, matrices = [], None
     for disabled in ({"advance_adapters"}, set()):
         p = traced(*shape).fresh()
         edit(p)
         p.context.quantize = bits
-        p.context.device = replace(p.context.device, leaves=leaves, defect=defect)
+        p.context.device = replace(p.context.device, refuses_ahead=refuses_ahead, defect=defect)
         matrices = matrices or rotations(p.structure, granularity)
         sites = p.structure.sites
         k, thresholds = {s.name: s.in_features // 2 for s in sites}, threshold and {s.name: threshold for s in sites}
@@ -87,11 +87,11 @@ def test_an_adapter_without_chosen_rows_leaves_a_residual_alone(monkeypatch):
     assert all(site["adapter"] is None and site["chosen"] is None for _, site in calls(p, QUANTIZED))
 
 
-@pytest.mark.parametrize("leaves, reasons", [(lambda _: None, set()), (lambda _: "it is full", {
+@pytest.mark.parametrize("refuses_ahead, reasons", [(lambda _: None, set()), (lambda _: "it is full", {
     "layers.0.h3 does not multiply its adapter as well: it is full", "layers.1.h3 does not multiply its adapter as well: "
     "it is full"})])
-def test_a_device_that_does_not(leaves, reasons):
-    p, results = advanced(leaves=leaves)
+def test_a_device_that_does_not(refuses_ahead, reasons):
+    p, results = advanced(refuses_ahead=refuses_ahead)
     assert not calls(p, BESIDE) and sum(site["early"] for _, site in calls(p, QUANTIZED)) == 2
     assert {reason for _, reason in results["advance_adapters"].skipped} == reasons
     assert len({what for what, _ in results["advance_adapters"].skipped}) == len(reasons)
@@ -99,7 +99,7 @@ def test_a_device_that_does_not(leaves, reasons):
 
 def test_what_the_device_is_asked_about():
     asked = []
-    advanced(leaves=lambda site: asked.append(site) or "")
+    advanced(refuses_ahead=lambda site: asked.append(site) or "")
     assert [site.name for site in asked] == ["layers.0.h3", "layers.1.h3"]
     assert {(s.ahead.rows, s.ahead.columns, s.ahead.group, s.ahead.span) for s in asked} == {(2 * 64, 64, 64, 2 * 64 + 8)}
 
@@ -149,7 +149,7 @@ def test_a_compiled_step(bits, dtype, most, fresh_dynamo, monkeypatch):
     ask = {"compiler": "inductor", "quantize": bits, "sparsity": 0.0}
     expected = compiled(model, **ask)(x).logits
     assert larosa_fx.last_report().count("advance_adapters", "adapters") == 0
-    monkeypatch.setattr(pick, "TABLE", [replace(kernel, leaves=lambda _: "") for kernel in pick.TABLE])
+    monkeypatch.setattr(pick, "TABLE", [replace(kernel, refuses_ahead=lambda _: "") for kernel in pick.TABLE])
     torch.compiler.reset()
     fast = compiled(model, **ask)
     got, report = fast(x).logits, larosa_fx.last_report()
@@ -164,7 +164,7 @@ def test_compiled_code_copies_no_part_of_an_adapter(by_group, fresh_dynamo, monk
     """Both ops read their rows where the folded tensors lie, scales that lie group by group as well."""
     if by_group:
         monkeypatch.setattr(quantization, "BY_GROUP", {"cpu"})
-    monkeypatch.setattr(pick, "TABLE", [replace(kernel, leaves=lambda _: "") for kernel in pick.TABLE])
+    monkeypatch.setattr(pick, "TABLE", [replace(kernel, refuses_ahead=lambda _: "") for kernel in pick.TABLE])
     seen, check_beside, check = [], reference.check_beside, reference.check_quantized
     monkeypatch.setattr(reference, "check_beside", lambda *args: seen.append(args[4:6]) or check_beside(*args))
     monkeypatch.setattr(reference, "check_quantized", lambda *args, **how: seen.append(args[4:6]) or check(*args, **how))
