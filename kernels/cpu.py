@@ -177,6 +177,21 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
                  eps, gate, threshold)
 
 
+def dequantized(weight: Tensor, scales: Tensor) -> Tensor | None:
+    """The op of the same name (see ``ops``), for checked arguments, with the bits of plain torch; None if this case, or this
+    machine, is not served."""
+    bits = 4 if weight.dtype == torch.uint8 else 8
+    rows, columns = len(weight), weight.shape[1] * 8 // bits
+    group = columns // scales.shape[1]
+    if not weight.is_cpu or scales.dtype not in _DTYPES or columns == 0 or group % GROUP or library() is None:
+        return None
+    scales = scales.contiguous()
+    out = scales.new_empty((rows, columns))
+    library().larosa_dequantized(weight.data_ptr(), scales.data_ptr(), out.data_ptr(), rows, columns, bits, group,
+                                 _DTYPES[scales.dtype], torch.get_num_threads())
+    return out
+
+
 def _site(op: str, function: Callable, tensors: Sequence[Tensor | None], sizes: Sequence[int], columns: int,
           eps: float | None, gate: str, threshold: float | None) -> Tensor:
     """Call a C function that computes a site of ``tensors``, x the first. IndexError for chosen channels that x does not
@@ -292,6 +307,8 @@ def _open(path: Path) -> ctypes.CDLL:
         library.larosa_linear.restype = ctypes.c_int
         library.larosa_quantized.argtypes = [*[p] * 10, *[n] * 10, ctypes.c_double, ctypes.c_double, n, n, n]
         library.larosa_quantized.restype = ctypes.c_int
+        library.larosa_dequantized.argtypes = [p, p, p, n, n, n, n, n, n]
+        library.larosa_dequantized.restype = None
         library.larosa_dense.argtypes, library.larosa_dense.restype = [p, p, p, n, n, n, n, n], ctypes.c_int
         library.larosa_attention.argtypes = [*[p] * 10, *[n] * 8, ctypes.c_double, n, n]
         library.larosa_attention.restype = ctypes.c_int

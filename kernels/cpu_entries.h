@@ -16,5 +16,7 @@ struct Entries {
                    const int64_t* position, const void* cosine, const void* sine, void* out, int64_t batch, int64_t heads,
                    int64_t group, int64_t tokens, int64_t length, int64_t dim, int64_t mask_stride, int64_t turn_stride,
                    double scale, int64_t dtype, int64_t threads);
+  void (*dequantized)(const void* weight, const void* scales, void* out, int64_t rows, int64_t columns, int64_t bits,
+                      int64_t share, int64_t dtype, int64_t threads);
   int64_t fewest;  // columns that share a scale, at least
 };

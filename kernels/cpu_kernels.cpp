@@ -1,12 +1,14 @@
 // The CPU kernels' entry points: exact top-k selection by magnitude, the gather GEMV that reads only the selected weight
 // rows, and both as one call with what stands before and behind them; the dense product with a weight that lies as
-// nn.Linear has it; attention of new tokens over a static cache. Each has its header, cpu_*.h.
+// nn.Linear has it; a weight of 8 or 4 bits as floats; attention of new tokens over a static cache. Each has its header,
+// cpu_*.h.
 //
 // Plain C entry points, no torch headers and no symbol of the C++ runtime: compiles in about a second with g++ or
 // clang++ and loads beside any libstdc++. Threads are torch's own OpenMP pool: the caller hands over the address of
 // GOMP_parallel (on Linux libgomp, libomp and libiomp5 all export it), so no second runtime enters the process.
 #include "cpu_attention.h"
 #include "cpu_dense.h"
+#include "cpu_dequantize.h"
 #include "cpu_dtypes.h"
 #include "cpu_entries.h"
 #include "cpu_formats.h"
@@ -78,6 +80,14 @@ extern "C" int larosa_dense(const void* x, const void* weight, void* out, int64_
   return f(x, weight, out, rows, channels, columns, threads);
 }
 
+// weight and scales as larosa_quantized takes them, share a multiple of FEWEST -> out [rows, columns] in the scales' dtype.
+extern "C" void larosa_dequantized(const void* weight, const void* scales, void* out, int64_t rows, int64_t columns,
+                                   int64_t bits, int64_t share, int64_t dtype, int64_t threads) {
+  auto four = dtype == FP32 ? dequantize<Float, 4> : dtype == FP16 ? dequantize<Half, 4> : dequantize<BFloat, 4>;
+  auto eight = dtype == FP32 ? dequantize<Float, 8> : dtype == FP16 ? dequantize<Half, 8> : dequantize<BFloat, 8>;
+  (bits == 4 ? four : eight)(weight, scales, out, rows, columns, share, threads);
+}
+
 // q [batch, tokens, heads * group, dim], keys and values [batch, heads, length, dim], mask of bytes [tokens, length] every
 // mask_stride or null; k and v [batch, tokens, heads, dim], written at position [tokens] first, or null; cosine and sine
 // [tokens, dim] every turn_stride or null -> out like q. dim is a multiple of 2 * PAIR. Returns 0, or 1 if a position is out
@@ -91,8 +101,8 @@ extern "C" int larosa_attention(const void* q, void* keys, void* values, const v
            turn_stride, scale, threads);
 }
 
-// The entry points of a decoding step, for a caller in C++.
+// The entry points that a caller in C++ takes.
 extern "C" const Entries* larosa_entries() {
-  static const Entries entries = {larosa_linear, larosa_quantized, larosa_attention, FEWEST};
+  static const Entries entries = {larosa_linear, larosa_quantized, larosa_attention, larosa_dequantized, FEWEST};
   return &entries;
 }

@@ -1,5 +1,6 @@
-// The ops of a decoding step as torch's dispatcher calls them on a CPU, without Python: what is around a kernel takes two
-// microseconds, where Python takes ten, and twice that between products that empty the caches.
+// The ops of a decoding step, and what its weights are for a prompt, as torch's dispatcher calls them on a CPU, without
+// Python: what is around a kernel takes two microseconds, where Python takes ten, and twice that between products that empty
+// the caches.
 //
 // Plain cases alone are served here: contiguous tensors of one dtype whose shapes fit. Everything else, a wrong call and
 // one that ran out of memory included, goes to the op of the same name in larosa_python, which says what is wrong.
@@ -153,6 +154,23 @@ Tensor quantized_linear(const Tensor& x, int64_t k, const Tensor& weight, const 
                    residual, eps, gate, early, gain, threshold, chosen);
 }
 
+Tensor dequantized(const Tensor& weight, const Tensor& scales) {
+  const Entries& entries = *bound.load(std::memory_order_acquire);
+  const auto type = scales.scalar_type();
+  const int64_t dtype = code_of(type);
+  if (entries.dequantized && dtype >= 0 && weight.dim() == 2) {
+    const int64_t bits = weight.scalar_type() == at::kByte ? 4 : 8, rows = weight.size(0);
+    const int64_t columns = weight.size(1) * 8 / bits;
+    if (const int64_t share = share_of(weight, scales, rows, columns, bits, type, entries.fewest)) {
+      Tensor out = at::empty({rows, columns}, scales.options());
+      entries.dequantized(weight.const_data_ptr(), scales.const_data_ptr(), out.mutable_data_ptr(), rows, columns, bits,
+                          share, dtype, at::get_num_threads());
+      return out;
+    }
+  }
+  return in_python(dequantized, "larosa_python::dequantized", weight, scales);
+}
+
 // Of one new token a sequence, q [B, H, 1, d]. More are Python's, which lays them out anew.
 Tensor decode_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const MaybeTensor& mask, double scale,
                         const MaybeTensor& k, const MaybeTensor& v, const MaybeTensor& position, const MaybeTensor& cosine,
@@ -194,5 +212,6 @@ extern "C" void larosa_bind(const Entries* given) { bound = given ? given : &non
 TORCH_LIBRARY_IMPL(larosa, CPU, ops) {
   ops.impl("sparse_linear", sparse_linear);
   ops.impl("quantized_linear", quantized_linear);
+  ops.impl("dequantized", dequantized);
   ops.impl("decode_attention", decode_attention);
 }

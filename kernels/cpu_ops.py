@@ -1,4 +1,4 @@
-"""The ops of a decoding step in torch's dispatcher, for CPUs, in C++: see cpu_ops.cpp. Without them Python serves.
+"""Ops in torch's dispatcher, for CPUs, in C++: see cpu_ops.cpp. Without them Python serves.
 
 They are built against the headers of the torch that runs, once for each, in some six seconds.
 """

@@ -62,6 +62,30 @@ INLINE vi widen_bytes(const void* p) {
 #endif
 }
 
+// LANES words of 16 bits as integers, not signed.
+INLINE vu widen_words(const void* p) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32(load<__m256i>(p));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32(load<__m128i>(p));
+#else
+  typedef uint16_t words __attribute__((vector_size(VB / 2)));
+  return __builtin_convertvector(load<words>(p), vu);
+#endif
+}
+
+// v, rounded: compilers do not fuse the product that it is with a sum that follows.
+INLINE vf rounded(vf v) {
+#if defined(__SSE__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#else
+  __asm__("" : "+m"(v));
+#endif
+  return v;
+}
+
 // The sum of a vector's elements, by halves: one after the other they would wait for each other.
 INLINE float total(vf v) {
 #if defined(__AVX512F__)

@@ -218,7 +218,12 @@ def _(x, k, weight, scales, beside, beside_scales, bias=None, eps=None, gate="",
     return x.new_empty((*lead, out)), x.new_empty((*lead, more), dtype=reference.sums_in(x.dtype))
 
 
-dequantized = _op(reference.dequantized)
+def _dequantized_on_cpu(weight, scales):
+    reference.check_format(weight, scales, "dequantized")
+    return cpu.dequantized(weight, scales)
+
+
+dequantized = _op(reference.dequantized, _dequantized_on_cpu)
 
 
 @torch.library.register_fake("larosa::dequantized")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from larosa_fx.kernels import cache, cpu, cpu_build, reference
-from larosa_fx.kernels.quantization import quantize
+from larosa_fx.kernels.quantization import laid_out, quantize
 from stored import exact_of, quantized_case
 
 _CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or "g++"]
@@ -436,6 +436,75 @@ def test_quantized_every_stored_number(kernels, dtype):
     scales = torch.tensor([[2.0, 0.5] * 4], dtype=dtype)
     y = kernels.quantized_linear(one, 1, numbers, scales, None, None, None, None, None, "", None, None)
     assert torch.equal(y.double(), exact_of(numbers, scales)[0])
+
+
+@needs_compiler
+@bits_of
+@pytest.mark.parametrize("columns, group", [(32, 32), (96, 32), (192, 64), (576, 64), (384, 128), (192, 192)])
+def test_dequantized(kernels, dtype, bits, columns, group, gen):
+    """The bits of plain torch, for what ``quantize`` stores and for any bytes and scales."""
+    stored = quantize(torch.randn(33, columns, generator=gen), bits, group, dtype)
+    weight, scales = (torch.empty_like(t) for t in stored)
+    weight.view(torch.uint8).random_(256, generator=gen)
+    scales.copy_(torch.randn(scales.shape, generator=gen) * 2.0 ** torch.randint(-20, 12, scales.shape, generator=gen))
+    for rows in (0, 1, 2, 7, 33):
+        for whole in (stored, (weight, scales)):
+            case = [t[:rows] for t in whole]
+            y = kernels.dequantized(*case)
+            assert y.dtype == dtype and y.is_contiguous() and torch.equal(y, reference.dequantized(*case))
+
+
+@needs_compiler
+@bits_of
+def test_dequantized_every_scale(kernels, dtype, bits):
+    """Every 16-bit pattern, denormals, Inf and NaN too, with every stored number."""
+    if dtype == torch.float32:
+        scales = torch.arange(-(2**31), 2**31, 1500450).int().view(dtype)
+    else:
+        scales = torch.arange(-(2**15), 2**15, 23).short().view(dtype)
+    numbers = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
+    if bits == 4:
+        scales = torch.stack([scales, scales.flip(0).roll(1)], -1)
+    case = numbers.view(torch.int8 if bits == 8 else torch.uint8), scales[:, None]
+    y, expected = kernels.dequantized(*case), reference.dequantized(*case)
+    assert torch.equal(y.isnan(), expected.isnan())
+    bits_of_both = [t.masked_fill(expected.isnan(), 0).view(reference.BITS[dtype]) for t in (y, expected)]
+    assert torch.equal(*bits_of_both)
+
+
+@needs_compiler
+def test_dequantized_rounds_the_product_before_the_sum(kernels):
+    """A scale of float32 digits, times 3, has more; the offset takes all but the last of them away."""
+    scale = 1 + 2.0**-23
+    weight, scales = torch.full((1, 16), 0x33, dtype=torch.uint8), torch.tensor([[[scale, -3.0]]])
+    assert torch.equal(kernels.dequantized(weight, scales), torch.full((1, 32), 2.0**-21))  # fused, 3 * 2**-23
+
+
+@needs_compiler
+@bits_of
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_dequantized_threads(native, threads, dtype, n, bits, gen):
+    threads(n)
+    stored = quantize(torch.randn(301, 1152, generator=gen), bits, 64, dtype)
+    assert torch.equal(native.dequantized(*stored), reference.dequantized(*stored))
+
+
+@needs_compiler
+@bits_of
+def test_dequantized_takes_scales_that_lie_anyhow(native, bits, gen):
+    weight, scales = quantize(torch.randn(9, 128, generator=gen), bits, 32, torch.bfloat16)
+    y = native.dequantized(weight, laid_out(scales, "cuda"))
+    assert y.is_contiguous() and torch.equal(y, reference.dequantized(weight, scales))
+
+
+@needs_compiler
+def test_dequantized_declines(native):
+    weight = torch.ones(4, 96, dtype=torch.int8)
+    assert native.dequantized(weight, torch.ones(4, 3)) is not None
+    assert native.dequantized(weight, torch.ones(4, 3).double()) is None
+    assert native.dequantized(weight, torch.ones(4, 2)) is None
+    assert native.dequantized(weight[:, :0], torch.ones(4, 3)) is None
+    assert native.dequantized(weight.to("meta"), torch.ones(4, 3, device="meta")) is None
 
 
 @needs_compiler

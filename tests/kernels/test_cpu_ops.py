@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from larosa_fx.kernels import cpu, cpu_ops
-from larosa_fx.kernels.ops import decode_attention, quantized_linear, sparse_linear
+from larosa_fx.kernels import cpu, cpu_ops, reference
+from larosa_fx.kernels.ops import decode_attention, dequantized, quantized_linear, sparse_linear
 from larosa_fx.kernels.quantization import laid_out, quantize
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler")
@@ -22,7 +22,7 @@ def in_python(monkeypatch):
     if cpu_ops._library is None:
         pytest.skip("torch's headers are not there, or the compiler is too old for them")
     calls = []
-    for name in ("sparse_linear", "quantized_linear", "decode_attention"):
+    for name in ("sparse_linear", "quantized_linear", "dequantized", "decode_attention"):
         monkeypatch.setattr(cpu, name, _noting(calls, name, getattr(cpu, name)))
     return calls
 
@@ -125,6 +125,29 @@ def test_scales_that_lie_group_by_group_are_answered_by_python(which, bits, in_p
     assert in_python == ["quantized_linear"]
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows, columns, group", [(0, 64, 32), (1, 32, 32), (63, 576, 64), (65, 384, 128), (5, 96, 96)])
+def test_dequantized(rows, columns, group, bits, in_python, dtype):
+    weight, scales = (t[:rows] for t in quantize(torch.randn(65, columns), bits, group, dtype))
+    for some in (slice(None), slice(rows // 2, None)):  # of some rows, too, as views
+        got = dequantized(weight[some], scales[some])
+        assert not in_python and got.dtype == dtype and got.is_contiguous()
+        assert torch.equal(got, reference.dequantized(weight[some], scales[some]))
+    assert torch.equal(PYTHON.dequantized(weight, scales), dequantized(weight, scales)) and in_python == ["dequantized"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_dequantized_in_python(bits, in_python):
+    """Scales that lie group by group, of float64, and of groups that fill no vector."""
+    weight, scales = quantize(torch.randn(9, 96), bits, 32, torch.float32)
+    cases = [(weight, laid_out(scales, "cuda")), (weight, scales.double()),
+             quantize(torch.randn(9, 96), bits, 48, torch.bfloat16)]
+    for case in cases:
+        got = dequantized(*case)
+        assert got.dtype == case[1].dtype and got.is_contiguous() and torch.equal(got, reference.dequantized(*case))
+    assert in_python == ["dequantized"] * 3
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("changes", [{}, {"mask": None}, {"mask": torch.ones(1, 1, 1, 10, dtype=torch.bool)},
                                      {"cos": None, "sin": None}, {"position": torch.tensor(7)},
@@ -194,6 +217,17 @@ def test_what_is_wrong_is_said(change):
 ], ids=range(11))
 def test_what_is_wrong_with_stored_weights_is_said(change):
     _says_the_same("quantized_linear", quantized_linear, _quantized(torch.float32, 1, 8) | change)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("change", [
+    {"scales": torch.randn(64, 5)}, {"scales": torch.randn(64, 5, 2)}, {"scales": torch.randn(63, 2)},
+    {"scales": torch.ones(64, 2).int()}, {"scales": torch.tensor(1.0)}, {"weight": torch.ones(64, 64)},
+    {"weight": torch.ones(64, dtype=torch.int8)}, {"weight": torch.ones(64, 64, dtype=torch.int8).T},
+], ids=range(8))
+def test_what_is_wrong_with_a_weight_to_dequantize_is_said(change, bits):
+    weight, scales = quantize(torch.randn(64, 64), bits, 32, torch.float32)
+    _says_the_same("dequantized", dequantized, {"weight": weight, "scales": scales} | change)
 
 
 @pytest.mark.parametrize("change", [
