@@ -49,8 +49,17 @@ _BLOCK = 2**23
 
 
 def rows_of(x: Tensor) -> int | torch.SymInt:
-    """How many rows x has, [..., K]. Of a fake tensor torch's own ``numel()`` of a shape would fix a symbol at its size."""
-    return math.prod(x.shape[:-1])
+    """How many rows x has, [..., K]. Of a fake tensor torch's own ``numel()`` of a shape would fix a symbol at its size.
+
+    A symbol that is fixed already, as that of the logits to keep behind a prompt, is the number that it was fixed at.
+    """
+    rows = math.prod(x.shape[:-1])
+    if isinstance(rows, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import is_concrete_int  # brings sympy
+
+        if is_concrete_int(rows):
+            return int(rows)
+    return rows
 
 
 def is_one(rows: int | torch.SymInt) -> bool:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from larosa_fx.kernels import reference
 from larosa_fx.kernels.ops import dense_gemv, sparse_gemv, sparse_linear, topk_select, wide_matmul
@@ -37,6 +39,16 @@ def linear(request):
 
 def _on(device, args):
     return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+def test_a_symbol_that_was_fixed_is_a_number():
+    """As of the logits to keep: Dynamo takes a number for a symbol first, and fixes it where the graph goes by it."""
+    symbol = ShapeEnv().create_unbacked_symint()
+    with FakeTensorMode(shape_env=symbol.node.shape_env):
+        x = torch.empty(1, symbol, 64)
+    assert isinstance(reference.rows_of(x), torch.SymInt) and not reference.is_one(reference.rows_of(x))
+    torch._check(symbol == 1)
+    assert isinstance(x.shape[1], torch.SymInt) and reference.is_one(reference.rows_of(x))
 
 
 # ---- topk_select ----
