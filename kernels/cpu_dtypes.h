@@ -45,8 +45,8 @@ struct BFloat {
   }
   // The upper half is x to the nearest even; a NaN stays one.
   INLINE vu round(vf x) {
-    vu u = (vu)x, nan = (vu)((u & 0x7fffffff) > 0x7f800000);
-    return ((u + 0x7fff + (u >> 16 & 1)) & ~nan) | ((u | 0x400000) & nan);
+    vu u = (vu)x;
+    return x == x ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000;
   }
 #if defined(__AVX512F__)
   INLINE __m512i widen(const T* p) { return _mm512_cvtepu16_epi32(load<__m256i>(p)); }
