@@ -17,8 +17,8 @@ struct Dequantize {
   T* out;  // [rows, columns]
   int64_t rows, each;  // rows of an item
 
-  // The PAIR numbers from q on, as D::put takes columns: by shifts, masks and whole loads alone, since g++ and clang++ spell a
-  // shuffle differently.
+  // The PAIR numbers from q on, as D::put takes columns: by shifts, masks and whole loads alone, since g++ and clang++ spell
+  // a shuffle differently.
   INLINE void get(const uint8_t* q, vi& a, vi& b) {
     if constexpr (BITS == 4) {
       const vi bytes = widen_bytes(q);
