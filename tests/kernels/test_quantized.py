@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from larosa_fx.kernels import cuda_quantized, nvrtc, reference
@@ -453,3 +454,26 @@ def test_configurations_are_valid():
             assert cuda_quantized.shared_bytes(shape, c) <= 232448 // c.resident
             if shape.beside:
                 assert blocks + -(-shape.beside // c.beside_tile) * c.split <= 2 * sms
+
+
+def test_the_scales_of_a_single_group_are_a_table_of_all_rows():
+    """Whatever torch says of the stride of a dimension of one."""
+    x, weight = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(64, 256, dtype=torch.int8)
+    adapter, scales = torch.zeros(136, 256, dtype=torch.int8), torch.zeros(136, 1, dtype=torch.bfloat16)
+    for laid in (scales, laid_out(scales, "cuda")):
+        table = cuda_quantized.by_group(laid, whole=False)
+        shape = cuda_quantized.shape_of_call(x, 64, weight, torch.zeros(64, 1, dtype=torch.bfloat16), adapter, table, None,
+                                             torch.zeros(1, 64, dtype=torch.bfloat16), None, "", False, None, None,
+                                             torch.arange(8))
+        assert (shape.adapter, shape.chosen, shape.span) == (128, 8, 136)
+
+
+def test_an_adapter_beside_what_the_kernel_does_not_take_is_declined(hopper):
+    def refused(rows=1, dtype=torch.bfloat16, beside=(160, 256), group=64):
+        with FakeTensorMode():
+            x = torch.empty(rows, 1, 128, device="cuda", dtype=dtype)
+            return cuda_quantized.refuses_beside(x, 8, 256, group, True, "silu", *beside)
+
+    assert not refused() and not refused(dtype=torch.float16)
+    assert "one row" in refused(3) and "not torch.float64" in refused(dtype=torch.float64)
+    assert "as wide as the weight's" in refused(beside=(160, 96))
