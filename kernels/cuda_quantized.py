@@ -18,7 +18,7 @@ _MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
 _WIDTH = 8  # the fewest columns of a thread, which columns and groups are multiples of
 _STEPS, _DIGITS = 8, 3  # as in the kernel: coefficients that a warp makes at a time, times 32, and their bytes
 _SPLITS = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.5}  # blocks of a cluster, and what it costs that its sums meet
-_SHARED = 227 * 1024  # bytes of shared memory that a block of compute capability 9 can have
+_SHARED, _RESERVED = 227 * 1024, 1024  # bytes of shared memory a block of compute capability 9 can have, and loses besides
 
 
 class Shape(NamedTuple):
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     early: bool
     gain: bool
     threshold: bool
-    stream: int = 0  # values of the residual that the adapter's rows multiply, over and over
+    stream: int = 0  # values of the residual that the adapter's rows multiply, and again as far as they go
     chosen: int = 0  # rows behind these, for channels of x that are named
     wide_residual: bool = False  # it is float32
     span: int = 0  # rows of the table that the adapter's scales are part of
@@ -58,9 +58,9 @@ class Config(NamedTuple):
     beside_batch: int = 0
 
 
-def config(shape: Shape, sms: int) -> Config | None:
+def config(shape: Shape, sms: int, room: int = _SHARED) -> Config | None:
     """A tile is whole warps' columns, and its rows are shared out to as many blocks as leave each the least to read; None
-    where groups do not fit a warp's columns.
+    where groups do not fit a warp's columns, or a block has not enough ``room``, bytes of shared memory.
 
     Clusters of four and more need neighbouring multiprocessors, of which an H200 has fewer than it has in all: where some
     wait for others to end, the site takes twice as long. Measured on an H200 for the four sites of Llama-3-8B.
@@ -83,12 +83,17 @@ def config(shape: Shape, sms: int) -> Config | None:
                 and c.tile // warp <= c.threads // 32
                 and (not shape.beside or (-(-shape.beside // c.beside_tile) * c.split <= sms
                                           and shape.channels % (64 * c.split) == 0))
-                and shared_bytes(shape, c) <= _SHARED // c.resident)
+                and shared_bytes(shape, c) <= (room + _RESERVED) // c.resident - _RESERVED)
 
     widths = (16, 8) if shape.bits == 4 or across >= 64 * sms else (8, 16)
     splits = (2, 4, 1) if shape.beside else _SPLITS
     found = [made(width, split, held) for held in (True, False) for width in widths for split in splits]
     return min(filter(fits, found), key=lambda c: (c.tile / c.split * _SPLITS[c.split], not c.held), default=None)
+
+
+def _config_on(device: torch.device, shape: Shape) -> Config | None:
+    properties = nvrtc.properties(device)
+    return config(shape, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 def shared_bytes(shape: Shape, c: Config) -> int:
@@ -110,11 +115,11 @@ def shared_bytes(shape: Shape, c: Config) -> int:
     digits = warps * _STEPS * max(1, 8 * c.width // shape.group) * _DIGITS * 32
     outputs = _outputs(c.tile // halves, c)
 
-    def partials(tile: int, outputs: int) -> int:
+    def partials(tile: int, halves: int) -> int:
         deep = warps // (tile // (8 * c.width))
-        return 4 * deep * c.split * (halves if tile == c.tile else 1) * (outputs + 4)
+        return 4 * deep * c.split * halves * (_outputs(tile // halves, c) + 4)
 
-    partial = max(partials(c.tile, outputs), partials(c.beside_tile, _outputs(c.beside_tile, c)) if shape.beside else 0)
+    partial = max(partials(c.tile, halves), partials(c.beside_tile, 1) if shape.beside else 0)
     return listed + carried + scales + digits + partial + shape.chosen * (outputs + 1) * 4 + 8 * warps + 16
 
 
@@ -161,8 +166,7 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
                      chosen)
     if shape.stream % 8 or rows % 4:
         return f"a residual's values must be a multiple of 8 and an adapter's rows one of 4, not {shape.stream} and {rows}"
-    c = config(shape, nvrtc.properties(x.device).multi_processor_count)
-    if c is None:
+    if _config_on(x.device, shape) is None:
         return f"groups of {group} columns do not fit a warp's, or a row's list does not fit into shared memory"
     return ""
 
@@ -175,7 +179,7 @@ def refuses_beside(x: Tensor, bits: int, columns: int, group: int, norm: bool, g
     shape = shape_of(x, bits, columns, group, 0, norm, gate, flags)
     if beside % group:
         return "the adapter's groups are as wide as the weight's"
-    if config(shape, nvrtc.properties(x.device).multi_processor_count) is None:
+    if _config_on(x.device, shape) is None:
         return "two blocks do not fit on a multiprocessor, or channels are not whole shares of 64"
     return ""
 
@@ -187,7 +191,7 @@ def program(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
     flags: those of ``flags_of``, and of the last fields of ``Shape`` what is not as it is by default.
     """
     shape = shape_of(x, bits, columns, group, rows, norm, gate, flags, stream, chosen)
-    return _program(shape, x.device, config(shape, nvrtc.properties(x.device).multi_processor_count))
+    return _program(shape, x.device, _config_on(x.device, shape))
 
 
 def shape_of(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: bool, gate: str, flags: Mapping[str, int],
@@ -235,7 +239,7 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
     table = by_group(adapter_scales if beside is None else beside_scales, whole=False)
     shape = shape_of_call(x, k, weight, scales, adapter, table, bias, residual, eps, gate, early, gain, threshold, chosen,
                           beside)
-    c = using or config(shape, nvrtc.properties(x.device).multi_processor_count)
+    c = using or _config_on(x.device, shape)
     kernel = _kernel(shape, x.device, c)
     if kernel is None:
         return None

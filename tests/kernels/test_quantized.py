@@ -452,6 +452,8 @@ def test_configurations_are_valid():
             assert blocks <= sms and c.tile % (warp * halves) == 0 and c.tile // halves % (2 * c.split) == 0
             assert c.tile // warp <= c.threads // 32 and (shape.group % warp == 0 or warp <= 2 * shape.group)
             assert cuda_quantized.shared_bytes(shape, c) <= 232448 // c.resident
+            small = cuda_quantized.config(shape, sms, 99 << 10)
+            assert small is None or cuda_quantized.shared_bytes(shape, small) <= (100 << 10) // small.resident - 1024
             if shape.beside:
                 assert blocks + -(-shape.beside // c.beside_tile) * c.split <= 2 * sms
 
