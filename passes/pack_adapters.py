@@ -86,7 +86,10 @@ def run(ctx: Context) -> PassResult:
 
 
 def _basis(adapter: fx.Node) -> str | None:
-    """The basis of the stream that the adapter is multiplied with: its first factor leads back from it."""
+    """The basis of the stream that the adapter is multiplied with: its first factor leads back from it. None where it has a
+    rank's rows alone, which begin with any channel."""
+    if g.calls(adapter, ex.rows):
+        return None
     while adapter.args and isinstance(adapter.args[0], fx.Node):
         adapter = adapter.args[0]
     return adapter.meta.get(ex.ROTATION)

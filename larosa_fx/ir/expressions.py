@@ -85,11 +85,12 @@ def left_over(w: torch.Tensor, chosen: torch.Tensor, bits: int, group: int, dtyp
 def in_two(w: torch.Tensor, group: int, dtype: torch.dtype, rows: int, pairs: int = 0) -> torch.Tensor:
     """w, [D, N], as 8 bits hold it, and below it what they leave over of the first ``rows``: [D + rows, N].
 
-    pairs: that many first rows are multiplied by the same as the last ones (``doubled``), and hold what both leave over.
+    pairs: that many first rows are multiplied by the same as the last ones (``doubled``). Where what the last leave over is
+    not kept itself, the first hold it as well.
     """
     coarse = dequantize(*quantize(w, 8, group, dtype)).to(w.dtype)
     over = w - coarse
-    if pairs:
+    if 0 < pairs <= len(w) - rows:
         over[:pairs] += over[-pairs:].flip(0)
     return torch.cat([coarse, over[:rows]])
 

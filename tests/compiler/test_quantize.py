@@ -66,6 +66,7 @@ def test_an_adapter_in_two_halves_is_what_it_was():
     assert (halves[:128] - adapter).abs().max() > 2e-3
     some = dequantize(*quantize(in_two(adapter, 64, torch.bfloat16, 32, 1), 8, 64, torch.bfloat16)).double()
     assert torch.equal(some[:129], torch.cat([halves[:128], some[128:129]])) and torch.equal(some[129:], halves[129:160])
+    assert torch.equal(in_two(adapter, 64, torch.bfloat16, 128, 1), in_two(adapter, 64, torch.bfloat16, 128))
     both = (some[[0, 127]] - adapter[[0, 127]]).sum(0)  # channels that are multiplied by the same are right together
     assert (both + some[128]).abs().max() < 8e-5 < both.abs().max()
 

@@ -5,6 +5,7 @@ import torch
 
 from larosa_fx.ir import expressions as ex
 from larosa_fx.ir.recipe import Recipe
+from larosa_fx.passes import pack_adapters
 from programs import FOLDABLE, program, rewrite, rotations
 from tiny import SIZES
 
@@ -40,3 +41,13 @@ def test_weights_are_views_until_something_reads_the_whole():
     views = p.gm.graph.find_nodes(op="call_function", target=torch.narrow)
     assert len(views) == 2 * (LAYERS - 1)
     assert all(ex.is_weight(view.args[0]) and not ex.is_weight(view) for view in views)
+
+
+def test_a_ranks_rows_of_an_adapter_are_not_those_of_the_channels_that_lead():
+    """They begin with any channel, so none of them stands for a first component or its second channel."""
+    gm = program("llama").gm
+    back, into = (ex.rotation(gm, basis, torch.eye(8)) for basis in ("layers.0", "layers.1"))
+    with gm.graph.inserting_after(into):
+        whole = ex.weight_call(gm.graph, torch.matmul, ex.weight_call(gm.graph, torch.t, back), into)
+        part = ex.weight_call(gm.graph, ex.rows, whole, 4, 4)
+    assert pack_adapters._basis(whole) == "layers.0" and pack_adapters._basis(part) is None
