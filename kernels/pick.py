@@ -27,8 +27,8 @@ class Site(Protocol):
     them, so the answer holds for the graph, and other numbers compile anew. columns: N of the weight, [K, N]. format: the
     name of the weight's format. group: columns that share a scale in it. adapter_rows: of a residual adapter behind the
     weight's own, 0 for none: they multiply the residual's adapter_width channels, again as far as they go, and
-    adapter_chosen, the last ones, channels of x; where these are all, the residual is added as it is. normed: an RMSNorm in front. gate: the
-    activation between the two halves, or "". threshold: None for Top-K. dense: all channels are read.
+    adapter_chosen, the last ones, channels of x; where these are all, the residual is added as it is. normed: an RMSNorm in
+    front. gate: the activation between the two halves, or "". threshold: None for Top-K. dense: all channels are read.
 
     What ``defect`` asks for besides: kernel, the name of the one that was picked. bias, residual, gain: whatever stands for
     these tensors, or None. wide_residual: it is float32, and x is not. early: an adapter's residual is there before x.
