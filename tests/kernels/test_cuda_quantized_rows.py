@@ -152,7 +152,7 @@ def test_only_what_some_row_keeps_is_read(eps, bits, gen, make_linear, with_thre
     case = with_threshold(make_linear((eps,), (3,), 900, 900, 128, 0, torch.bfloat16, gen), 0.9)
     stored, _ = drawn(case, bits, 128)
     x, k, weight, scales, *rest = stored
-    shape = cuda_quantized.shape_of_call(x, k, weight, scales, None, None, None, eps, "", False, None, rest[-1])
+    shape = cuda_quantized.shape_of_call(x, k, weight, scales, None, None, None, None, eps, "", False, None, rest[-1])
     c = cuda_quantized_rows._config(shape, 4, x.device)
 
     def read() -> torch.Tensor:
