@@ -226,6 +226,20 @@ def _dequantized_on_cpu(weight, scales):
 dequantized = _op(reference.dequantized, _dequantized_on_cpu)
 
 
+@_on_gpu("dequantized")
+def _(weight, scales):
+    reference.check_format(weight, scales, "dequantized")
+    try:
+        from larosa_fx.kernels import triton_dequantize
+    except ImportError:  # steps over such weights need no Triton, so their prompts are not to fail for it
+        return None
+
+    if not triton_dequantize.serves(scales):
+        return None
+    with torch.cuda.device(weight.device):
+        return triton_dequantize.dequantized(weight, scales)
+
+
 @torch.library.register_fake("larosa::dequantized")
 def _(weight, scales):
     return scales.new_empty(reference.check_format(weight, scales, "dequantized"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from larosa_fx.kernels import reference
+from larosa_fx.kernels.quantization import dequantize, laid_out
 
 pytest.importorskip("triton")
 
@@ -35,6 +36,13 @@ def gemv():
     from larosa_fx.kernels import triton_gemv
 
     return triton_gemv
+
+
+@pytest.fixture
+def stored():
+    from larosa_fx.kernels import triton_dequantize
+
+    return triton_dequantize
 
 
 @pytest.fixture
@@ -239,6 +247,93 @@ def test_threshold_bits_are_those_of_each_row_alone(over, gemv, dtype, gen, make
     check_linear(args, together)
     assert all(torch.equal(over(*args, using=using), together) for _ in range(3))
     assert torch.equal(torch.stack([over(row, *args[1:], using=using) for row in args[0]]), together)
+
+
+def check_dequantized(y, weight, scales):
+    """Bit for bit plain torch's result on a CPU; where that is NaN, NaN."""
+    weight, scales = weight.cpu(), scales.cpu()
+    assert y.dtype == scales.dtype and y.is_contiguous()
+    expected = reference.dequantized(weight, scales)
+    if INTERPRETED and scales.dtype == torch.bfloat16:  # truncated, see check_gemv
+        expected = (dequantize(weight, scales).view(torch.int32) >> 16).short().view(torch.bfloat16)
+    assert y.shape == expected.shape
+    assert torch.equal(*(t.nan_to_num(0).view(reference.BITS[y.dtype]) for t in (y.cpu(), expected)))
+    assert torch.equal(y.isnan().cpu(), expected.isnan())
+
+
+def any_stored(bits, rows, columns, group, dtype, gen):
+    """Any bytes, and scales of many magnitudes."""
+    weight = torch.randint(256, (rows, columns * bits // 8), generator=gen).to(torch.uint8)
+    scales = torch.randn(rows, columns // group, *[2] * (bits == 4), generator=gen)
+    scales *= 2.0 ** torch.randint(-12, 12, scales.shape, generator=gen)
+    return weight if bits == 4 else weight.view(torch.int8), scales.to(dtype)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("bits", "columns", "group"),
+    [(8, 1, 1), (8, 7, 7), (8, 6, 3), (8, 192, 64), (8, 288, 96), (8, 640, 128), (8, 771, 771),
+     (4, 2, 1), (4, 6, 3), (4, 10, 2), (4, 192, 64), (4, 288, 96), (4, 640, 128), (4, 1028, 514)],
+    ids=str,
+)
+def test_dequantized(stored, dtype, bits, columns, group, gen):
+    """Groups of any width, also those of 4 bits that end within a byte, and any number of rows."""
+    weight, scales = any_stored(bits, 37, columns, group, dtype, gen)
+    for rows in (0, 1, 37):
+        part = weight[:rows].to(DEVICE), scales[:rows].to(DEVICE)
+        check_dequantized(stored.dequantized(*part), *part)
+
+
+@kernels
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tile", [(8, 1, 32), (4, 2, 16), (2, 8, 64), (32, 1, 128)], ids=str)
+def test_dequantized_in_other_tiles(stored, dtype, bits, tile, gen):
+    weight, scales = (t.to(DEVICE) for t in any_stored(bits, 13, 288, 96, dtype, gen))
+    check_dequantized(stored.dequantized(weight, scales, using=stored.Config(*tile, warps=1)), weight, scales)
+
+
+@kernels
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [32, 384])
+def test_dequantized_scales_lie_group_by_group(stored, dtype, bits, group, gen):
+    """Those of all rows, and of some rows of a table whose others are none of them; nothing is copied."""
+    weight, scales = any_stored(bits, 70, 384, group, dtype, gen)
+    for first, last in ((0, 70), (0, 33), (33, 70), (69, 70)):
+        whole = torch.full_like(scales, float("nan"))
+        whole[first:last] = scales[first:last]
+        part = weight[first:last].to(DEVICE), laid_out(whole.to(DEVICE), "cuda")[first:last]
+        check_dequantized(stored.dequantized(*part), *part)
+
+
+@kernels
+def test_dequantized_rounds_the_product_before_the_sum(stored):
+    """A scale of float32 digits, times 3, has more; the offset takes all but the last of them away. And in 16 bits a product
+    that overflows float32 stays so, whatever is added."""
+    scale = 1 + 2.0**-23
+    weight, scales = torch.full((1, 16), 0x33, dtype=torch.uint8), torch.tensor([[[scale, -3.0]]])
+    y = stored.dequantized(weight.to(DEVICE), scales.to(DEVICE))
+    assert torch.equal(y.cpu(), torch.full((1, 32), 2.0**-21))  # fused, 3 * 2**-23
+    large = torch.tensor([[[2.0**126, -(2.0**127)]]], dtype=torch.bfloat16)
+    y = stored.dequantized(torch.full((1, 16), 0x55, dtype=torch.uint8, device=DEVICE), large.to(DEVICE))
+    assert y.isinf().all()  # fused, 3 * 2**126
+
+
+@kernels
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dequantized_does_not_write_past_its_result(stored, dtype, bits, gen):
+    """Tiles at the ends of rows and groups: each row alone gives the same bits."""
+    weight, scales = (t.to(DEVICE) for t in any_stored(bits, 5, 360, 72, dtype, gen))
+    together = stored.dequantized(weight, scales)
+    alone = [stored.dequantized(weight[r : r + 1], scales[r : r + 1]) for r in range(5)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@kernels
+def test_dequantized_configs_are_valid(stored):
+    for group in (1, 2, 3, 32, 96, 128, 257, 4096, 128256):
+        for groups in (1, 3, 48, 224, 1002):
+            *tile, warps = stored.config(groups, group)
+            assert all(v > 0 and v & (v - 1) == 0 for v in (*tile, warps)) and math.prod(tile) == 4096
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run right here")
