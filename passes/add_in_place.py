@@ -46,6 +46,9 @@ def run(ctx: Context) -> PassResult:
         values.append(add)
         add.replace_all_uses_with(into)
         graph.erase_node(add)
+        graph.erase_node(product)
+        if g.calls(weight, torch.ops.larosa.dequantized.default) and (reader := g.only_user(weight)):
+            reader.prepend(weight)  # the product has moved: what is made in between, such as an adapter, would lie beside it
         result.count("products")
     effects.remove_dead_code(graph)
     return result

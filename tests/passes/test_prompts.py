@@ -113,6 +113,22 @@ def test_nothing_is_overwritten_where_gradients_are_recorded():
         assert not rewrite(p, "layer").results["add_in_place"].counts
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_one_weight_at_a_time_is_made_of_what_is_stored(bits):
+    """Each where its product reads it, and nothing else does: there is memory for one, not for a layer's."""
+    p = program("llama")
+    p.context.op_by_op, p.context.quantize = True, f"int{bits}"
+    with torch.no_grad():
+        assert rewrite(p, "layer").results["add_in_place"].counts["products"] >= 4
+    alive = set()
+    for node in p.gm.graph.nodes:
+        if node.target is torch.ops.larosa.dequantized.default:
+            alive.add(node)
+            assert len(alive) == 1
+        alive -= {read for read in node.all_input_nodes if set(read.users) == {node}}
+    assert p.calls(torch.ops.larosa.dequantized.default) > 8 and not alive
+
+
 def captured(function, *args):
     graphs = []
 
