@@ -37,7 +37,7 @@ def quantize(weight: Tensor, bits: int, group: int, dtype: torch.dtype, pairs: i
     columns = weight.shape[1]
     if columns % group or (bits == 4 and group % 2):
         raise ValueError(f"groups of {group} do not divide the {columns} columns of a weight; choose another group")
-    if weight.is_meta or weight.numel() == 0:  # of a shape alone all of an int4's steps would take a while to say its own
+    if weight.is_meta or weight.numel() == 0:  # shapes are all there is: int4's steps would take a while to say them
         groups = columns // group
         return (weight.new_empty((len(weight), columns * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8),
                 weight.new_empty((len(weight), groups) if bits == 8 else (len(weight), groups, 2), dtype=dtype))

@@ -2,8 +2,8 @@
 
 A program owns a tile of rows and neighbouring groups, so that what it loads of scales lies together whichever way they lie
 in memory: row by row, or group by group as on a GPU. The bits are those of plain torch, where every operation is rounded in
-float32 by itself. Over scales of 16 bits s u has no more than 16 digits, so that s u + m rounded once would be the same but
-where s u overflows; over scales of float32 it would not. So nothing may be fused.
+float32 by itself. Over scales of 16 bits s u has no more than 15 digits and is exact, so that s u + m rounded once would be
+the same but where s u overflows; over scales of float32 it would not. So nothing may be fused.
 """
 
 from typing import NamedTuple
