@@ -18,6 +18,8 @@ _MAX_CHANNELS = 1 << 16  # a list entry holds its row in 16 bits
 _WIDTH = 8  # the fewest columns of a thread, which columns and groups are multiples of
 _STEPS, _DIGITS = 8, 3  # as in the kernel: coefficients that a warp makes at a time, times 32, and their bytes
 _SPLITS = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.5}  # blocks of a cluster, and what it costs that its sums meet
+_WIDTHS = {16: 1.0, 8: 1.7}  # of a thread's columns, and what each costs: memory is asked for half as much at a time
+_LISTED = 256  # channels that take as long to list as a column to read
 _SHARED, _RESERVED = 227 * 1024, 1024  # bytes of shared memory a block of compute capability 9 can have, and loses besides
 
 
@@ -54,8 +56,10 @@ class Config(NamedTuple):
     resident: int  # blocks that find room on a multiprocessor
     split: int  # blocks of a cluster
     held: bool = True  # scales have room in shared memory
-    beside_tile: int = 0  # what tile and batch are of the adapter beside
+    beside_tile: int = 0  # what tile, width and batch are of the adapter beside
+    beside_width: int = 0
     beside_batch: int = 0
+    beside_warps: int = 0  # of a block's, that are the adapter's
 
 
 def config(shape: Shape, sms: int, room: int = _SHARED) -> Config | None:
@@ -70,25 +74,40 @@ def config(shape: Shape, sms: int, room: int = _SHARED) -> Config | None:
 
     def made(width: int, split: int, held: bool) -> Config:
         at_once = sms if split <= 2 else sms * 7 // 8
-        pieces = -(-across // (8 * width))
-        tile = 8 * width * halves * -(-pieces // max(1, at_once // split))
-        if shape.beside:  # two blocks to a multiprocessor, one of them of the adapter's as far as these go
-            return Config(tile, width, 256, 32 // width, 2, split, held, beside_tile=8 * width, beside_batch=16 // width)
-        return Config(tile, width, 512, 32 // width if shape.bits == 4 else {16: 1, 8: 3}[width], 1, split, held)
+
+        def tile(columns: int, width: int) -> int:
+            warps = -(-columns // (8 * width))
+            return 8 * width * -(-warps // max(1, at_once // split))
+
+        batch = {16: 2, 8: 3}[width] if shape.bits == 4 else {16: 1, 8: 2 if shape.full else 3}[width]
+        own = Config(halves * tile(across, width), width, 512, batch, 1, split, held)
+        if not shape.beside:
+            return own
+        # A fourth of the warps, or half of them where the others would not all have columns.
+        of_adapter = next((n for n in (4, 8) if (16 - n) % (own.tile // (8 * width)) == 0), 8)
+        return Config(*own[:7], beside_tile=tile(shape.beside, 8), beside_width=8, beside_batch=3, beside_warps=of_adapter)
+
+    def whole(warp: int) -> bool:
+        """Whether groups fit a warp's columns."""
+        return shape.group % warp == 0 or shape.group in (warp, warp // 2)
 
     def fits(c: Config) -> bool:
-        warp = 8 * c.width
-        return ((shape.group % warp == 0 or shape.group in (warp, warp // 2))
+        warp, warp_beside = 8 * c.width, 8 * c.beside_width
+        return (whole(warp)
                 and (not shape.gate or across % min(warp, shape.group) == 0)
-                and c.tile // warp <= c.threads // 32
-                and (not shape.beside or (-(-shape.beside // c.beside_tile) * c.split <= sms
+                and c.tile // warp <= c.threads // 32 - c.beside_warps
+                and (not shape.beside or (whole(warp_beside) and c.beside_tile // warp_beside <= c.beside_warps
                                           and shape.channels % (64 * c.split) == 0))
                 and shared_bytes(shape, c) <= (room + _RESERVED) // c.resident - _RESERVED)
 
-    widths = (16, 8) if shape.bits == 4 or across >= 64 * sms else (8, 16)
-    splits = (2, 4, 1) if shape.beside else _SPLITS
-    found = [made(width, split, held) for held in (True, False) for width in widths for split in splits]
-    return min(filter(fits, found), key=lambda c: (c.tile / c.split * _SPLITS[c.split], not c.held), default=None)
+    def cost(c: Config) -> float:
+        """In columns that a block reads. By thresholds a block lists its share of the channels alone."""
+        listed = shape.channels / c.split / _LISTED if shape.threshold else 0.0
+        return c.tile / c.split * _SPLITS[c.split] * _WIDTHS[c.width] + listed
+
+    splits = (2, 4, 1) if shape.beside else _SPLITS  # of equals the first
+    found = [made(width, split, held) for held in (True, False) for width in _WIDTHS for split in splits]
+    return min(filter(fits, found), key=lambda c: (cost(c), not c.held), default=None)
 
 
 def _config_on(device: torch.device, shape: Shape) -> Config | None:
@@ -104,23 +123,25 @@ def shared_bytes(shape: Shape, c: Config) -> int:
     else:
         entries = -(-shape.channels // (64 * warps * c.split)) * 64 * warps if shape.threshold else 0
     copied = -(-shape.channels // 64) * 64 if shape.full or shape.beside else 0
-    listed = (2 * 8192 if ranked else 0) + max(4 * entries, 2 * copied)
+    listed = (2 * 8192 if ranked else 0) + 4 * entries + 2 * copied
     carried = -(-shape.stream // 8) * 16 if shape.adapter else 0
     halves = 2 if shape.gate else 1
     share = -(-shape.channels // 64) * 64 if ranked else -(-shape.channels // (64 * c.split)) * 64
     own = _groups(c.tile // halves, shape.group) * halves * share * (4 if shape.bits == 4 else 2) if c.held else 0
     added = _groups(c.tile // halves, shape.group) * -(-shape.adapter // (64 * c.split)) * 64 * 2
     further = _groups(c.beside_tile, shape.group) * -(-shape.beside_rows // (64 * c.split)) * 64 * 2 if shape.beside else 0
-    scales = max(own + added, further)
-    digits = warps * _STEPS * max(1, 8 * c.width // shape.group) * _DIGITS * 32
+    digits = warps * _STEPS * max(1, 8 * max(c.width, c.beside_width) // shape.group) * _DIGITS * 32
     outputs = _outputs(c.tile // halves, c)
 
-    def partials(tile: int, halves: int) -> int:
-        deep = warps // (tile // (8 * c.width))
-        return 4 * deep * c.split * halves * (_outputs(tile // halves, c) + 4)
+    def partials(tile: int, width: int, halves: int, warps: int) -> int:
+        return 4 * (warps // (tile // (8 * width))) * c.split * halves * (_outputs(tile // halves, c) + 4)
 
-    partial = max(partials(c.tile, halves), partials(c.beside_tile, 1) if shape.beside else 0)
-    return listed + carried + scales + digits + partial + shape.chosen * (outputs + 1) * 4 + 8 * warps + 16
+    partial = partials(c.tile, c.width, halves, warps - c.beside_warps)
+    if shape.beside:
+        partial += partials(c.beside_tile, c.beside_width, 1, c.beside_warps)
+    ends = (halves if shape.bias else 0) + (1 if shape.residual else 0)
+    kept = shape.chosen * (outputs + 1) + ends * outputs
+    return listed + carried + own + added + further + digits + partial + 4 * kept + 8 * warps + 16
 
 
 def _outputs(columns: int, c: Config) -> int:
@@ -139,7 +160,8 @@ def constants(shape: Shape, c: Config) -> dict[str, int]:
         "STREAM": shape.stream, "CHOSEN": shape.chosen, "WIDE_RESIDUAL": int(shape.wide_residual), "BESIDE": shape.beside,
         "BESIDE_ROWS": shape.beside_rows, "ADAPTER_SPAN": shape.span, "TILE": c.tile, "WIDTH": c.width, "THREADS": c.threads,
         "BATCH": c.batch, "RESIDENT": c.resident, "SPLIT": c.split, "HELD": int(c.held),
-        "BESIDE_TILE": c.beside_tile or c.tile, "BESIDE_BATCH": c.beside_batch or 1, "SHARED": shared_bytes(shape, c)}
+        "BESIDE_TILE": c.beside_tile or 8 * c.width, "BESIDE_WIDTH": c.beside_width or c.width,
+        "BESIDE_BATCH": c.beside_batch or 1, "BESIDE_WARPS": c.beside_warps, "SHARED": shared_bytes(shape, c)}
 
 
 def constants_of(shape: Shape) -> dict[str, int]:
@@ -180,7 +202,7 @@ def refuses_beside(x: Tensor, bits: int, columns: int, group: int, norm: bool, g
     if beside % group:
         return "the adapter's groups are as wide as the weight's"
     if _config_on(x.device, shape) is None:
-        return "two blocks do not fit on a multiprocessor, or channels are not whole shares of 64"
+        return "the adapter does not fit beside it, or channels are not whole shares of 64"
     return ""
 
 
@@ -247,7 +269,7 @@ def quantized_linear(x: Tensor, k: int, weight: Tensor, scales: Tensor, adapter:
     blocks = -(-shape.columns // c.tile) * c.split
     if beside is not None:
         adapter, more = beside, x.new_empty((*x.shape[:-1], shape.beside), dtype=torch.float32)
-        blocks += -(-shape.beside // c.beside_tile) * c.split
+        blocks = max(blocks, -(-shape.beside // c.beside_tile) * c.split)
     tensors = x, weight, scales, adapter, table, bias, residual, gain, chosen, y, more
     if not launch(kernel, blocks, tensors, k, eps, threshold):
         return None

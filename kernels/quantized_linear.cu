@@ -14,8 +14,9 @@
 // that are kept and multiplies their rows; a Top-K, which ranks all channels, has one list in all blocks, of which each takes
 // its part. The sums meet in the block that finishes their columns, always in the same order.
 //
-// BESIDE: in the same launch further blocks multiply x as it is by a residual adapter, whose result a later site adds: an
-// adapter reads all of its rows, so its blocks have work while the others choose theirs.
+// BESIDE: in the same launch some warps of each block multiply x as it is by a residual adapter, whose result a later site adds.
+// An adapter reads all of its rows, so they have work while the channels of the site itself are chosen. Blocks of their own
+// would find their places where the kernel before this one ends first, two to a multiprocessor, and leave others with nothing.
 //
 // Compiled at run time with these constants, besides those of selection.cuh: COLUMNS (N), BITS (8 or 4), GROUP (columns
 // that share a scale), ADAPTER (rows of a residual adapter, in 8 bits, for a residual of STREAM values that begins anew behind
@@ -24,7 +25,8 @@
 // SPLIT (blocks of a cluster), HELD (whether scales have room in shared memory), SHARED (its bytes), the flags FULL, BIAS,
 // RESIDUAL, EARLY and GAIN, as sparse_linear.cu describes them, and WIDE_RESIDUAL (the residual is float32). BESIDE is the
 // number of columns of the adapter beside, 0 without, and BESIDE_ROWS of its rows, whose values begin anew behind the last
-// channel; BESIDE_TILE and BESIDE_BATCH are to it what TILE and BATCH are to the weight.
+// channel; BESIDE_TILE, BESIDE_WIDTH and BESIDE_BATCH are to it what TILE, WIDTH and BATCH are to the weight, and BESIDE_WARPS of
+// a block's warps, the last ones, are its.
 //
 // 8 bits: w = s q, q signed. 4 bits: w = s u + m, u = 0..15, two to a byte, the lower column in the lower half; s and m,
 // 16 bits each, lie side by side. The scales of all rows for one group of columns lie together, ADAPTER_SPAN of the adapter's: a
@@ -35,26 +37,34 @@
 
 constexpr int OUT_COLUMNS = GATE ? COLUMNS / 2 : COLUMNS;
 constexpr int OUT_TILE = GATE ? TILE / 2 : TILE;
-constexpr int WARP_COLUMNS = 8 * WIDTH;
-constexpr int TILES = WIDTH / 2;  // of 16 columns that a warp multiplies
-constexpr int STEPS = 8;          // of 32 rows, that coefficients are made for at a time
-constexpr int SETS = WARP_COLUMNS > GROUP ? WARP_COLUMNS / GROUP : 1;  // groups that a warp's columns lie in
-constexpr int DIGITS = 3, PLANES = SETS * DIGITS;
+constexpr int STEPS = 8;  // of 32 rows, that coefficients are made for at a time
+constexpr int DIGITS = 3;
 constexpr int MAIN_BLOCKS = (OUT_COLUMNS + OUT_TILE - 1) / OUT_TILE * SPLIT;
 
-// How the warps of a cluster share a tile of COLUMNS_OF_TILE columns, which make OUT outputs: ``across`` side by side, ``deep``
-// in a block for the same columns.
-template <int COLUMNS_OF_TILE, int OUT>
+// How COUNT warps of each block of a cluster, from FIRST on, share a tile of COLUMNS_OF_TILE columns, which make OUT outputs:
+// ``across`` side by side, ``deep`` in a block for the same columns. A thread has WIDE neighbouring columns.
+template <int COLUMNS_OF_TILE, int OUT, int WIDE, int FIRST, int COUNT>
 struct Warps {
-  static constexpr int across = COLUMNS_OF_TILE / WARP_COLUMNS, deep = WARPS / across;
+  static constexpr int width = WIDE, columns = 8 * width, tiles = width / 2;  // a warp's; tiles of 16 columns that it multiplies
+  static constexpr int sets = columns > GROUP ? columns / GROUP : 1;          // groups that a warp's columns lie in
+  static constexpr int planes = sets * DIGITS;
+  static constexpr int across = COLUMNS_OF_TILE / columns, deep = COUNT / across;
   static constexpr int out = OUT, halves = COLUMNS_OF_TILE / OUT;
   static constexpr int outputs = (OUT + 2 * SPLIT - 1) / (2 * SPLIT) * 2;  // that a block finishes, the last one fewer
   static constexpr int parts = deep * SPLIT, part = outputs + 4, partials = parts * halves * part;  // sums that meet in it
-  static_assert(COLUMNS_OF_TILE % WARP_COLUMNS == 0 && across <= WARPS, "a warp's columns lie together");
-  static_assert(OUT % WARP_COLUMNS == 0, "a warp's columns lie in one half");
+  static_assert(COLUMNS_OF_TILE % columns == 0 && across <= COUNT, "a warp's columns lie together");
+  static_assert(OUT % columns == 0, "a warp's columns lie in one half");
+  static_assert(sets <= 2, "an operand has eight columns");
+  static_assert(GROUP % columns == 0 || columns % GROUP == 0, "a thread's columns share their scale");
+
+  // Which of these warps this one is; 0 if it is none of them.
+  __device__ __forceinline__ static int warp() { return has() ? threadIdx.x / 32 - FIRST : 0; }
+  __device__ __forceinline__ static bool has() {
+    return threadIdx.x / 32 >= FIRST && threadIdx.x / 32 < FIRST + across * deep;
+  }
 };
-using Main = Warps<TILE, OUT_TILE>;
-using Beside = Warps<BESIDE_TILE, BESIDE_TILE>;
+using Main = Warps<TILE, OUT_TILE, WIDTH, 0, WARPS - BESIDE_WARPS>;
+using Beside = Warps<BESIDE_TILE, BESIDE_TILE, BESIDE_WIDTH, WARPS - BESIDE_WARPS, BESIDE ? BESIDE_WARPS : WARPS>;
 
 // Which rows of a weight a block multiplies: those of its own list, its part of a list that all blocks of the cluster have, or
 // its share of the first rows.
@@ -73,45 +83,40 @@ constexpr int share_of(int rows) {
   return (rows + 64 * BLOCKS - 1) / (64 * BLOCKS) * 64;
 }
 
-// Shared memory: histogram (for Top-K) | list | residual | scales | coefficients | partial sums | chosen rows and values |
-// scalars.
+// Shared memory: histogram (for Top-K) | list | all channels | residual | scales | coefficients | partial sums | chosen rows
+// and values | what is added to the outputs, bias and residual | scalars.
 constexpr int HISTOGRAM_BYTES = RANKED ? BINS * 2 : 0;
 constexpr int LISTED = RANKED ? (CHANNELS + 31) / 32 * 32 : THRESHOLD ? OWN_CHANNELS : 0;
-constexpr int COPIED = FULL || BESIDE ? (CHANNELS + 63) / 64 * 64 : 0;
-constexpr int LIST_BYTES = LISTED * 4 > COPIED * 2 ? LISTED * 4 : COPIED * 2;
-constexpr int RESIDUAL_AT = HISTOGRAM_BYTES + LIST_BYTES;
+constexpr int COPIED_AT = HISTOGRAM_BYTES + LISTED * 4, COPIED = FULL || BESIDE ? (CHANNELS + 63) / 64 * 64 : 0;
+constexpr int RESIDUAL_AT = COPIED_AT + COPIED * 2;
 constexpr int SCALES_AT = RESIDUAL_AT + (ADAPTER ? (STREAM + 7) / 8 * 16 : 0);
 constexpr Rows OWN_ROWS = FULL ? Rows::FIRST : THRESHOLD ? Rows::OWN_LIST : Rows::SHARED_LIST;
 constexpr int OWN_SCALES = HELD ? groups_of<Main>() * Main::halves * share_of<OWN_ROWS>(CHANNELS) * (BITS == 4 ? 4 : 2) : 0;
 constexpr int ADAPTER_SCALES = ADAPTER ? groups_of<Main>() * share_of<Rows::FIRST>(ADAPTER) * 2 : 0;
 constexpr int BESIDE_SCALES = BESIDE ? groups_of<Beside>() * share_of<Rows::FIRST>(BESIDE_ROWS) * 2 : 0;
-constexpr int SCALES_BYTES = OWN_SCALES + ADAPTER_SCALES > BESIDE_SCALES ? OWN_SCALES + ADAPTER_SCALES : BESIDE_SCALES;
-constexpr int DIGITS_AT = SCALES_AT + SCALES_BYTES;
+constexpr int BESIDE_SCALES_AT = SCALES_AT + OWN_SCALES + ADAPTER_SCALES, DIGITS_AT = BESIDE_SCALES_AT + BESIDE_SCALES;
+constexpr int PLANES = BESIDE && Beside::planes > Main::planes ? Beside::planes : Main::planes;
 constexpr int PARTIAL_AT = DIGITS_AT + WARPS * STEPS * PLANES * 32;
-constexpr int PARTIALS = BESIDE && Beside::partials > Main::partials ? Beside::partials : Main::partials;
-constexpr int CHOSEN_AT = PARTIAL_AT + PARTIALS * 4;
-constexpr int SCALARS_AT = CHOSEN_AT + CHOSEN * (Main::outputs + 1) * 4;
+constexpr int PARTIAL_BESIDE_AT = PARTIAL_AT + Main::partials * 4;
+constexpr int CHOSEN_AT = PARTIAL_BESIDE_AT + (BESIDE ? Beside::partials * 4 : 0);
+constexpr int ENDS_AT = CHOSEN_AT + CHOSEN * (Main::outputs + 1) * 4;
+constexpr int BIASES = BIAS ? Main::halves : 0, SCALARS_AT = ENDS_AT + (BIASES + RESIDUAL) * Main::outputs * 4;
 
 static_assert(SCALARS_AT + sizeof(Scalars) <= SHARED, "the host's layout is not this one");
-static_assert(SETS <= 2, "an operand has eight columns");
-static_assert(GROUP % WARP_COLUMNS == 0 || WARP_COLUMNS % GROUP == 0, "a thread's columns share their scale");
 
-// A thread's WIDTH columns of a weight row, read once: past L1, and first to leave L2.
+// A thread's columns of a weight row, WORDS times four bytes, read once: past L1, and first to leave L2.
 template <int WORDS>
-struct Pack {
-  u32 word[WORDS];
-  __device__ __forceinline__ void load(const u8* address, u64 policy) {
-    if constexpr (WORDS == 4)
-      asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                   : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(address), "l"(policy));
-    else if constexpr (WORDS == 2)
-      asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
-                   : "=r"(word[0]), "=r"(word[1]) : "l"(address), "l"(policy));
-    else
-      asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
-                   : "=r"(word[0]) : "l"(address), "l"(policy));
-  }
-};
+__device__ __forceinline__ void load(u32* word, const u8* address, u64 policy) {
+  if constexpr (WORDS == 4)
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(address), "l"(policy));
+  else if constexpr (WORDS == 2)
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
+                 : "=r"(word[0]), "=r"(word[1]) : "l"(address), "l"(policy));
+  else
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
+                 : "=r"(word[0]) : "l"(address), "l"(policy));
+}
 
 // sum += a b, of 16 columns and 32 rows: a is a thread's part of the weights, four rows to a register, b of the digits.
 template <bool SIGNED>
@@ -135,9 +140,10 @@ __device__ __forceinline__ void transpose(u32 (&out)[4], u32 a, u32 b, u32 c, u3
 // Scales that this thread brought are in shared memory; a barrier must follow.
 __device__ __forceinline__ void scales_are_there() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// What a thread has of a warp's sums: columns 2 m and 2 m + 1 of its WIDTH, m = its place among four neighbours, and 4 more.
+// What a thread has of a warp's sums: columns 2 m and 2 m + 1 of its own, m = its place among four neighbours, and 4 more.
+template <class Place>
 struct Sums {
-  float of[TILES / 4][2] = {};
+  float of[Place::tiles / 4][2] = {};
 };
 
 // The products of some rows of a weight of WIDE bits with their values, for this thread's columns.
@@ -147,7 +153,8 @@ struct Sums {
 template <int WIDE, int DEPTH, Rows ROWS, int LENGTH, int PERIOD, int ROW, int SPAN, bool IN_BLOCK, class Place>
 struct Product {
   static constexpr bool LIST = ROWS != Rows::FIRST;
-  static constexpr int WORDS = WIDTH * WIDE / 32, PER_GROUP = WIDE == 4 ? 2 : 1, APART = Place::deep;
+  static constexpr int SETS = Place::sets, TILES = Place::tiles;
+  static constexpr int WORDS = Place::width * WIDE / 32, PER_GROUP = WIDE == 4 ? 2 : 1, APART = Place::deep;
   static constexpr int ROW_BYTES = ROW / 8 * WIDE, SCALE_BYTES = 2 * PER_GROUP, SHARE = share_of<ROWS>(LENGTH);
   static_assert((u64)LENGTH * ROW_BYTES < 1ull << 32, "places in a weight are counted in 32 bits");
   static_assert(SPAN * SCALE_BYTES % 8 == 0, "scales come to shared memory 8 bytes at a time");
@@ -155,22 +162,22 @@ struct Product {
   const u8* weight;
   u32 mine;                // bytes of a row before this thread's columns
   const u8* scales[SETS];  // of a group of this warp's columns: IN_BLOCK, those of the rows that the block may multiply
-  u8* digits;              // [STEPS, PLANES, 32], this warp's
+  u8* digits;              // [STEPS, Place::planes, 32], this warp's
   u64 policy;
 
   u32* list;
   const u16* values;
   int count, steps, begin;  // steps of 32 rows for this block's warps, and the first of this one
 
-  Pack<WORDS> pack[DEPTH][8];
+  static constexpr int BATCH_WORDS = 8 * WORDS, HELD_WORDS = DEPTH * BATCH_WORDS;  // of a step, of all in flight
 
   __device__ __forceinline__ void of(u32* rows, const u16* row_values, int rows_count) {
     constexpr int UNIT = ROWS == Rows::FIRST ? 64 : 32, BLOCKS = ROWS == Rows::OWN_LIST ? 1 : SPLIT;
-    const int warp = threadIdx.x / 32, all = (rows_count + UNIT - 1) / UNIT, rank = blockIdx.x % BLOCKS;
+    const int all = (rows_count + UNIT - 1) / UNIT, rank = blockIdx.x % BLOCKS;
     const int units = (all + BLOCKS - 1 - rank) / BLOCKS;
     list = rows, values = row_values, count = rows_count;
-    steps = __shfl_sync(~0u, warp < Place::across * Place::deep ? units * (UNIT / 32) : 0, 0);  // a warp's alike
-    begin = __shfl_sync(~0u, warp / Place::across, 0);
+    steps = __shfl_sync(~0u, Place::has() ? units * (UNIT / 32) : 0, 0);  // a warp's alike
+    begin = __shfl_sync(~0u, Place::warp() / Place::across, 0);
   }
 
   // Where the 32 rows of a step begin.
@@ -180,7 +187,8 @@ struct Product {
     return ROWS == Rows::SHARED_LIST ? 32 * (step * SPLIT + rank) : 64 * (step / 2 * SPLIT + rank) + 32 * (step % 2);
   }
 
-  __device__ __forceinline__ void ask() { ask(begin); }
+  // Asks for the first weights, which come to ``held``.
+  __device__ __forceinline__ void ask(u32* held) { ask(held, begin); }
 
   // Brings the block the scales of the rows that it may multiply, for ``groups`` groups from one on, to ``to``.
   __device__ __forceinline__ static void bring_scales(u8* to, const u16* from, int group, int groups) {
@@ -197,8 +205,7 @@ struct Product {
     }
   }
 
-  // Asks for the first weights from step ``first`` on.
-  __device__ __forceinline__ void ask(int first) {
+  __device__ __forceinline__ void ask(u32* held, int first) {
     if (LIST) {
       const int last = place_of(steps - 1) + (threadIdx.x & 31);  // behind the list rows that are there, for nothing
       if (steps && last >= count) list[last] = 0;
@@ -206,10 +213,10 @@ struct Product {
     }
 #pragma unroll
     for (int b = 0; b < DEPTH; b++)
-      if (first + b * APART < steps) request(pack[b], first + b * APART);
+      if (first + b * APART < steps) request(held + b * BATCH_WORDS, first + b * APART);
   }
 
-  __device__ __forceinline__ void request(Pack<WORDS> (&to)[8], int step) const {
+  __device__ __forceinline__ void request(u32* to, int step) const {
     const int place = place_of(step) + threadIdx.x % 4 * 8;
     u32 row[8];
     if (LIST) {
@@ -221,13 +228,13 @@ struct Product {
       for (int i = 0; i < 8; i++) row[i] = min(place + i, count - 1);
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++) to[i].load(weight + (row[i] * (u32)ROW_BYTES + mine), policy);
+    for (int i = 0; i < 8; i++) load<WORDS>(to + i * WORDS, weight + (row[i] * (u32)ROW_BYTES + mine), policy);
   }
 
   // Adds the products of all rows to the warp's sums. ``ask`` has been called for the first of them.
-  __device__ __forceinline__ void add(Sums& sums) {
+  __device__ __forceinline__ void add(Sums<Place>& sums, u32* held) {
     for (int first = begin; first < steps; first += STEPS * APART) {
-      if (first > begin) ask(first);
+      if (first > begin) ask(held, first);
       int sum[TILES][4] = {};
       float unit[SETS], offset[SETS];
       make_digits(first, unit, offset);
@@ -238,8 +245,8 @@ struct Product {
         for (int b = 0; b < DEPTH; b++) {
           const int step = first + (i + b) * APART, next = step + DEPTH * APART;
           if (i + b >= STEPS || step >= steps) break;
-          multiply_rows(sum, pack[b], i + b);
-          if (i + b + DEPTH < STEPS && next < steps) request(pack[b], next);
+          multiply_rows(sum, held + b * BATCH_WORDS, i + b);
+          if (i + b + DEPTH < STEPS && next < steps) request(held + b * BATCH_WORDS, next);
         }
       }
       settle(sums, sum, unit, offset);
@@ -286,21 +293,21 @@ struct Product {
 #pragma unroll
       for (int g = 0; g < SETS; g++) {
         const u32 number = __float2int_rn(__uint_as_float(scale[i][g]) * inverse[g]) + 0x808080 ^ 0x808080;
-        u8* to = digits + (i * PLANES + g * DIGITS) * 32 + (threadIdx.x & 31);
+        u8* to = digits + (i * Place::planes + g * DIGITS) * 32 + (threadIdx.x & 31);
         to[0] = number, to[32] = number >> 8, to[64] = number >> 16;
       }
     }
     __syncwarp();
   }
 
-  __device__ __forceinline__ void multiply_rows(int (&sum)[TILES][4], const Pack<WORDS> (&rows)[8], int step) const {
-    const int lane = threadIdx.x & 31, plane = min(lane / 4, PLANES - 1);  // columns without a digit are not looked at
-    const uint2 b = *reinterpret_cast<const uint2*>(digits + (step * PLANES + plane) * 32 + lane % 4 * 8);
+  __device__ __forceinline__ void multiply_rows(int (&sum)[TILES][4], const u32* rows, int step) const {
+    const int lane = threadIdx.x & 31, plane = min(lane / 4, Place::planes - 1);  // columns without a digit are not looked at
+    const uint2 b = *reinterpret_cast<const uint2*>(digits + (step * Place::planes + plane) * 32 + lane % 4 * 8);
 #pragma unroll
     for (int w = 0; w < WORDS; w++) {
       u32 front[4], back[4];
-      transpose(front, rows[0].word[w], rows[1].word[w], rows[2].word[w], rows[3].word[w]);
-      transpose(back, rows[4].word[w], rows[5].word[w], rows[6].word[w], rows[7].word[w]);
+      transpose(front, rows[w], rows[WORDS + w], rows[2 * WORDS + w], rows[3 * WORDS + w]);
+      transpose(back, rows[4 * WORDS + w], rows[5 * WORDS + w], rows[6 * WORDS + w], rows[7 * WORDS + w]);
       if constexpr (WIDE == 8) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
@@ -315,7 +322,7 @@ struct Product {
 
   // Adds up the digits' sums, of which four threads have two columns each. Where a warp's columns lie in two groups, those of
   // the upper threads have the second three columns of the operand.
-  __device__ __forceinline__ void settle(Sums& sums, const int (&sum)[TILES][4], const float (&unit)[SETS],
+  __device__ __forceinline__ void settle(Sums<Place>& sums, const int (&sum)[TILES][4], const float (&unit)[SETS],
                                          const float (&offset)[SETS]) const {
     const int lane = threadIdx.x & 31, mine = lane % 4, set = SETS == 1 ? 0 : lane / 16;
     float weight[2];
@@ -342,7 +349,7 @@ struct Product {
 // This thread's columns of a tile, and what it takes to read them.
 template <class Place>
 struct Columns {
-  static constexpr int GROUPS = groups_of<Place>();
+  static constexpr int GROUPS = groups_of<Place>(), SETS = Place::sets;
   int column;                      // of the weight, this thread's first
   int group[SETS];                 // of the tile's, this warp's
   int first_group[Place::halves];  // of the weight, that the tile's begin with
@@ -351,7 +358,7 @@ struct Columns {
   // have none the weight's, for nothing.
   template <class Of>
   __device__ __forceinline__ explicit Columns(Of of) {
-    const int start = threadIdx.x / 32 % Place::across * WARP_COLUMNS, local = start + threadIdx.x % 32 / 4 * WIDTH;
+    const int start = Place::warp() % Place::across * Place::columns, local = start + threadIdx.x % 32 / 4 * Place::width;
     const int first = max(of(start), 0), half = start / Place::out;
     column = of(local) < 0 ? first : of(local);
 #pragma unroll
@@ -383,24 +390,26 @@ struct Columns {
   }
 };
 
-// The sums of the tile's outputs that this block finishes, over the warps that share their columns, and over the cluster: each
-// warp brings its own to the block that finishes them. Calls finish(number of the output in the tile, its sum, that of its
-// second half).
-template <class Place, class Finish>
-__device__ __forceinline__ void sum_up(char* memory, const Sums& sums, Finish finish) {
-  constexpr int FOLD = fold(THREADS / Place::outputs < Place::parts ? THREADS / Place::outputs : Place::parts);
-  float* partial = reinterpret_cast<float*>(memory + PARTIAL_AT);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  cluster_wait();
-  if (warp < Place::across * Place::deep)
+// The sums of a tile meet in the block that finishes their outputs, in ``partial``: each warp brings its own there. A barrier of
+// the cluster must follow.
+template <class Place>
+__device__ __forceinline__ void bring(float* partial, const Sums<Place>& sums) {
+  const int warp = Place::warp(), lane = threadIdx.x & 31;
+  if (Place::has())
 #pragma unroll
-    for (int i = 0; i < TILES / 4; i++) {
-      const int local = warp % Place::across * WARP_COLUMNS + lane / 4 * WIDTH + 2 * (lane % 4 + 4 * i);
+    for (int i = 0; i < Place::tiles / 4; i++) {
+      const int local = warp % Place::across * Place::columns + lane / 4 * Place::width + 2 * (lane % 4 + 4 * i);
       const int half = local / Place::out, at = local % Place::out, part = warp / Place::across * SPLIT + blockIdx.x % SPLIT;
       to_block(partial + (part * Place::halves + half) * Place::part + at % Place::outputs, at / Place::outputs,
                sums.of[i][0], sums.of[i][1]);
     }
-  cluster_barrier();
+}
+
+// Adds up what was brought, always in one order, and calls finish(number of the output among this block's, its sum, that of its
+// second half).
+template <class Place, class Finish>
+__device__ __forceinline__ void add_up(const float* partial, Finish finish) {
+  constexpr int FOLD = fold(THREADS / Place::outputs < Place::parts ? THREADS / Place::outputs : Place::parts);
   for (int i = threadIdx.x / FOLD; i < (Place::outputs + 31) / 32 * 32; i += THREADS / FOLD) {  // whole warps: they shuffle
     float total[2] = {0.f, 0.f};
     for (int part = threadIdx.x % FOLD; part < Place::parts && i < Place::outputs; part += FOLD)
@@ -416,29 +425,51 @@ __device__ __forceinline__ void sum_up(char* memory, const Sums& sums, Finish fi
   }
 }
 
-// A block of those that multiply x by the adapter beside.
-__device__ __forceinline__ void multiply_beside(char* memory, const u16* x, const u8* adapter, const u16* scales,
-                                                float* result, u64 policy) {
-  const int tile = (blockIdx.x - MAIN_BLOCKS) / SPLIT * BESIDE_TILE;
-  u16* values = reinterpret_cast<u16*>(memory + HISTOGRAM_BYTES);
-  const Columns<Beside> mine([=](int local) { return tile + local < BESIDE ? tile + local : -1; });
-  Sums sums;
-  auto all = mine.template product<8, BESIDE_BATCH, Rows::FIRST, BESIDE_ROWS, CHANNELS, BESIDE, ADAPTER_SPAN>(
-      memory, adapter, scales, reinterpret_cast<u8*>(memory + SCALES_AT), policy);
-  all.of(nullptr, values, BESIDE_ROWS);
-  all.ask();
-  wait_for_producer();
-  scales_are_there();
-  Row channels;
-  channels.fetch(x);
-  channels.copy(values);
-  __syncthreads();
-  all.add(sums);
-  sum_up<Beside>(memory, sums, [=](int i, float total, float) {
-    const int to = tile + blockIdx.x % SPLIT * Beside::outputs + i;
-    if (to < BESIDE) result[to] = total;
-  });
-}
+// The adapter beside, of COLUMNS columns: what its warps and the whole block have to do with it.
+template <int COLUMNS_BESIDE>
+struct AdapterBeside {
+  Sums<Beside> sums;
+  Product<8, BESIDE_BATCH, Rows::FIRST, BESIDE_ROWS, CHANNELS, COLUMNS_BESIDE, ADAPTER_SPAN, true, Beside> product;
+  static constexpr int HELD_WORDS = decltype(product)::HELD_WORDS;
+
+  __device__ __forceinline__ static int column_of(int local) {
+    const int column = blockIdx.x / SPLIT * BESIDE_TILE + local;
+    return column < COLUMNS_BESIDE ? column : -1;
+  }
+
+  // Asks for the first weights: what they are multiplied by, all channels, will lie at COPIED_AT.
+  __device__ __forceinline__ AdapterBeside(char* memory, const u8* adapter, const u16* scales, u64 policy, u32* held)
+      : product(Columns<Beside>(column_of).template product<8, BESIDE_BATCH, Rows::FIRST, BESIDE_ROWS, CHANNELS, COLUMNS_BESIDE,
+                                                           ADAPTER_SPAN>(
+            memory, adapter, scales, reinterpret_cast<u8*>(memory + BESIDE_SCALES_AT), policy)) {
+    const bool has = (int)blockIdx.x < (COLUMNS_BESIDE + BESIDE_TILE - 1) / BESIDE_TILE * SPLIT;
+    product.of(nullptr, reinterpret_cast<const u16*>(memory + COPIED_AT), has ? BESIDE_ROWS : 0);
+    product.ask(held);
+  }
+
+  __device__ __forceinline__ void add(u32* held) { product.add(sums, held); }
+
+  __device__ __forceinline__ void bring_sums(char* memory) const {
+    bring<Beside>(reinterpret_cast<float*>(memory + PARTIAL_BESIDE_AT), sums);
+  }
+
+  __device__ __forceinline__ void finish(const char* memory, float* result) const {
+    add_up<Beside>(reinterpret_cast<const float*>(memory + PARTIAL_BESIDE_AT), [=](int i, float total, float) {
+      const int to = column_of(blockIdx.x % SPLIT * Beside::outputs + i);
+      if (to >= 0) result[to] = total;
+    });
+  }
+};
+
+template <>
+struct AdapterBeside<0> {
+  static constexpr int HELD_WORDS = 0;
+
+  __device__ __forceinline__ AdapterBeside(char*, const u8*, const u16*, u64, u32*) {}
+  __device__ __forceinline__ void add(u32*) {}
+  __device__ __forceinline__ void bring_sums(char*) const {}
+  __device__ __forceinline__ void finish(const char*, float*) const {}
+};
 
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, RESIDENT)
 quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const u16* __restrict__ scales,
@@ -449,15 +480,16 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
   extern __shared__ __align__(16) char memory[];
   u32* histogram = reinterpret_cast<u32*>(memory);
   u32* list = reinterpret_cast<u32*>(memory + HISTOGRAM_BYTES);
+  u16* copied = reinterpret_cast<u16*>(memory + COPIED_AT);
   u16* carried = reinterpret_cast<u16*>(memory + RESIDUAL_AT);
   float *beside = reinterpret_cast<float*>(memory + CHOSEN_AT), *named = beside + CHOSEN * OUTPUTS;
+  float *biases = reinterpret_cast<float*>(memory + ENDS_AT), *residuals = biases + BIASES * OUTPUTS;
   Scalars* scalars = reinterpret_cast<Scalars*>(memory + SCALARS_AT);
   const int t = threadIdx.x, tile = blockIdx.x / SPLIT * OUT_TILE;
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   cluster_arrive();
-  if constexpr (BESIDE > 0)
-    if (blockIdx.x >= MAIN_BLOCKS) return multiply_beside(memory, x, adapter, adapter_scales, result_beside, policy);
+  const bool has_own = !BESIDE || blockIdx.x < MAIN_BLOCKS;
 
   // With a gate the second half of the tile's columns are those to be gated.
   const auto column_of = [=](int local) {
@@ -466,15 +498,25 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
   };
   const Columns<Main> mine(column_of);
   u8* table = reinterpret_cast<u8*>(memory + SCALES_AT);
-  Sums sums;
+  Sums<Main> sums;
   auto own = mine.template product<BITS, BATCH, OWN_ROWS, CHANNELS, CHANNELS, COLUMNS, CHANNELS, HELD>(
       memory, weight, scales, table, policy);
+  // A warp multiplies by one of the two, and both have these registers for what is in flight.
+  constexpr int OWN_WORDS = decltype(own)::HELD_WORDS, FURTHER_WORDS = AdapterBeside<BESIDE>::HELD_WORDS;
+  u32 in_flight[OWN_WORDS > FURTHER_WORDS ? OWN_WORDS : FURTHER_WORDS];
+  AdapterBeside<BESIDE> further(memory, adapter, adapter_scales, policy, in_flight);
   for (int i = t; RANKED && i < HISTOGRAM_BYTES / 16; i += THREADS)
     reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
   Row gains;
   if (GAIN) gains.fetch(gain);  // before the wait: a weight, which no kernel in flight writes
+  const u64 of = CHOSEN && t < CHOSEN ? chosen[t] : 0;
+  const int first_output = blockIdx.x % SPLIT * OUTPUTS;
+  for (int i = t; i < BIASES * OUTPUTS; i += THREADS) {
+    const int to = tile + first_output + i % OUTPUTS;
+    biases[i] = to < OUT_COLUMNS ? widen(__ldg(bias + to + i / OUTPUTS * OUT_COLUMNS)) : 0.f;
+  }
   for (int i = t; i < CHOSEN * OUTPUTS; i += THREADS) {
-    const int row = ADAPTER + i / OUTPUTS, to = column_of(blockIdx.x % SPLIT * OUTPUTS + i % OUTPUTS);
+    const int row = ADAPTER + i / OUTPUTS, to = column_of(first_output + i % OUTPUTS);
     beside[i] = to < 0 ? 0.f : widen(__ldg(adapter_scales + (u64)(to / GROUP) * ADAPTER_SPAN + row)) *
                                    (signed char)__ldg(adapter + (u64)row * COLUMNS + to);
   }
@@ -488,49 +530,70 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
     auto added = mine.template product<8, DEPTH, Rows::FIRST, ADAPTER, STREAM, COLUMNS, ADAPTER_SPAN>(
         memory, adapter, adapter_scales, table + OWN_SCALES, policy);
     added.of(nullptr, carried, ADAPTER);
-    added.ask();
+    u32 of_adapter[decltype(added)::HELD_WORDS];
+    added.ask(of_adapter);
     scales_are_there();
     __syncthreads();
-    added.add(sums);
+    added.add(sums, of_adapter);
   }
-  if (FULL) own.of(nullptr, reinterpret_cast<const u16*>(list), CHANNELS), own.ask();
+  if (FULL) own.of(nullptr, copied, has_own ? CHANNELS : 0), own.ask(in_flight);
   if (EARLY) wait_for_producer();
   scales_are_there();
 
   Row channels;
+  // Asked for together with x, and put down behind the weights: no block waits for these alone.
   channels.fetch(x);
-  if (CHOSEN && t < CHOSEN) {
-    const u64 of = chosen[t];
-    named[t] = of < CHANNELS ? widen(__ldcg(x + of)) : __uint_as_float(0x7fffffff);  // nothing outside of x is read
-  }
+  const u32 value = CHOSEN && t < CHOSEN && of < CHANNELS ? __ldcg(x + of) : 0u;
+  float held[RESIDUAL ? (OUTPUTS + THREADS - 1) / THREADS : 1];
+  if (RESIDUAL)
+#pragma unroll
+    for (int i = 0; i * THREADS < OUTPUTS; i++) {
+      const int output = i * THREADS + t, to = output < OUTPUTS ? tile + first_output + output : OUT_COLUMNS;
+      held[i] = to >= OUT_COLUMNS ? 0.f
+                : WIDE_RESIDUAL   ? __ldcg(static_cast<const float*>(residual) + to)
+                                  : widen(__ldcg(static_cast<const u16*>(residual) + to));
+    }
   float squares = NORM ? channels.squares(x) : 0.f;  // of x itself, without the gain
   if (GAIN) multiply_by(channels, gains);
+  if (FULL || BESIDE) channels.copy(copied);
   if (FULL) {
-    channels.copy(reinterpret_cast<u16*>(list));
     squares = block_sum(squares, scalars->squares);
   } else {
-    own.of(list, nullptr, channels.choose(squares, keep, eps, threshold, histogram, list, scalars));
-    own.ask();
+    const int kept = channels.choose(squares, keep, eps, threshold, histogram, list, scalars);
+    own.of(list, nullptr, has_own ? kept : 0);
+    own.ask(in_flight);
   }
-  own.add(sums);
+  if (CHOSEN && t < CHOSEN) named[t] = of < CHANNELS ? widen(value) : __uint_as_float(0x7fffffff);
+  if (RESIDUAL)
+#pragma unroll
+    for (int i = 0; i * THREADS < OUTPUTS; i++)
+      if (i * THREADS + t < OUTPUTS) residuals[i * THREADS + t] = held[i];
+  if (Main::has())
+    own.add(sums, in_flight);
+  else
+    further.add(in_flight);
+  float* partial = reinterpret_cast<float*>(memory + PARTIAL_AT);
+  cluster_wait();
+  bring<Main>(partial, sums);
+  further.bring_sums(memory);
+  cluster_barrier();
+  further.finish(memory, result_beside);
 
   const float scale = norm_scale(squares, eps);
-  sum_up<Main>(memory, sums, [=](int i, float first, float second) {
-    const int to = tile + blockIdx.x % SPLIT * OUTPUTS + i;
+  add_up<Main>(partial, [=](int i, float first, float second) {
+    const int to = tile + first_output + i;
     if (to >= OUT_COLUMNS) return;
     float total[2] = {first, second};
 #pragma unroll
     for (int half = 0; half <= (GATE ? 1 : 0); half++) {
       total[half] *= scale;
-      if (BIAS) total[half] += widen(__ldg(bias + to + half * OUT_COLUMNS));
+      if (BIAS) total[half] += biases[half * OUTPUTS + i];
     }
 #pragma unroll
     for (int e = 0; e < CHOSEN; e++)
       total[0] = fmaf(named[e], beside[e * OUTPUTS + i], total[0]);
     if (GATE) total[0] = gated(total[0], total[1]);
-    if (RESIDUAL)
-      total[0] += WIDE_RESIDUAL ? __ldcg(static_cast<const float*>(residual) + to)
-                                : widen(__ldcg(static_cast<const u16*>(residual) + to));
+    if (RESIDUAL) total[0] += residuals[i];
     y[to] = narrow(total[0]);
   });
 }
