@@ -122,8 +122,8 @@ def shared_bytes(shape: Shape, c: Config) -> int:
         entries = -(-shape.channels // 32) * 32
     else:
         entries = -(-shape.channels // (64 * warps * c.split)) * 64 * warps if shape.threshold else 0
-    copied = -(-shape.channels // 64) * 64 if shape.full or shape.beside else 0
-    listed = (2 * 8192 if ranked else 0) + 4 * entries + 2 * copied
+    copies = (1 if shape.beside else 0) + (1 if shape.full and (shape.gain or not shape.beside) else 0)
+    listed = (2 * 8192 if ranked else 0) + 4 * entries + copies * -(-shape.channels // 64) * 128
     carried = -(-shape.stream // 8) * 16 if shape.adapter else 0
     halves = 2 if shape.gate else 1
     share = -(-shape.channels // 64) * 64 if ranked else -(-shape.channels // (64 * c.split)) * 64

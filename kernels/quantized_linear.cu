@@ -83,12 +83,14 @@ constexpr int share_of(int rows) {
   return (rows + 64 * BLOCKS - 1) / (64 * BLOCKS) * 64;
 }
 
-// Shared memory: histogram (for Top-K) | list | all channels | residual | scales | coefficients | partial sums | chosen rows
-// and values | what is added to the outputs, bias and residual | scalars.
+// Shared memory: histogram (for Top-K) | list | all channels, as the weight's rows and as the adapter's beside are multiplied by
+// them | residual | scales | coefficients | partial sums | chosen rows and values | what is added to the outputs, bias and
+// residual | scalars.
 constexpr int HISTOGRAM_BYTES = RANKED ? BINS * 2 : 0;
 constexpr int LISTED = RANKED ? (CHANNELS + 31) / 32 * 32 : THRESHOLD ? OWN_CHANNELS : 0;
-constexpr int COPIED_AT = HISTOGRAM_BYTES + LISTED * 4, COPIED = FULL || BESIDE ? (CHANNELS + 63) / 64 * 64 : 0;
-constexpr int RESIDUAL_AT = COPIED_AT + COPIED * 2;
+constexpr int COPIED_AT = HISTOGRAM_BYTES + LISTED * 4, COPY = (CHANNELS + 63) / 64 * 128;
+constexpr int BESIDE_COPIED_AT = COPIED_AT + (FULL && (GAIN || !BESIDE) ? COPY : 0);
+constexpr int RESIDUAL_AT = BESIDE_COPIED_AT + (BESIDE ? COPY : 0);
 constexpr int SCALES_AT = RESIDUAL_AT + (ADAPTER ? (STREAM + 7) / 8 * 16 : 0);
 constexpr Rows OWN_ROWS = FULL ? Rows::FIRST : THRESHOLD ? Rows::OWN_LIST : Rows::SHARED_LIST;
 constexpr int OWN_SCALES = HELD ? groups_of<Main>() * Main::halves * share_of<OWN_ROWS>(CHANNELS) * (BITS == 4 ? 4 : 2) : 0;
@@ -437,13 +439,13 @@ struct AdapterBeside {
     return column < COLUMNS_BESIDE ? column : -1;
   }
 
-  // Asks for the first weights: what they are multiplied by, all channels, will lie at COPIED_AT.
+  // Asks for the first weights: what they are multiplied by, all channels, will lie at BESIDE_COPIED_AT.
   __device__ __forceinline__ AdapterBeside(char* memory, const u8* adapter, const u16* scales, u64 policy, u32* held)
       : product(Columns<Beside>(column_of).template product<8, BESIDE_BATCH, Rows::FIRST, BESIDE_ROWS, CHANNELS, COLUMNS_BESIDE,
                                                            ADAPTER_SPAN>(
             memory, adapter, scales, reinterpret_cast<u8*>(memory + BESIDE_SCALES_AT), policy)) {
     const bool has = (int)blockIdx.x < (COLUMNS_BESIDE + BESIDE_TILE - 1) / BESIDE_TILE * SPLIT;
-    product.of(nullptr, reinterpret_cast<const u16*>(memory + COPIED_AT), has ? BESIDE_ROWS : 0);
+    product.of(nullptr, reinterpret_cast<const u16*>(memory + BESIDE_COPIED_AT), has ? BESIDE_ROWS : 0);
     product.ask(held);
   }
 
@@ -554,8 +556,9 @@ quantized_linear(const u16* __restrict__ x, const u8* __restrict__ weight, const
                                   : widen(__ldcg(static_cast<const u16*>(residual) + to));
     }
   float squares = NORM ? channels.squares(x) : 0.f;  // of x itself, without the gain
+  if (BESIDE) channels.copy(reinterpret_cast<u16*>(memory + BESIDE_COPIED_AT));
   if (GAIN) multiply_by(channels, gains);
-  if (FULL || BESIDE) channels.copy(copied);
+  if (FULL && (GAIN || !BESIDE)) channels.copy(copied);
   if (FULL) {
     squares = block_sum(squares, scalars->squares);
   } else {

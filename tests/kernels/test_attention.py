@@ -229,6 +229,31 @@ def test_cuda_graph_moves_along_the_cache(tokens, gen):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tokens", [1, 5])
+def test_mask_and_cache_may_be_written_right_before(tokens, gen):
+    """A kernel that starts before the one in front has ended takes nothing of what that one writes for the last word."""
+    args = inputs((1, 8, 2, 512, 128), torch.bfloat16, "cuda", gen, now=100, tokens=tokens)
+    mask, caches = args[3], args[1:3]
+    others = [(torch.rand(mask.shape, generator=gen).cuda() < share,
+               [torch.randn(cache.shape, generator=gen).to(cache) for cache in caches]) for share in (0.05, 0.9)]
+    attention(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = []
+        for _ in range(8):
+            for allowed, held in others:
+                for cache, other in zip(caches, held, strict=True):
+                    cache.copy_(other)
+                mask.copy_(allowed)
+                results.append((attention(*args), *(cache.clone() for cache in caches)))
+    graph.replay()
+    for i, found in enumerate(results):
+        allowed, held = others[i % 2]
+        check((args[0], *held, allowed, *args[4:]), *found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("tokens", [1, 5])
 def test_tokens_of_one_product_are_read_where_they_lie(tokens, gen):
     """One launch, without copies of queries, keys and values before it."""
     args = inputs((2, 8, 2, 64, 128), torch.bfloat16, "cuda", gen, tokens=tokens)
