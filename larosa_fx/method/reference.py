@@ -258,8 +258,9 @@ def _replace(model: torch.nn.Module, site: PlanSite, replacement: Replacement, b
             read[:] = x, replacement(x, x_hat, affine), 0
         found = read[1]
         read[2] += 1
-        if read[2] == len(site.weights):  # all have: memory is not held until the site's turn comes again
+        if read[2] == len(site.weights):  # all have: neither is held until the site's turn comes again, nor their graph
             read[:] = None, None, 0
+            normed[0] = None
         return found, *args[1:]
 
     def observe(args: tuple) -> None:

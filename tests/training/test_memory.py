@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import larosa_fx
 from larosa_fx.compiler.agreement import Ranks
@@ -47,6 +48,18 @@ def test_layers_run_again_give_the_same_gradients(start):
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
     assert not any("forward" in layer.__dict__ for layer in layers)
     assert not any(leaf.requires_grad for group in state.groups() for leaf in group.leaves)
+
+
+def test_layers_run_again_leave_nothing(start):
+    """Hooks stand as long as a step; what a layer computed must not be held by what they remember of its norms."""
+    model, state, tokens = start
+    layers, seen = decoder_layers(model, state), []
+    for layer in layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda *call: seen.append(StorageWeakRef(call[2].untyped_storage())))
+    leaves = [leaf for group in state.groups() for leaf in group.leaves]
+    with torch.enable_grad(), requiring_grad(leaves), recomputed(layers), state.applied(model, 0.5):
+        torch.autograd.grad(model(tokens, use_cache=False).logits.sum(), leaves)
+        assert [reference.expired() for reference in seen] == [True] * 4
 
 
 def test_layers_that_share_modules_are_not_recomputed(start):
