@@ -51,9 +51,11 @@ class Run:
 
     @property
     def watched(self) -> bool:
-        """Whether code of a user's own runs between two steps."""
+        """Whether code of a user's own runs between two steps, which those of transformers may hold: a function that says
+        which tokens may follow."""
         asked = (*self.logits_processor, *self.stopping_criteria, self.streamer)
-        return any(type(one).__module__.partition(".")[0] not in ("builtins", "transformers", "larosa_fx") for one in asked)
+        held = [value for one in asked for value in getattr(one, "__dict__", {}).values() if callable(value)]
+        return any(_is_own(one) for one in (*map(type, asked), *held))
 
     def keep(self, ranked: Tensor, logits: Tensor) -> None:
         """Keep the logits of one more token, behind and before the processors, if that is asked for."""
@@ -68,6 +70,12 @@ class Run:
             return self.input_ids
         name = compat.cache_name(GenerateDecoderOnlyOutput.__annotations__)
         return GenerateDecoderOnlyOutput(sequences=self.input_ids, scores=self.scores, logits=self.raw, **{name: cache})
+
+
+def _is_own(code: object) -> bool:
+    """Whether a class, a function, or an object that is called was written by a user."""
+    module = getattr(code, "__module__", None) or type(code).__module__
+    return module.partition(".")[0] not in ("builtins", "transformers", "larosa_fx")
 
 
 def last_logits(logits: Tensor, run: Run) -> Tensor:

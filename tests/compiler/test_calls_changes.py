@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import larosa_fx
@@ -250,10 +250,22 @@ class Interferes(LogitsProcessor):
         return scores
 
 
-def test_a_processor_that_changes_the_model_is_heeded(enabled):
+def interfering_function(model):
+    """A processor of transformers' own that calls a user's function."""
+    change = Interferes(model)
+
+    def allowed(batch, input_ids):
+        change(input_ids, None)
+        return list(range(model.config.vocab_size))
+
+    return PrefixConstrainedLogitsProcessor(allowed, 1)
+
+
+@pytest.mark.parametrize("processor", [Interferes, interfering_function])
+def test_a_processor_that_changes_the_model_is_heeded(enabled, processor):
     model = enabled()
     first = logits(model)
-    got = logits(model, logits_processor=LogitsProcessorList([Interferes(model)]))
+    got = logits(model, logits_processor=LogitsProcessorList([processor(model)]))
     torch.testing.assert_close(got[:3], first[:3])
     assert not torch.allclose(got[3], first[3])
 
