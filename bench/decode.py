@@ -154,6 +154,12 @@ class Decoding:
         return logits
 
 
+def tell_variances(plan: Plan) -> None:
+    """Have the plan say that its channels' variances fall as 1 / k, about as a trained model's principal components do: that
+    decides how adapters beside 8 and 4 bits are stored."""
+    plan.variances = {name: 1 / torch.arange(1.0, len(q) + 1) for name, q in plan.rotations.items()}
+
+
 def communication(model: torch.nn.Module, setting: Setting) -> float:
     """Milliseconds of a step's sums over the ranks and nothing else, in a CUDA graph where the model is on GPUs."""
     x = torch.zeros(setting.batch, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
@@ -196,8 +202,7 @@ def measure(model: torch.nn.Module, variants: Sequence[str], sparsities: Sequenc
             # Other rotations would take the same time; these are made where the model is, without statistics.
             plan = calibrate(model, [tokens(model, 1, 256)], rotation=setting.rotation, basis="hadamard", progress=False,
                              selection="threshold" if any(v.endswith("-threshold") for v in variants) else "topk")
-            # What a trained model's principal components look like decides how adapters are stored.
-            plan.variances = {name: 1 / torch.arange(1.0, len(q) + 1) for name, q in plan.rotations.items()}
+            tell_variances(plan)
         shared: Row = {"ranks": ranks(), "comm_ms_per_token": 0.0 if ranks() == 1 else None}
         if ranks() > 1:
             shared |= attempt("comm_ms_per_token", lambda: {"comm_ms_per_token": communication(model, setting)}) or {}

@@ -35,7 +35,7 @@ from transformers import CompileConfig
 
 import larosa_fx
 import provenance
-from decode import MODELS, build
+from decode import MODELS, build, tell_variances
 from larosa_fx.ir import compat
 from larosa_fx.kernels.quantization import BITS
 from larosa_fx.plan.plan import library_versions
@@ -56,7 +56,8 @@ def variants(model: torch.nn.Module, kind: str, sparsities: list[float], mode: s
 
     yield "dense-static", None, static
     ids = torch.randint(model.config.vocab_size, (1, 256), device=model.device)
-    larosa_fx.calibrate(model, [ids], rotation="layer", basis="hadamard", progress=False, selection="threshold")
+    tell_variances(larosa_fx.calibrate(model, [ids], rotation="layer", basis="hadamard", progress=False,
+                                       selection="threshold"))
     for sparsity in sparsities:
         yield "larosa", sparsity, larosa_fx.enable(model, sparsity=sparsity, mode=mode, quantize=quantize).generate
 
