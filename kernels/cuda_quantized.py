@@ -1,5 +1,6 @@
 """``quantized_linear`` for one row on an NVIDIA GPU: the shapes it serves, its configuration, its launch."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -127,9 +128,10 @@ def shared_bytes(shape: Shape, c: Config) -> int:
     carried = -(-shape.stream // 8) * 16 if shape.adapter else 0
     halves = 2 if shape.gate else 1
     share = -(-shape.channels // 64) * 64 if ranked else -(-shape.channels // (64 * c.split)) * 64
-    own = _groups(c.tile // halves, shape.group) * halves * share * (4 if shape.bits == 4 else 2) if c.held else 0
-    added = _groups(c.tile // halves, shape.group) * -(-shape.adapter // (64 * c.split)) * 64 * 2
-    further = _groups(c.beside_tile, shape.group) * -(-shape.beside_rows // (64 * c.split)) * 64 * 2 if shape.beside else 0
+    groups = _groups(c.tile // halves, shape.columns // 2 if shape.gate else 0, shape.group)
+    own = groups * halves * share * (4 if shape.bits == 4 else 2) if c.held else 0
+    added = groups * -(-shape.adapter // (64 * c.split)) * 64 * 2
+    further = _groups(c.beside_tile, 0, shape.group) * -(-shape.beside_rows // (64 * c.split)) * 64 * 2 if shape.beside else 0
     digits = warps * _STEPS * max(1, 8 * max(c.width, c.beside_width) // shape.group) * _DIGITS * 32
     outputs = _outputs(c.tile // halves, c)
 
@@ -149,9 +151,10 @@ def _outputs(columns: int, c: Config) -> int:
     return -(-columns // (2 * c.split)) * 2
 
 
-def _groups(columns: int, group: int) -> int:
-    """In which so many neighbouring columns may lie."""
-    return -(-columns // group) + (1 if columns % group and group % columns else 0)
+def _groups(columns: int, half: int, group: int) -> int:
+    """In which so many neighbouring columns may lie that begin at a multiple of their number, or that far behind ``half``."""
+    start = math.gcd(columns, half, group)
+    return (group - start + columns - 1) // group + 1
 
 
 def constants(shape: Shape, c: Config) -> dict[str, int]:

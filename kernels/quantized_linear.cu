@@ -70,10 +70,14 @@ using Beside = Warps<BESIDE_TILE, BESIDE_TILE, BESIDE_WIDTH, WARPS - BESIDE_WARP
 // its share of the first rows.
 enum class Rows { OWN_LIST, SHARED_LIST, FIRST };
 
-// A tile's columns lie in so many groups, of each half so many.
+// A tile's columns lie in so many groups at most, of each half so many: halves begin at multiples of a tile's outputs, the second
+// behind the first half of all columns, which need not end where a group does.
+constexpr int divisor(int a, int b) { return b ? divisor(b, a % b) : a; }
+
 template <class Place>
 constexpr int groups_of() {
-  return (Place::out + GROUP - 1) / GROUP + (Place::out % GROUP && GROUP % Place::out ? 1 : 0);
+  const int start = divisor(divisor(Place::out, Place::halves == 2 ? OUT_COLUMNS : 0), GROUP);
+  return (GROUP - start + Place::out - 1) / GROUP + 1;
 }
 
 // Rows of which a block holds the scales: all, or its share of the first ``rows``.
@@ -199,7 +203,7 @@ struct Product {
     for (int i = threadIdx.x; i < groups * UNITS; i += THREADS) {
       const int unit = i % UNITS, block = unit / EACH_64 * APART_64 + blockIdx.x % APART_64;
       const int offset = block * 64 * SCALE_BYTES + unit % EACH_64 * UNIT;
-      if (offset < SPAN * SCALE_BYTES && group + i / UNITS < ROW / GROUP) {
+      if (offset < LENGTH * SCALE_BYTES && group + i / UNITS < ROW / GROUP) {
         const u8* address = reinterpret_cast<const u8*>(from) + (u64)(group + i / UNITS) * (SPAN * SCALE_BYTES) + offset;
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((u32)__cvta_generic_to_shared(to + i * UNIT)),
                      "l"(address), "n"(UNIT));

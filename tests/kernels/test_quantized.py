@@ -520,6 +520,24 @@ def test_configurations_are_valid():
                 assert blocks + -(-shape.beside // c.beside_tile) * c.split <= 2 * sms
 
 
+@pytest.mark.parametrize("gate", ["", "silu"])
+@pytest.mark.parametrize("group", [64, 128, 256])
+def test_the_scales_of_all_groups_that_a_tile_lies_in_have_room(group, gate):
+    """Also where the second half of the columns, what a gate multiplies, begins within a group."""
+    for columns in range(group, 80 * group, group):
+        shape = shapes()[0]._replace(columns=columns, group=group, gate=gate)
+        half = columns // 2 if gate else columns
+        for sms in (3, 16, 132):
+            if (c := cuda_quantized.config(shape, sms)) is None:
+                continue
+            wide = c.tile // 2 if gate else c.tile
+            room = cuda_quantized._groups(wide, half if gate else 0, group)
+            for first in range(0, columns, half):
+                for start in range(first, first + half, wide):
+                    last = min(start + wide, first + half) - 1
+                    assert last // group - start // group < room
+
+
 def test_the_scales_of_a_single_group_are_a_table_of_all_rows():
     """Whatever torch says of the stride of a dimension of one."""
     x, weight = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(64, 256, dtype=torch.int8)
