@@ -11,6 +11,9 @@
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr float LOG2E = 1.4426950408889634f, NONE = -1.f / 0.f;
 
+// What exponents of scores are relative to: the highest of them. Where there is none all may be NaN, which must not get lost.
+__device__ __forceinline__ float origin_of(float highest) { return highest == NONE ? 0.f : highest; }
+
 __device__ __forceinline__ void unpack(const uint4& v, float (&to)[8]) {
   const u32 word[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll

@@ -99,7 +99,7 @@ struct Attend {
         score[g][b] = seen[b] ? score[g][b] : NONE;
         highest = fmaxf(highest, score[g][b]);
       }
-      const float origin = highest == NONE ? 0.f : highest, faded = exp2f(top[g] - origin);
+      const float origin = origin_of(highest), faded = exp2f(top[g] - origin);
       top[g] = highest, sum[g] *= faded;
 #pragma unroll
       for (int i = 0; i < 8; i++) mix[g][i] *= faded;
@@ -235,10 +235,11 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
     }
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      key[b] = value[b] = zero;
-      if (first + b * SPLIT * STEP == now)
+      if (!seen[b])
+        key[b] = value[b] = zero;
+      else if (first + b * SPLIT * STEP == now)
         take_fresh(b);
-      else if (seen[b])
+      else
         fetch(b);
     }
   }
@@ -249,7 +250,7 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
     float highest = attend.top[g];
 #pragma unroll
     for (int o = LANES; o < 32; o <<= 1) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, o));
-    const float faded = highest == NONE ? 0.f : exp2f(attend.top[g] - highest);
+    const float faded = exp2f(attend.top[g] - origin_of(highest));
     attend.sum[g] *= faded;
 #pragma unroll
     for (int i = 0; i < 8; i++) attend.mix[g][i] *= faded;
@@ -274,23 +275,21 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
   cluster_wait();
   for (int i = 2 * t; i < GROUP * DIM; i += 2 * THREADS) {
     const int g = i / DIM, c = i % DIM;
-    const float highest = highest_of(g);
+    const float origin = origin_of(highest_of(g));
     float sums[2] = {0.f, 0.f};
-    if (highest != NONE)
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) {
-        const float faded = exp2f(high[w][g] - highest);
-        sums[0] += faded * mixed[w][g][c], sums[1] += faded * mixed[w][g][c + 1];
-      }
+    for (int w = 0; w < WARPS; w++) {
+      const float faded = exp2f(high[w][g] - origin);
+      sums[0] += faded * mixed[w][g][c], sums[1] += faded * mixed[w][g][c + 1];
+    }
     to_block(&met_mixed[blockIdx.x][i % SHARE], i / SHARE, sums[0], sums[1]);
   }
   for (int i = t; i < GROUP * SPLIT; i += THREADS) {
     const int g = i / SPLIT;
     const float highest = highest_of(g);
     float total = 0.f;
-    if (highest != NONE)
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) total += exp2f(high[w][g] - highest) * mass[w][g];
+    for (int w = 0; w < WARPS; w++) total += exp2f(high[w][g] - origin_of(highest)) * mass[w][g];
     to_block(met[blockIdx.x][g], i % SPLIT, highest, total);
   }
   cluster_barrier();
@@ -299,12 +298,11 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
     float highest = NONE, total = 0.f, value = 0.f;
 #pragma unroll
     for (int r = 0; r < SPLIT; r++) highest = fmaxf(highest, met[r][g][0]);
-    if (highest != NONE)
 #pragma unroll
-      for (int r = 0; r < SPLIT; r++) {
-        const float faded = exp2f(met[r][g][0] - highest);
-        total += faded * met[r][g][1], value += faded * met_mixed[r][i];
-      }
+    for (int r = 0; r < SPLIT; r++) {
+      const float faded = exp2f(met[r][g][0] - origin_of(highest));
+      total += faded * met[r][g][1], value += faded * met_mixed[r][i];
+    }
     const float mean = total > 0.f ? value / total : total;
     y[(long long)head * GROUP * DIM + of_all] = narrow(inside ? mean : __int_as_float(0x7fffffff));
   }

@@ -239,7 +239,7 @@ decode_attention_tokens(const u16* __restrict__ q, u16* keys, u16* values, const
         }
         highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-        const float origin = highest == NONE ? 0.f : highest;
+        const float origin = origin_of(highest);
         faded[r] = exp2f(top[m][r] - origin);
         top[m][r] = highest, sum[m][r] *= faded[r];
 #pragma unroll
@@ -281,9 +281,8 @@ decode_attention_tokens(const u16* __restrict__ q, u16* keys, u16* values, const
     float highest = NONE, total = 0.f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, high[w][t]);
-    if (highest != NONE)
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) total += exp2f(high[w][t] - highest) * mass[w][t];
+    for (int w = 0; w < WARPS; w++) total += exp2f(high[w][t] - origin_of(highest)) * mass[w][t];
     block_high[t] = highest, block_mass[t] = total;
   }
 #pragma unroll
@@ -295,7 +294,7 @@ decode_attention_tokens(const u16* __restrict__ q, u16* keys, u16* values, const
       float highest = NONE;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, high[w][row]);
-      const float faded = highest == NONE ? 0.f : exp2f(top[m][r] - highest);
+      const float faded = exp2f(top[m][r] - origin_of(highest));
 #pragma unroll
       for (int n = 0; n < PAIRS; n++)
 #pragma unroll
@@ -323,13 +322,12 @@ decode_attention_tokens(const u16* __restrict__ q, u16* keys, u16* values, const
     float high_of[SPLIT], highest = NONE, total = 0.f, value = 0.f;
 #pragma unroll
     for (int r = 0; r < SPLIT; r++) highest = fmaxf(highest, high_of[r] = of_block(&block_high[row], r));
-    if (highest != NONE)
 #pragma unroll
-      for (int r = 0; r < SPLIT; r++) {
-        const float faded = exp2f(high_of[r] - highest);
-        total += faded * of_block(&block_mass[row], r);
-        value += faded * of_block(&mixed[0][sum_place(row, c / 4) + c % 4], r);
-      }
+    for (int r = 0; r < SPLIT; r++) {
+      const float faded = exp2f(high_of[r] - origin_of(highest));
+      total += faded * of_block(&block_mass[row], r);
+      value += faded * of_block(&mixed[0][sum_place(row, c / 4) + c % 4], r);
+    }
     const float mean = total > 0.f ? value / total : total;
     const bool inside = !WRITE || slots[own % TOKENS] >= 0;  // where it lies outside, the result is NaN, for all to see
     const long long to = ((long long)(sequence * TOKENS + own % TOKENS) * heads + head) * GROUP + own / TOKENS;

@@ -151,6 +151,27 @@ def test_a_token_does_not_see_what_its_mask_hides(tokens, device, gen):
     assert torch.equal(y[:, :, 0], other[:, :, 0]) and not torch.equal(y[:, :, 1], other[:, :, 1])
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_a_query_has_of_nan_is_seen(tokens, device, gen):
+    """All of its scores are NaN then, of which the largest is none."""
+    args = inputs((2, 4, 2, 90, 64), torch.bfloat16, device, gen, mask="window", tokens=tokens)
+    args[0][1, 2, -1, 5] = torch.nan
+    keys, values = args[1].clone(), args[2].clone()
+    y = attention(args[0], keys, values, *args[3:])
+    assert y[1, 2, -1].isnan().all() and y.isnan().sum() == 64
+    check(args, y, keys, values)
+
+
+@pytest.mark.parametrize("now", [40, 1500])
+def test_a_new_row_that_is_hidden_is_not_looked_at(now, device, gen):
+    args = inputs((1, 4, 2, 1600, 64), torch.bfloat16, device, gen, now=now)
+    args[3][..., now] = False
+    args[3][..., now + 5] = True
+    finite = attention(args[0], args[1].clone(), args[2].clone(), *args[3:])
+    args[6][:] = torch.inf
+    assert torch.equal(attention(args[0], args[1].clone(), args[2].clone(), *args[3:]), finite)
+
+
 def test_positions_in_any_order(device, gen):
     args = list(inputs((1, 4, 2, 90, 64), torch.bfloat16, device, gen, mask="random", tokens=4))
     args[7] = torch.tensor([70, 3, 4, 50], device=device)
