@@ -20,6 +20,8 @@ _WIDTH = 8  # the fewest columns of a thread, which columns and groups are multi
 _STEPS, _DIGITS = 8, 3  # as in the kernel: coefficients that a warp makes at a time, times 32, and their bytes
 _SPLITS = {1: 1.0, 2: 1.0, 4: 1.1, 8: 1.5}  # blocks of a cluster, and what it costs that its sums meet
 _WIDTHS = {16: 1.0, 8: 1.7}  # of a thread's columns, and what each costs: memory is asked for half as much at a time
+_MAX_BYTES = 1 << 32  # of a weight: its rows' places are counted in 32 bits
+_THREADS = 512  # of a block; each looks at one chosen channel
 _LISTED = 256  # channels that take as long to list as a column to read
 _SHARED, _RESERVED = 227 * 1024, 1024  # bytes of shared memory a block of compute capability 9 can have, and loses besides
 
@@ -81,7 +83,7 @@ def config(shape: Shape, sms: int, room: int = _SHARED) -> Config | None:
             return 8 * width * -(-warps // max(1, at_once // split))
 
         batch = {16: 2, 8: 3}[width] if shape.bits == 4 else {16: 1, 8: 2 if shape.full else 3}[width]
-        own = Config(halves * tile(across, width), width, 512, batch, 1, split, held)
+        own = Config(halves * tile(across, width), width, _THREADS, batch, 1, split, held)
         if not shape.beside:
             return own
         # A fourth of the warps, or half of them where the others would not all have columns.
@@ -189,6 +191,10 @@ def refuses(x: Tensor, bits: int, columns: int, group: int, rows: int, norm: boo
         return reason
     shape = shape_of(x, bits, columns, group, rows, norm, gate, flags_of(x, 0, rows, None, None, False, None, None), stream,
                      chosen)
+    if chosen > _THREADS:
+        return f"it takes {_THREADS} chosen channels at most, not {chosen}"
+    if max(x.shape[-1] * columns * bits // 8, rows * columns) >= _MAX_BYTES:
+        return f"a weight has less than {_MAX_BYTES} bytes"
     if shape.stream % 8 or rows % 4:
         return f"a residual's values must be a multiple of 8 and an adapter's rows one of 4, not {shape.stream} and {rows}"
     if _config_on(x.device, shape) is None:
@@ -204,6 +210,8 @@ def refuses_beside(x: Tensor, bits: int, columns: int, group: int, norm: bool, g
     shape = shape_of(x, bits, columns, group, 0, norm, gate, flags)
     if beside % group:
         return "the adapter's groups are as wide as the weight's"
+    if rows * beside >= _MAX_BYTES:
+        return f"an adapter has less than {_MAX_BYTES} bytes"
     if _config_on(x.device, shape) is None:
         return "the adapter does not fit beside it, or channels are not whole shares of 64"
     return ""
@@ -308,7 +316,8 @@ def by_group(scales: Tensor | None, *, whole: bool) -> Tensor | None:
     rows, pair = len(scales), scales.shape[2:].numel()
     first, group, *last = scales.stride()
     lies_so = first == pair and last in ([], [1]) and group % pair == 0 and (group == rows * pair or not whole)
-    if lies_so and scales.storage_offset() * scales.itemsize % 16 == 0:
+    whole_words = group < rows * pair or group % (4 * pair) == 0  # a single group may say to be less apart than its rows
+    if lies_so and whole_words and scales.storage_offset() * scales.itemsize % 16 == 0:
         return scales
     return scales.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 

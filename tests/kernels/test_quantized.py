@@ -550,6 +550,25 @@ def test_the_scales_of_a_single_group_are_a_table_of_all_rows():
         assert (shape.adapter, shape.chosen, shape.span) == (128, 8, 136)
 
 
+def test_what_the_kernel_has_no_room_to_count_is_declined(hopper):
+    def refused(channels=128, columns=1024, rows=0, chosen=0, bits=8):
+        with FakeTensorMode():
+            x = torch.empty(1, 1, channels, device="cuda", dtype=torch.bfloat16)
+            return cuda_quantized.refuses(x, bits, columns, 128, rows, False, "", None, None, chosen)
+
+    assert not refused(rows=512, chosen=512) and "512 chosen channels" in refused(rows=520, chosen=520)
+    assert not refused(32768, 131072 - 128) and "4294967296 bytes" in refused(32768, 131072)
+    assert not refused(32768, 131072, bits=4) and "4294967296 bytes" in refused(32768, 262144, bits=4)
+
+
+def test_rows_of_a_table_that_does_not_lie_in_words_are_copied():
+    """Kernels bring scales to shared memory 8 bytes at a time."""
+    for rows, copied in ((18, True), (20, False)):
+        table = laid_out(torch.zeros(rows, 2, dtype=torch.bfloat16), "cuda")[8:16]
+        found = cuda_quantized.by_group(table, whole=False)
+        assert (found is not table) == copied and found.stride(1) % 4 == 0 and torch.equal(found, table)
+
+
 def test_an_adapter_beside_what_the_kernel_does_not_take_is_declined(hopper):
     def refused(rows=1, dtype=torch.bfloat16, beside=(160, 256), group=64):
         with FakeTensorMode():
