@@ -133,7 +133,8 @@ def shared_bytes(shape: Shape, c: Config) -> int:
     groups = _groups(c.tile // halves, shape.columns // 2 if shape.gate else 0, shape.group)
     own = groups * halves * share * (4 if shape.bits == 4 else 2) if c.held else 0
     added = groups * -(-shape.adapter // (64 * c.split)) * 64 * 2
-    further = _groups(c.beside_tile, 0, shape.group) * -(-shape.beside_rows // (64 * c.split)) * 64 * 2 if shape.beside else 0
+    groups_beside = _groups(c.beside_tile, 0, shape.group) if shape.beside else 0
+    further = groups_beside * -(-shape.beside_rows // (64 * c.split)) * 64 * 2
     digits = warps * _STEPS * max(1, 8 * max(c.width, c.beside_width) // shape.group) * _DIGITS * 32
     outputs = _outputs(c.tile // halves, c)
 
@@ -154,7 +155,7 @@ def _outputs(columns: int, c: Config) -> int:
 
 
 def _groups(columns: int, half: int, group: int) -> int:
-    """In which so many neighbouring columns may lie that begin at a multiple of their number, or that far behind ``half``."""
+    """In which so many neighbouring columns may lie, from a multiple of their number on, or from there behind ``half``."""
     start = math.gcd(columns, half, group)
     return (group - start + columns - 1) // group + 1
 
