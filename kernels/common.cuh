@@ -24,6 +24,20 @@ __device__ __forceinline__ u16 narrow(float f) {
   return bits;
 }
 
+// WORDS times four bytes that nobody reads again, a thread's part of a weight row: past L1, and first to leave L2.
+template <int WORDS>
+__device__ __forceinline__ void load_once(u32* word, const u8* address, u64 policy) {
+  if constexpr (WORDS == 4)
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(address), "l"(policy));
+  else if constexpr (WORDS == 2)
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
+                 : "=r"(word[0]), "=r"(word[1]) : "l"(address), "l"(policy));
+  else
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
+                 : "=r"(word[0]) : "l"(address), "l"(policy));
+}
+
 // Wait for the kernel before this one, then let the one behind it start: its blocks wait here in turn. Where the
 // hardware has no such launches, one kernel starts when the other has ended.
 __device__ __forceinline__ void wait_for_producer() {

@@ -110,20 +110,6 @@ constexpr int BIASES = BIAS ? Main::halves : 0, SCALARS_AT = ENDS_AT + (BIASES +
 
 static_assert(SCALARS_AT + sizeof(Scalars) <= SHARED, "the host's layout is not this one");
 
-// A thread's columns of a weight row, WORDS times four bytes, read once: past L1, and first to leave L2.
-template <int WORDS>
-__device__ __forceinline__ void load(u32* word, const u8* address, u64 policy) {
-  if constexpr (WORDS == 4)
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(address), "l"(policy));
-  else if constexpr (WORDS == 2)
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
-                 : "=r"(word[0]), "=r"(word[1]) : "l"(address), "l"(policy));
-  else
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
-                 : "=r"(word[0]) : "l"(address), "l"(policy));
-}
-
 // sum += a b, of 16 columns and 32 rows: a is a thread's part of the weights, four rows to a register, b of the digits.
 template <bool SIGNED>
 __device__ __forceinline__ void multiply(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
@@ -234,7 +220,7 @@ struct Product {
       for (int i = 0; i < 8; i++) row[i] = min(place + i, count - 1);
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++) load<WORDS>(to + i * WORDS, weight + (row[i] * (u32)ROW_BYTES + mine), policy);
+    for (int i = 0; i < 8; i++) load_once<WORDS>(to + i * WORDS, weight + (row[i] * (u32)ROW_BYTES + mine), policy);
   }
 
   // Adds the products of all rows to the warp's sums. ``ask`` has been called for the first of them.

@@ -20,21 +20,9 @@ constexpr bool BOTH_PARTS = ROWS <= 4;      // of a product are in one operand
 static_assert(TILE % (8 * WIDTH) == 0 && OUT_TILE % (8 * WIDTH) == 0, "a warp's columns are there, or none of them");
 static_assert(GROUP % (8 * WIDTH) == 0 && OUT_COLUMNS % (8 * WIDTH) == 0, "a warp's columns share their scales");
 
-// A thread's WIDTH columns of a weight row, read once: past L1, and first to leave L2. 4 bits take half of the words.
+// A thread's WIDTH columns of a weight row. 4 bits take half of the words.
 struct Pack {
   u32 word[WIDTH / 4];
-  template <int WORDS>
-  __device__ __forceinline__ void load(const u8* address, u64 policy) {
-    if constexpr (WORDS == 4)
-      asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                   : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(address), "l"(policy));
-    else if constexpr (WORDS == 2)
-      asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
-                   : "=r"(word[0]), "=r"(word[1]) : "l"(address), "l"(policy));
-    else
-      asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
-                   : "=r"(word[0]) : "l"(address), "l"(policy));
-  }
 };
 
 // Two floats as bf16, the first in the lower half.
@@ -119,7 +107,7 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const Rows row = behind(rows[i]);
-      step.pack[i].template load<WIDTH * WIDE / 32>(row.at, policy);
+      load_once<WIDTH * WIDE / 32>(step.pack[i].word, row.at, policy);
       step.scale[i] = WIDE == 4 ? __ldg(reinterpret_cast<const u32*>(row.scales)) : __ldg(row.scales);
     }
   }
