@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from larosa_fx.kernels import cache, cpu, cpu_build, reference
 from larosa_fx.kernels.quantization import laid_out, quantize
-from stored import exact_of, quantized_case
+from stored import every_scale, exact_of, quantized_case
 
 _CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or "g++"]
 needs_compiler = pytest.mark.skipif(not shutil.which(_CXX[0]), reason=f"needs a C++ compiler, {_CXX[0]} is not there")
@@ -457,15 +457,7 @@ def test_dequantized(kernels, dtype, bits, columns, group, gen):
 @needs_compiler
 @bits_of
 def test_dequantized_every_scale(kernels, dtype, bits):
-    """Every 16-bit pattern, denormals, Inf and NaN too, with every stored number."""
-    if dtype == torch.float32:
-        scales = torch.arange(-(2**31), 2**31, 1500450).int().view(dtype)
-    else:
-        scales = torch.arange(-(2**15), 2**15, 23).short().view(dtype)
-    numbers = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
-    if bits == 4:
-        scales = torch.stack([scales, scales.flip(0).roll(1)], -1)
-    case = numbers.view(torch.int8 if bits == 8 else torch.uint8), scales[:, None]
+    case = every_scale(bits, dtype)
     y, expected = kernels.dequantized(*case), reference.dequantized(*case)
     assert torch.equal(y.isnan(), expected.isnan())
     bits_of_both = [t.masked_fill(expected.isnan(), 0).view(reference.BITS[dtype]) for t in (y, expected)]

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from larosa_fx.kernels import cuda_quantized, nvrtc, reference
 from larosa_fx.kernels.quantization import dequantize, laid_out, lies_in_order, quantize
+from stored import every_scale
 
 linear, beside = torch.ops.larosa.quantized_linear.default, torch.ops.larosa.quantized_linear_beside.default
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
@@ -356,15 +357,7 @@ class TestDequantizedOnAGpu:
     @pytest.mark.parametrize("bits", [8, 4])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_every_scale(self, bits, dtype):
-        """Every 16-bit pattern, denormals, Inf and NaN too, with every stored number."""
-        if dtype == torch.float32:
-            scales = torch.arange(-(2**31), 2**31, 1500450).int().view(dtype)
-        else:
-            scales = torch.arange(-(2**15), 2**15, 23).short().view(dtype)
-        numbers = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
-        if bits == 4:
-            scales = torch.stack([scales, scales.flip(0).roll(1)], -1)
-        case = numbers.view(torch.int8 if bits == 8 else torch.uint8), scales[:, None]
+        case = every_scale(bits, dtype)
         found = torch.ops.larosa.dequantized(*(t.cuda() for t in case)).cpu()
         expected = reference.dequantized(*case)
         assert torch.equal(found.isnan(), expected.isnan())

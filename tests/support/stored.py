@@ -1,4 +1,4 @@
-"""A case of ``sparse_linear`` as one of ``quantized_linear``."""
+"""A case of ``sparse_linear`` as one of ``quantized_linear``, and weights under scales of all kinds."""
 
 import torch
 
@@ -18,3 +18,15 @@ def quantized_case(args, bits, group, adapter_group=None):
 
 def exact_of(weight, scales):
     return dequantize(weight, scales.double())
+
+
+def every_scale(bits, dtype):
+    """(weight, scales): every stored number under scales of all magnitudes, denormals, Inf and NaN too."""
+    if dtype == torch.float32:
+        scales = torch.arange(-(2**31), 2**31, 1500450).int().view(dtype)
+    else:
+        scales = torch.arange(-(2**15), 2**15, 23).short().view(dtype)
+    numbers = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
+    if bits == 4:
+        scales = torch.stack([scales, scales.flip(0).roll(1)], -1)
+    return numbers.view(torch.int8 if bits == 8 else torch.uint8), scales[:, None]
