@@ -87,7 +87,7 @@ def config(shape: Shape, sms: int, room: int = _SHARED) -> Config | None:
         if not shape.beside:
             return own
         # A fourth of the warps, or half of them where the others would not all have columns.
-        of_adapter = next((n for n in (4, 8) if (16 - n) % (own.tile // (8 * width)) == 0), 8)
+        of_adapter = next((n for n in (4, 8) if (_THREADS // 32 - n) % (own.tile // (8 * width)) == 0), 8)
         return Config(*own[:7], beside_tile=tile(shape.beside, 8), beside_width=8, beside_batch=3, beside_warps=of_adapter)
 
     def whole(warp: int) -> bool:

@@ -204,20 +204,21 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
 
   Attend attend;
   const int reach = last;
-  const uint4 zero = make_uint4(0, 0, 0, 0);
-  const auto take_fresh = [&](int b) {
-    key[b] = reinterpret_cast<const uint4*>(fresh[0])[part];
-    value[b] = reinterpret_cast<const uint4*>(fresh[1])[part];
-  };
+  // Rows that take part, but for those that are there; zeros for the others.
+  const auto complete = [&]() {
 #pragma unroll
-  for (int b = 0; b < BATCH; b++) {
-    if (!seen[b])
-      key[b] = value[b] = zero;
-    else if (first + b * SPLIT * STEP == now)
-      take_fresh(b);
-    else if (!there[b])
-      fetch(b);
-  }
+    for (int b = 0; b < BATCH; b++) {
+      if (!seen[b]) {
+        key[b] = value[b] = make_uint4(0, 0, 0, 0);
+      } else if (first + b * SPLIT * STEP == now) {
+        key[b] = reinterpret_cast<const uint4*>(fresh[0])[part];
+        value[b] = reinterpret_cast<const uint4*>(fresh[1])[part];
+      } else if (!there[b]) {
+        fetch(b);
+      }
+    }
+  };
+  complete();
   while (first - lane / LANES < reach) {
     // Steps that a warp has positions in: of a short cache not all.
     const int steps = (reach - first + lane / LANES + SPLIT * STEP - 1) / (SPLIT * STEP);
@@ -231,17 +232,9 @@ decode_attention(const u16* __restrict__ q, u16* keys, u16* values, const u8* __
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const int at = first + b * SPLIT * STEP;
-      seen[b] = at < reach && (!MASK || mask[at]);
+      seen[b] = at < reach && (!MASK || mask[at]), there[b] = false;
     }
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      if (!seen[b])
-        key[b] = value[b] = zero;
-      else if (first + b * SPLIT * STEP == now)
-        take_fresh(b);
-      else
-        fetch(b);
-    }
+    complete();
   }
 
   // The rows side by side in a warp, then the warps, then the blocks.

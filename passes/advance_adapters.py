@@ -1,7 +1,7 @@
 """An adapter is multiplied where memory rests: in the launch of the site that makes what its own site reads.
 
-h4's adapter multiplies the stream that h3 has normed and read, and needs nothing of what h3 makes. So h3's launch multiplies
-it in further blocks, which read while the others look for their channels, and h4 adds the sums, in float32 as they are. What
+h4's adapter multiplies the stream that h3 has normed and read, and needs nothing of what h3 makes. So some warps of h3's
+launch multiply it, which read while the others look for their channels, and h4 adds the sums, in float32 as they are. What
 is left to h4 are the adapter's rows for channels of its own x.
 
 Only where ``fuse_sites`` found the residual to be there before x, by the site that makes x, and to stay what it is.
